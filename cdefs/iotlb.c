@@ -1,0 +1,41 @@
+/* SPDX-License-Identifier: MIT */
+#include "ring_access.h"
+#include "cdefs.h"
+
+uint32_t iotlb_write_burst(int fd, const struct vhost_msg_v2 *messages,
+			   uint32_t count, int64_t *times, int *error)
+{
+	uint32_t i;
+
+	*error = 0;
+	for (i = 0; i < count; i++) {
+		ssize_t r;
+
+		times[2 * i] = now_ns();
+		r = write(fd, &messages[i], sizeof(messages[i]));
+		if (r != (ssize_t)sizeof(messages[i]))
+			*error = r < 0 ? errno : EIO;
+		times[2 * i + 1] = now_ns();
+		if (*error)
+			break;
+	}
+	return i;
+}
+
+uint64_t pagemap_runs(const uint64_t *entries, uint64_t count)
+{
+	const uint64_t present = 1ULL << 63;
+	const uint64_t frame_mask = (1ULL << 55) - 1;
+	uint64_t runs = 0, previous = 0, i;
+
+	for (i = 0; i < count; i++) {
+		uint64_t frame = entries[i] & frame_mask;
+
+		if (!(entries[i] & present) || !frame)
+			return 0;
+		if (frame != previous + 1)
+			runs++;
+		previous = frame;
+	}
+	return runs;
+}
