@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from build import emit
 from setuptools import build_meta as _setuptools
 from setuptools.build_meta import (
     get_requires_for_build_editable,
@@ -19,6 +18,8 @@ from setuptools.build_meta import (
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
+
+from build import emit
 
 __all__ = [
     "build_editable",
@@ -41,7 +42,7 @@ def build_wheel(
 ) -> str:
     """Build the wheel (PEP 517)."""
     emit(_GENERATED)
-    return _setuptools.build_wheel(wheel_directory, config_settings, metadata_directory)
+    return str(_setuptools.build_wheel(wheel_directory, config_settings, metadata_directory))
 
 
 def build_editable(
@@ -49,10 +50,10 @@ def build_editable(
 ) -> str:
     """Build the editable wheel (PEP 660)."""
     emit(_GENERATED)
-    return _setuptools.build_editable(wheel_directory, config_settings, metadata_directory)
+    return str(_setuptools.build_editable(wheel_directory, config_settings, metadata_directory))
 
 
 def build_sdist(sdist_directory: str, config_settings: _ConfigSettings = None) -> str:
     """Build the source distribution (PEP 517)."""
     emit(_GENERATED)
-    return _setuptools.build_sdist(sdist_directory, config_settings)
+    return str(_setuptools.build_sdist(sdist_directory, config_settings))

@@ -15,7 +15,6 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 HEADERS = ("vhost_types.h", "vhost.h", "virtio_ring.h", "virtio_net.h", "vring.h")
-SOURCES = ("iotlb.c", "svq.c", "nic.c")
 
 _CONSTANT = re.compile(r"#define\s+\w+\s+\d+\b")
 

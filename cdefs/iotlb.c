@@ -21,21 +21,3 @@ uint32_t iotlb_write_burst(int fd, const struct vhost_msg_v2 *messages,
 	}
 	return i;
 }
-
-uint64_t pagemap_runs(const uint64_t *entries, uint64_t count)
-{
-	const uint64_t present = 1ULL << 63;
-	const uint64_t frame_mask = (1ULL << 55) - 1;
-	uint64_t runs = 0, previous = 0, i;
-
-	for (i = 0; i < count; i++) {
-		uint64_t frame = entries[i] & frame_mask;
-
-		if (!(entries[i] & present) || !frame)
-			return 0;
-		if (frame != previous + 1)
-			runs++;
-		previous = frame;
-	}
-	return runs;
-}

@@ -71,9 +71,22 @@ static void free_chain(struct svq *q, uint16_t head)
 	e->segments = 0;
 }
 
-void svq_start(struct svq *q, uint16_t used_idx)
+void vring_indices(const struct vring *ring, uint16_t *avail, uint16_t *used)
 {
-	uint16_t i, num = q->device.num;
+	*used = load_index(&ring->used->idx);
+	*avail = load_index(&ring->avail->idx);
+}
+
+void svq_start(struct svq *q)
+{
+	const uint16_t num = q->device.num;
+	const uint16_t used_idx = load_index(&q->guest.used->idx);
+	uint16_t i;
+
+	memset(q->device.desc, 0, num * sizeof(*q->device.desc));
+	memset(q->device.avail, 0, sizeof(*q->device.avail) + 2 * num + 2);
+	memset(q->device.used, 0, sizeof(*q->device.used) +
+					num * sizeof(q->device.used->ring[0]) + 2);
 
 	for (i = 0; i < num; i++) {
 		q->segments[i].next = (uint16_t)(i + 1);

@@ -24,6 +24,9 @@ struct memory_region {
 	uint64_t *dirty;	/* one bit per 4 KiB page, or NULL */
 };
 
+/* Both indices of a ring as they stand. */
+void vring_indices(const struct vring *ring, uint16_t *avail, uint16_t *used);
+
 /* Sorted by gpa, no overlap. */
 struct memory_map {
 	uint32_t count;
@@ -82,8 +85,11 @@ struct svq {
 	uint64_t forwarded, returned, kicks, calls, stalls, clamped;
 };
 
-/* Prepare q from the state its fields describe; shadow rings must be zeroed. */
-void svq_start(struct svq *q, uint16_t used_idx);
+/*
+ * Clear the shadow ring and take up the guest's where the device left it: at
+ * its used index.
+ */
+void svq_start(struct svq *q);
 /* Guest avail -> device avail. Returns the elements moved; see q->broken. */
 uint32_t svq_forward(struct svq *q);
 /* Device used -> guest used. Returns the elements moved; see q->broken. */
@@ -162,8 +168,18 @@ void nic_run(struct nic_pair *p, int64_t deadline);
 void nic_clear_gaps(struct nic_pair *p);
 
 /* ---------------------------------------------------------------------- */
-/* Physical layout of memory                                               */
+/* Memory                                                                  */
 
+/*
+ * Map size bytes of fd, shared, at an address that is a multiple of align (a
+ * power of two). NULL and *error = errno on failure.
+ */
+uint8_t *map_shared(int fd, uint64_t size, uint64_t align, int *error);
+int unmap_shared(uint8_t *address, uint64_t size);
+/* Ask for huge pages; 0 or errno. */
+int advise_huge(uint8_t *address, uint64_t size);
+/* Allocate every page now; 0 or errno. */
+int populate(uint8_t *address, uint64_t size);
 /*
  * Count runs of consecutive page frames in /proc/self/pagemap entries.
  * Returns 0 if a page is absent or its frame number is hidden.
