@@ -4,6 +4,9 @@
  * once, checked, and only the checked copy goes on to the device. The
  * device's used ring is not trusted either.
  */
+#define _GNU_SOURCE
+#include <stdlib.h>
+
 #include "ring_access.h"
 #include "cdefs.h"
 
@@ -94,6 +97,7 @@ void svq_start(struct svq *q)
 	}
 	q->free_head = 0;
 	q->free_count = num;
+	q->given = 0;
 	q->last_avail = used_idx;
 	q->used_idx = used_idx;
 	q->device_avail = 0;
@@ -203,6 +207,7 @@ static void write_chain(struct svq *q, uint16_t guest_head, uint16_t pieces,
 		.tail = tail,
 		.guest_head = guest_head,
 		.writable = writable,
+		.order = q->given++,
 	};
 	q->device.avail->ring[q->device_avail & (q->device.num - 1)] =
 		htole16(head);
@@ -341,31 +346,30 @@ uint32_t svq_return(struct svq *q)
 	return done;
 }
 
+static int by_order(const void *a, const void *b, void *elements)
+{
+	const struct svq_element *e = elements;
+	uint64_t x = e[*(const uint16_t *)a].order;
+	uint64_t y = e[*(const uint16_t *)b].order;
+
+	return (x > y) - (x < y);
+}
+
 /*
- * A head that is in flight appears in the shadow avail ring where it was
- * last given out: walking back from the newest entry, its first appearance.
+ * The shadow avail ring does not tell: an element that the device holds while
+ * the ring goes round is no longer in it.
  */
 uint16_t svq_in_flight(const struct svq *q, uint16_t *heads)
 {
-	const uint16_t num = q->device.num, mask = num - 1;
-	uint8_t taken[32768] = { 0 };
 	uint16_t n = 0, k;
+	uint32_t i;
 
-	for (k = 1; k <= num; k++) {
-		uint16_t head = le16toh(
-			q->device.avail->ring[(uint16_t)(q->device_avail - k) & mask]);
-
-		if (head >= num || taken[head] || !q->elements[head].segments)
-			continue;
-		taken[head] = 1;
-		heads[n++] = q->elements[head].guest_head;
-	}
-	for (k = 0; k < n / 2; k++) {
-		uint16_t h = heads[k];
-
-		heads[k] = heads[n - 1 - k];
-		heads[n - 1 - k] = h;
-	}
+	for (i = 0; i < q->device.num; i++)
+		if (q->elements[i].segments)
+			heads[n++] = (uint16_t)i;
+	qsort_r(heads, n, sizeof(*heads), by_order, q->elements);
+	for (k = 0; k < n; k++)
+		heads[k] = q->elements[heads[k]].guest_head;
 	return n;
 }
 
@@ -377,6 +381,9 @@ uint16_t svq_republish(struct svq *q)
 	for (k = 0; k < n; k++)
 		q->guest.avail->ring[(uint16_t)(q->last_avail - n + k) &
 				     (q->guest.num - 1)] = htole16(heads[k]);
+	if (n)
+		mark_dirty(q->memory, &q->last_region, q->avail_gpa,
+			   sizeof(struct vring_avail) + 2 * q->guest.num);
 	full_barrier();
 	return q->last_avail - n;
 }

@@ -62,6 +62,7 @@ struct svq_element {
 	uint16_t tail;
 	uint16_t guest_head;
 	uint32_t writable;	/* bytes */
+	uint64_t order;		/* how many elements went to the device before it */
 };
 
 struct svq {
@@ -79,8 +80,9 @@ struct svq {
 	uint16_t device_used;		/* next shadow used entry to take */
 	uint16_t free_head;
 	uint16_t free_count;
+	uint64_t given;			/* elements given to the device so far */
 	uint32_t last_region;		/* where the previous translation hit */
-	uint64_t used_gpa;		/* of the guest's used ring, for the dirty bitmap */
+	uint64_t avail_gpa, used_gpa;	/* of the guest's rings, for the dirty bitmap */
 	int broken;			/* SVQ_… */
 	uint64_t forwarded, returned, kicks, calls, stalls, clamped;
 };

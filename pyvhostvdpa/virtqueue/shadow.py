@@ -69,7 +69,7 @@ class ShadowVirtqueue:
         q.segments, q.elements, q.scratch = self._segments, self._elements, self._scratch
         q.guest_kick, q.guest_call = queue.kick, queue.call
         q.device_kick, q.device_call = self.kick, self.call
-        q.used_gpa = queue.used
+        q.avail_gpa, q.used_gpa = queue.avail, queue.used
         lib.svq_start(q)
 
     @property
