@@ -1,0 +1,140 @@
+"""The lab's one folder: what is where, who may write, and that nothing half-made is ever taken for whole."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from labkit.errors import LabError
+
+DEFAULT = "/var/cache/pyvhostvdpa"
+VARIABLE = "PYVHOSTVDPA_CACHE"
+PARTIAL = ".partial"
+KEPT_LOGS = 20
+
+
+class Cache:
+    """Paths in the cache folder, and its two locks: one for set-up, one for use."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = (root or Path(os.environ.get(VARIABLE) or DEFAULT)).absolute()
+        self.trees = self.root / "trees"
+        self.kernels = self.root / "kernels"
+        self.environments = self.root / "environments"
+        self.lists = self.root / "apt-lists"
+        self.logs = self.root / "logs"
+        self.results = self.root / "results"
+        self.mount_point = self.root / "mnt"
+        self.accelerator = self.root / "accelerator.json"
+
+    def create(self) -> None:
+        """Make the folder; say what is wrong when that cannot be done."""
+        try:
+            self.mount_point.mkdir(parents=True, exist_ok=True)
+            self.logs.mkdir(exist_ok=True)
+        except OSError as error:
+            raise LabError(
+                f"the cache folder {self.root} cannot be made", str(error), f"set {VARIABLE} to a folder of your choice"
+            ) from error
+
+    @contextlib.contextmanager
+    def _locked(self, name: str, kind: int, busy: str, wait: bool) -> Iterator[None]:
+        self.create()
+        with (self.root / name).open("a") as handle:
+            try:
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if not wait:
+                    raise LabError(busy, f"It holds {self.root / name}.", "wait for it, or end it") from error
+                print(f"lab: {busy}; waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(handle, kind)
+            yield
+
+    def setting_up(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the right to change the cache, alone; wait for another set-up to end."""
+        return self._locked("setup.lock", fcntl.LOCK_EX, "another set-up is at work in this cache", wait=True)
+
+    def in_use(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the right to use what is there; shared by all runs."""
+        return self._locked("use.lock", fcntl.LOCK_SH, "the cache is being removed", wait=True)
+
+    def removing(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the right to remove it all, refused while a VM runs from it."""
+        return self._locked("use.lock", fcntl.LOCK_EX, "a VM of the lab is running from this cache", wait=False)
+
+    def log(self, name: str) -> Path:
+        """Return a path for a log, and drop the oldest ones."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        old = sorted(self.logs.iterdir(), key=lambda path: path.stat().st_mtime)
+        for path in old[:-KEPT_LOGS]:
+            path.unlink(missing_ok=True)
+        return self.logs / f"{name}.log"
+
+    def require_space(self, needed: int, purpose: str) -> None:
+        """Refuse to begin what would not fit on the disk."""
+        self.create()
+        free = shutil.disk_usage(self.root).free
+        if free < needed:
+            raise LabError(
+                f"not enough disk space for {purpose}",
+                f"{self.root} has {size(free)} free, {size(needed)} are needed.",
+                f"free some space, or set {VARIABLE} to a folder on a larger disk",
+            )
+
+
+@contextlib.contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """Build a folder as TARGET.partial and rename it when whole; remove what an interrupted build left."""
+    partial = target.with_name(target.name + PARTIAL)
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except OSError as error:
+        raise LabError(
+            f"failed while building {target.name}",
+            str(error),
+            "free some space and run the same command again" if error.errno == 28 else "run the same command again",
+        ) from error
+    os.sync()
+    remove(target)
+    partial.rename(target)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, should it be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def leftovers(root: Path) -> list[Path]:
+    """Return what interrupted builds left in the cache."""
+    return sorted(path for path in root.glob(f"*/*{PARTIAL}"))
+
+
+def used(path: Path) -> int:
+    """Return the disk space below a path, in bytes, as the file system counts it."""
+    seen: set[tuple[int, int]] = set()
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in [".", *names]:
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(os.path.join(folder, name))
+                if (status.st_dev, status.st_ino) not in seen:
+                    seen.add((status.st_dev, status.st_ino))
+                    total += status.st_blocks * 512
+    return total
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for humans."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

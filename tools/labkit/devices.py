@@ -1,0 +1,156 @@
+"""Kinds of devices that the lab can make, and the reading of `--devices KIND:N[,option=value…]`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from labkit.errors import LabError
+
+DEFAULT = "vdpa_sim_net:2"
+FIRST_MAC = 0x525491A1B2C1
+VDPA_ATTRIBUTES = frozenset({"mac", "mtu", "max_vqp", "device_features"})
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of vDPA device: the modules that make it, and how one is added."""
+
+    name: str
+    modules: tuple[str, ...]
+    management_device: str
+    parameters: Mapping[str, str]
+    attributes: frozenset[str] = VDPA_ATTRIBUTES
+    has_mac: bool = False
+    source: str = ""
+
+    def project_source(self, project: Path) -> Path | None:
+        """Return the folder of the project that holds the module, if it is one of ours."""
+        return project / self.source if self.source else None
+
+
+_SIM = {name: "vdpa_sim" for name in ("use_va", "batch_mapping", "max_batch_mapping", "max_iotlb_entries")}
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("vdpa_sim_net", ("vdpa_sim", "vdpa_sim_net"), "vdpasim_net", _SIM, has_mac=True),
+        Kind(
+            "vdpa_sim_blk",
+            ("vdpa_sim", "vdpa_sim_blk"),
+            "vdpasim_blk",
+            {**_SIM, "shared_backend": "vdpa_sim_blk"},
+            frozenset({"device_features"}),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some devices of one kind with the same options."""
+
+    kind: Kind
+    count: int
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All devices of a VM: modules in the order to load them, and the devices in the order to add them."""
+
+    groups: Sequence[Group]
+
+    @property
+    def count(self) -> int:
+        """Return how many devices there will be."""
+        return sum(group.count for group in self.groups)
+
+    def modules(self) -> list[tuple[str, list[str]]]:
+        """Return modules with their parameters."""
+        loads: dict[str, dict[str, str]] = {}
+        for group in self.groups:
+            for module in group.kind.modules:
+                mine = loads.setdefault(module, {})
+                for name, value in group.parameters.items():
+                    if group.kind.parameters[name] == module:
+                        _agree(module, name, mine.setdefault(name, value), value)
+        return [(module, [f"{name}={value}" for name, value in mine.items()]) for module, mine in loads.items()]
+
+    def additions(self) -> list[list[str]]:
+        """Return the arguments of `vdpa dev add`, one list a device."""
+        result = []
+        mac = FIRST_MAC
+        for group in self.groups:
+            own_mac = parse_mac(group.attributes["mac"]) if "mac" in group.attributes else None
+            for position in range(group.count):
+                words = ["name", f"vdpa{len(result)}", "mgmtdev", group.kind.management_device]
+                if own_mac is not None:
+                    words += ["mac", format_mac(own_mac + position)]
+                elif group.kind.has_mac:
+                    words += ["mac", format_mac(mac)]
+                    mac += 1
+                for name, value in group.attributes.items():
+                    if name != "mac":
+                        words += [name, value]
+                result.append(words)
+        return result
+
+
+def _agree(module: str, name: str, first: str, second: str) -> None:
+    if first != second:
+        raise LabError(
+            f"--devices asks for {module} with {name}={first} and with {name}={second}",
+            f"{name} is a parameter of the module {module}, which is loaded once for all its devices.",
+            "give the same value to both kinds of devices",
+        )
+
+
+def parse(specifications: Sequence[str]) -> Plan:
+    """Read the values of `--devices`."""
+    return Plan([_group(text) for text in specifications or [DEFAULT] if text != "none"])
+
+
+def _group(text: str) -> Group:
+    head, *options = text.split(",")
+    name, _, count = head.partition(":")
+    kind = KINDS.get(name)
+    if kind is None:
+        raise LabError(
+            f"--devices {text}: there is no kind of device called {name!r}",
+            f"Known kinds: {', '.join(KINDS)}.",
+            f"tools/lab run --devices {DEFAULT} -- vdpa dev show",
+        )
+    if not re.fullmatch(r"[1-9]\d?", count or "1"):
+        raise LabError(
+            f"--devices {text}: {count!r} is not a number of devices from 1 to 99", "", f"--devices {name}:2"
+        )
+    parameters, attributes = {}, {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key in kind.parameters and value:
+            parameters[key] = value
+        elif key in kind.attributes and value:
+            attributes[key] = value
+        else:
+            raise LabError(
+                f"--devices {text}: {option!r} is not an option of {name}",
+                f"Module parameters: {', '.join(sorted(kind.parameters)) or 'none'}.\n"
+                f"Attributes of `vdpa dev add`: {', '.join(sorted(kind.attributes)) or 'none'}.",
+                f"write options as {name}:2,name=value",
+            )
+    if "mac" in attributes:
+        parse_mac(attributes["mac"])
+    return Group(kind, int(count or 1), parameters, attributes)
+
+
+def parse_mac(text: str) -> int:
+    """Return a MAC address as a number."""
+    if not re.fullmatch(r"([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}", text):
+        raise LabError(f"--devices: {text!r} is not a MAC address", "", "write it as 52:54:91:a1:b2:c1")
+    return int(text.replace(":", ""), 16)
+
+
+def format_mac(value: int) -> str:
+    """Return a number as a MAC address."""
+    return value.to_bytes(6, "big").hex(":")

@@ -1,0 +1,94 @@
+"""QEMU's command line: one VM of the lab, by direct kernel boot."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BINARY = "qemu-system-x86_64"
+# Chosen by measuring: see the table in docstring of `kernel_arguments`.
+MACHINE = "q35"
+CPU = {"kvm": "host", "tcg": "max,la57=off", "icount": "max,la57=off"}
+ACCELERATOR = {"kvm": "kvm", "tcg": "tcg,thread=multi", "icount": "tcg,thread=single"}
+CONTROL, OUT, ERR = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Share:
+    """A folder of the host, mounted read-write at the same path in the VM."""
+
+    path: Path
+    tag: str
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the VM is made of."""
+
+    kernel: Path
+    initrd_fd: int
+    disks: Sequence[Path]
+    shares: Sequence[Share]
+    ports: Mapping[int, int]
+    console_log: Path
+    mode: str = "tcg"
+    cpus: int = 2
+    memory: str = "4G"
+    shell_fd: int | None = None
+    network_fd: int | None = None
+    network_mac: str = ""
+    extra: Sequence[str] = field(default_factory=tuple)
+
+
+def kernel_arguments(mode: str) -> str:
+    """Return the kernel's command line.
+
+    Under emulation a boot is mostly the kernel's own start; what is switched off here (mitigations, self-tests of
+    ciphers, security modules that nothing uses, the watchdog, address randomisation) takes a third of it.
+    """
+    words = ["console=ttyS0", "quiet", "panic=-1", "mitigations=off", "nokaslr", "cryptomgr.notests", "audit=0"]
+    words += ["nowatchdog", "apparmor=0", "lsm=capability,landlock"]
+    if mode != "kvm":
+        words.append("tsc=reliable")
+    return " ".join(words)
+
+
+def command_line(hardware: Hardware) -> list[str]:
+    """Return the arguments that start QEMU."""
+    argv = [BINARY, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-machine", MACHINE]
+    argv += ["-accel", ACCELERATOR[hardware.mode], "-cpu", CPU[hardware.mode]]
+    if hardware.mode == "icount":
+        argv += ["-icount", "shift=0,sleep=off"]
+    argv += ["-smp", str(hardware.cpus), "-m", hardware.memory]
+    argv += ["-kernel", str(hardware.kernel), "-initrd", f"/proc/self/fd/{hardware.initrd_fd}"]
+    argv += ["-append", kernel_arguments(hardware.mode), "-serial", f"file:{_escape(hardware.console_log)}"]
+    for number, disk in enumerate(hardware.disks):
+        argv += ["-drive", f"if=none,id=disk{number},file={_escape(disk)},format=raw,readonly=on"]
+        argv += ["-device", f"virtio-blk-pci,drive=disk{number}"]
+    argv += ["-device", "virtio-rng-pci", "-device", "virtio-serial-pci,id=ports,max_ports=8"]
+    for port, descriptor in hardware.ports.items():
+        argv += ["-chardev", f"socket,id=port{port},fd={descriptor}"]
+        argv += ["-device", f"virtserialport,bus=ports.0,nr={port},chardev=port{port},name=lab.{port}"]
+    if hardware.shell_fd is not None:
+        argv += ["-chardev", f"socket,id=shell,fd={hardware.shell_fd}"]
+        argv += ["-device", "virtconsole,bus=ports.0,nr=0,chardev=shell"]
+    for share in hardware.shares:
+        argv += ["-virtfs", f"local,path={_escape(share.path)},mount_tag={share.tag},security_model=none,multidevs=remap"]
+    if hardware.network_fd is not None:
+        argv += ["-netdev", f"socket,id=net,fd={hardware.network_fd}"]
+        argv += ["-device", f"virtio-net-pci,netdev=net,romfile=,mac={hardware.network_mac}"]
+    return [*argv, *hardware.extra]
+
+
+def _escape(path: Path) -> str:
+    return str(path).replace(",", ",,")
+
+
+def version() -> str:
+    """Return what identifies the QEMU on this machine, without starting it."""
+    for folder in os.environ.get("PATH", "").split(":"):
+        binary = Path(folder) / BINARY
+        if binary.exists():
+            status = binary.stat()
+            return f"{status.st_size}-{int(status.st_mtime)}"
+    return ""

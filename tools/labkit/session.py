@@ -1,0 +1,155 @@
+"""What every sub-command that runs something shares: set-up on demand, and running a command in a VM."""
+
+import contextlib
+import os
+import selectors
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from labkit import accelerator, console, devices, host, kernel, vm
+from labkit.cache import Cache
+from labkit.environment import Environment
+from labkit.errors import EXIT_PIPE, LabError
+from labkit.kernel import Kernel
+from labkit.progress import Progress, seconds
+from labkit.tree import Tree
+
+PROJECT = Path(__file__).resolve().parents[2]
+PASSED_ON = ("TERM", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked of one VM."""
+
+    command: Sequence[str] = ()
+    kernel: str = "6.12"
+    devices: Sequence[str] = ()
+    cpus: int = 2
+    memory: str = "4G"
+    accel: str = "auto"
+    icount: bool = False
+    timeout: float | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    shares: Sequence[Path] = ()
+
+
+class Session:
+    """The cache, the tree, a kernel and the project's environment, each made when first needed."""
+
+    def __init__(self, progress: Progress | None = None, cache: Cache | None = None) -> None:
+        self.cache = cache or Cache()
+        self.progress = progress or Progress()
+        self.tree = Tree(self.cache, self.progress)
+        self.environment = Environment(self.cache, self.tree, PROJECT, self.progress)
+
+    def set_up(self, wanted: str, command: str, refresh: bool = False) -> Kernel:
+        """Make all that a run needs; return at once when it is all there."""
+        host.check_machine(command)
+        found = kernel.find(self.cache, wanted)
+        built = self.environment.ready or not self.environment.exists
+        if found and self.tree.ready and built and not refresh and not host.missing_packages():
+            return found
+        begin = time.monotonic()
+        with self.cache.setting_up():
+            host.ensure_packages(self.cache, self.progress)
+            self.tree.ensure()
+            found = kernel.Builder(self.cache, self.tree, self.progress).ensure(wanted, refresh)
+            self.environment.ensure()
+        self.progress.say(f"set-up: done, {seconds(time.monotonic() - begin)}; kept in {self.cache.root}")
+        return found
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """Keep the cache from being removed meanwhile."""
+        with self.cache.in_use():
+            yield
+
+    def mode(self, request: Request, chosen: Kernel) -> str:
+        """Return the accelerator to use, and say so."""
+        if request.icount:
+            verdict = accelerator.Verdict("icount", "--icount counts instructions, one CPU")
+        else:
+            verdict = accelerator.decide(self.cache, request.accel, lambda limit: self._proof(chosen, limit))
+        self.progress.say(f"kernel {chosen.release}, {accelerator.describe(verdict)}")
+        return verdict.mode
+
+    def _proof(self, chosen: Kernel, limit: float) -> None:
+        self.progress.say("trying whether a VM boots with KVM")
+        spec = self.spec(Request(command=["true"], devices=["none"]), chosen, "kvm", "proof")
+        begin = time.monotonic()
+        with vm.Machine(replace(spec, boot_limit=limit, timeout=limit), _ignore, _ignore) as machine:
+            with selectors.DefaultSelector() as selector:
+                vm.drive([machine], selector, _ignore)
+        if machine.status != 0:
+            raise LabError(f"`true` ended with status {machine.status}")
+        self.progress.say(f"it does, {seconds(time.monotonic() - begin)}")
+
+    def spec(self, request: Request, chosen: Kernel, mode: str, name: str = "lab") -> vm.Spec:
+        """Return the full description of a VM for a request."""
+        disks = [self.tree.image, chosen.modules_image]
+        if self.environment.ready:
+            disks.append(self.environment.image)
+        passed = {variable: os.environ[variable] for variable in PASSED_ON if variable in os.environ}
+        return vm.Spec(
+            command=request.command,
+            folder=PROJECT,
+            kernel=chosen.image,
+            boot_modules=chosen.boot_modules(),
+            busybox=self.tree.root / "usr/bin/busybox",
+            disks=disks,
+            devices=devices.parse(request.devices),
+            console_log=self.cache.log(f"console-{name}-{os.getpid()}"),
+            mode=mode,
+            cpus=request.cpus,
+            memory=request.memory,
+            shares=[PROJECT, *request.shares],
+            environment={**passed, **request.environment},
+            timeout=request.timeout,
+            name=name,
+        )
+
+    def run(self, request: Request, command: str = "run") -> int:
+        """Run a command in a VM, its output live on ours; return its exit status."""
+        devices.parse(request.devices)
+        chosen = self.set_up(request.kernel, command)
+        with self.using():
+            spec = self.spec(request, chosen, self.mode(request, chosen))
+            with vm.Machine(spec, writer(1), writer(2)) as machine, selectors.DefaultSelector() as selector:
+                vm.drive([machine], selector, _ignore)
+        assert machine.status is not None
+        return machine.status
+
+    def shell(self, request: Request) -> int:
+        """Give the user an interactive shell in a VM."""
+        if not sys.stdin.isatty():
+            raise LabError("a shell needs a terminal", "Standard input is none.", "tools/lab run -- COMMAND")
+        chosen = self.set_up(request.kernel, "shell")
+        with self.using():
+            spec = self.spec(request, chosen, self.mode(request, chosen))
+            spec = replace(spec, shell=True, command=console.shell_command())
+            with vm.Machine(spec, writer(1), writer(2)) as machine, selectors.DefaultSelector() as selector:
+                with console.attached(machine.shell, selector) as pump:
+                    vm.drive([machine], selector, pump)
+        return machine.status or 0
+
+
+def writer(descriptor: int) -> vm.Sink:
+    """Return a sink that writes all it gets to a file descriptor."""
+
+    def write(data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(descriptor, view) :]
+        except BrokenPipeError as error:
+            raise LabError("nobody reads the command's output any more", status=EXIT_PIPE) from error
+
+    return write
+
+
+def _ignore(_: object) -> None:
+    pass

@@ -1,0 +1,125 @@
+"""The VM's user space: a Debian 13 tree in the cache, and the disk image made of it."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from labkit import host
+from labkit.cache import PARTIAL, Cache, building, remove
+from labkit.chroot import Chroot
+from labkit.images import make_image
+from labkit.progress import Progress
+
+SUITE = "trixie"
+SOURCES = (
+    f"deb http://deb.debian.org/debian {SUITE} main",
+    f"deb http://deb.debian.org/debian {SUITE}-updates main",
+    f"deb http://deb.debian.org/debian-security {SUITE}-security main",
+    f"deb http://deb.debian.org/debian {SUITE}-backports main",
+)
+PACKAGES = (
+    *("python3", "python3-dev", "python3-pip", "python3-setuptools", "python3-wheel"),
+    *("python3-cffi", "python3-psutil"),
+    *("python3-pytest", "python3-pytest-benchmark", "python3-hypothesis", "mypy"),
+    *("gcc", "make", "libc6-dev", "bc", "pahole", "libelf1t64", "libssl3t64"),
+    *("iproute2", "kmod", "mount", "busybox-static", "procps", "strace"),
+    *("xz-utils", "zstd", "ca-certificates"),
+)
+LOCK = Path(__file__).with_name("pypi.lock")
+NEEDED_BYTES = 2_500_000_000
+KEPT_APT = (
+    'APT::Install-Recommends "false";',
+    'Acquire::Languages "none";',
+    'Acquire::Retries "3";',
+    'APT::Sandbox::User "root";',
+)
+
+
+class Tree:
+    """One Debian tree, named by a hash of its recipe so that a changed recipe makes another one."""
+
+    def __init__(self, cache: Cache, progress: Progress) -> None:
+        self.cache = cache
+        self.progress = progress
+        self.folder = cache.trees / self.identity()
+        self.root = self.folder / "root"
+        self.image = self.folder / "root.img"
+
+    @staticmethod
+    def identity() -> str:
+        """Return the hash of the recipe."""
+        recipe = "\n".join([*SOURCES, *PACKAGES, *KEPT_APT, LOCK.read_text()])
+        return hashlib.sha256(recipe.encode()).hexdigest()[:12]
+
+    @property
+    def ready(self) -> bool:
+        """Whether the tree and its image are there, whole."""
+        return self.image.exists()
+
+    def ensure(self) -> None:
+        """Build the tree unless it is there."""
+        if self.ready:
+            return
+        self.cache.require_space(NEEDED_BYTES, "the Debian tree")
+        with building(self.folder) as partial:
+            self._bootstrap(partial / "root")
+            self._python_packages(partial)
+            make_image(self.cache, self.progress, partial / "root", partial / "root.img", "writing the tree's image")
+        for other in self.cache.trees.iterdir():
+            if other != self.folder:
+                remove(other)
+
+    def _bootstrap(self, root: Path) -> None:
+        options = [*KEPT_APT, *host.acquire_options()]
+        argv = ["mmdebstrap", "--mode=root", "--variant=apt", "--architectures=amd64", f"--keyring={host.KEYRING}"]
+        argv += [f"--include={','.join(PACKAGES)}", *(f"--aptopt={option}" for option in options)]
+        argv += [SUITE, str(root), *SOURCES]
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        self.progress.call(f"making a Debian 13 tree ({len(PACKAGES)} packages and what they need, about 150 MB "
+                           "to download)", argv, self.cache.log("tree"), environment)  # fmt: skip
+
+    def _python_packages(self, partial: Path) -> None:
+        out = partial / "pip"
+        out.mkdir()
+        chroot = self.chroot(
+            root=partial / "root",
+            binds={out: "/lab/out", LOCK.parent: "/lab/kit"},
+            network=True,
+            environment=host.pip_environment(),
+        )
+        argv = ["python3", "-m", "pip", "install", "--break-system-packages", "--no-deps", "--require-hashes"]
+        argv += ["--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--root-user-action=ignore"]
+        argv += ["--root", "/lab/out", "-r", f"/lab/kit/{LOCK.name}"]
+        self.progress.call("adding ioctl-opt and ruff from PyPI", chroot.argv(argv), self.cache.log("tree-pip"))
+        shutil.copytree(out, partial / "root", symlinks=True, dirs_exist_ok=True)
+        shutil.rmtree(out)
+
+    def chroot(
+        self,
+        root: Path | None = None,
+        layers: tuple[Path, ...] = (),
+        binds: dict[Path, str] | None = None,
+        environment: dict[str, str] | None = None,
+        folder: str = "/",
+        network: bool = False,
+    ) -> Chroot:
+        """Return a way into the tree; with the network, its settings come along."""
+        variables, files = dict(environment or {}), {}
+        if network:
+            variables |= host.network_environment()
+            files[Path("/etc/resolv.conf")] = "/etc/resolv.conf"
+            files[Path("/etc/hosts")] = "/etc/hosts"
+            bundle = host.ca_bundle()
+            if bundle:
+                files[bundle] = "/lab/ca.crt"
+                variables |= dict.fromkeys(("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), "/lab/ca.crt")
+        files = {path: inside for path, inside in files.items() if path.exists()}
+        return Chroot(
+            root or self.root, self.cache.mount_point, layers, binds or {}, files, variables, folder
+        )
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a set-up of this tree was begun and not ended."""
+        return self.folder.with_name(self.folder.name + PARTIAL).exists()

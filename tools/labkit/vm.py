@@ -1,0 +1,313 @@
+"""One VM from start to end: its initial RAM file system, its ports, and what comes out of them."""
+
+import os
+import selectors
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from labkit import qemu
+from labkit.chroot import PATH
+from labkit.devices import Plan
+from labkit.environment import INSIDE
+from labkit.errors import EXIT_TIMEOUT, LabError
+from labkit.images import Cpio
+
+GUEST = Path(__file__).with_name("guest")
+BOOT_LIMIT_S = {"kvm": 60.0, "tcg": 180.0, "icount": 400.0}
+SHOWN_CONSOLE_LINES = 25
+DRAIN_S = 5.0
+
+Sink = Callable[[bytes], None]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a VM shall be and do."""
+
+    command: Sequence[str]
+    folder: Path
+    kernel: Path
+    boot_modules: Sequence[Path]
+    busybox: Path
+    disks: Sequence[Path]
+    devices: Plan
+    console_log: Path
+    mode: str = "tcg"
+    cpus: int = 2
+    memory: str = "4G"
+    shares: Sequence[Path] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, Path] = field(default_factory=dict)
+    timeout: float | None = None
+    boot_limit: float | None = None
+    shell: bool = False
+    name: str = "lab"
+    network: tuple[socket.socket, str, str] | None = None
+
+
+def default_environment() -> dict[str, str]:
+    """Return the variables that every command in the VM gets."""
+    return {
+        "PATH": f"{INSIDE}/bin:{PATH}",
+        "PYTHONPATH": INSIDE,
+        "HOME": "/root",
+        "LC_ALL": "C.UTF-8",
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPYCACHEPREFIX": "/tmp/pycache",
+        "PYVHOSTVDPA_LAB": "1",
+    }
+
+
+def configuration(spec: Spec) -> str:
+    """Return config.sh: all that the VM has to know about this run."""
+    mounts = [
+        f"busybox mkdir -p {shlex.quote(str(path))}; must busybox mount -t 9p "
+        f"-o trans=virtio,version=9p2000.L,msize=524288,cache=mmap share{number} {shlex.quote(str(path))}"
+        for number, path in enumerate(spec.shares)
+    ]
+    if spec.network:
+        _, address, _ = spec.network
+        mounts += ["must modprobe virtio_net", f"must ip address add {address}/24 dev eth0", "must ip link set eth0 up"]
+        mounts += ["printf '10.77.0.1 a\\n10.77.0.2 b\\n' >>/etc/hosts"]
+    loads = ["must modprobe vhost_vdpa"] if spec.devices.count else []
+    for module, parameters in spec.devices.modules():
+        if module in spec.modules:
+            loads.append(shlex.join(["must", "insmod", f"/run/lab/modules/{module}.ko", *parameters]))
+        else:
+            loads.append(shlex.join(["must", "modprobe", module, *parameters]))
+    additions = [shlex.join(["must", "vdpa", "dev", "add", *words]) for words in spec.devices.additions()]
+    variables = {**default_environment(), **spec.environment}
+    words = ["env", "-i", *(f"{name}={value}" for name, value in variables.items()), *spec.command]
+    command = f"cd {shlex.quote(str(spec.folder))} && exec {shlex.join(words)}"
+    return "\n".join(
+        [
+            f"LAB_NAME={shlex.quote(spec.name)} LAB_DEVICES={spec.devices.count} LAB_SHELL={int(spec.shell)}",
+            *(_function("lab_mounts", mounts)),
+            *(_function("lab_modules", loads)),
+            *(_function("lab_devices", additions)),
+            *(_function("lab_command", [command])),
+            "",
+        ]
+    )
+
+
+def _function(name: str, lines: list[str]) -> list[str]:
+    return [f"{name}() {{", *(f"    {line}" for line in lines or [":"]), "}"]
+
+
+def initial_ram_disk(spec: Spec) -> bytes:
+    """Return the cpio archive that the kernel starts from."""
+    cpio = Cpio()
+    for name in ("bin", "dev", "proc", "sys", "modules", "lab", "lab/modules"):
+        cpio.folder(name)
+    cpio.character_device("dev/console", 5, 1)
+    cpio.file("bin/busybox", spec.busybox.read_bytes(), executable=True)
+    cpio.link("bin/sh", "busybox")
+    for path in spec.boot_modules:
+        cpio.file(f"modules/{path.name}", path.read_bytes())
+    for name, path in spec.modules.items():
+        cpio.file(f"lab/modules/{name}.ko", path.read_bytes())
+    cpio.file("init", (GUEST / "init.sh").read_bytes(), executable=True)
+    cpio.file("lab/main.sh", (GUEST / "main.sh").read_bytes())
+    cpio.file("lab/config.sh", configuration(spec).encode())
+    return cpio.finish()
+
+
+class Machine:
+    """A running VM. Use as a context manager; leaving it ends the VM."""
+
+    def __init__(self, spec: Spec, out: Sink, err: Sink) -> None:
+        self.spec = spec
+        self.status: int | None = None
+        self.started_after: float | None = None
+        self._sinks = {qemu.OUT: out, qemu.ERR: err}
+        self._received = {qemu.OUT: 0, qemu.ERR: 0}
+        self._expected: dict[int, int] = {}
+        self._sockets: dict[int, socket.socket] = {}
+        self._shell: socket.socket | None = None
+        self._closed: set[int] = set()
+        self._control = b""
+        self._begin = time.monotonic()
+        self._ended_at: float | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "Machine":
+        ends: dict[int, socket.socket] = {}
+        for port in (qemu.CONTROL, qemu.OUT, qemu.ERR):
+            self._sockets[port], ends[port] = socket.socketpair()
+        inherited = list(ends.values())
+        shell_end = None
+        if self.spec.shell:
+            self._shell, shell_end = socket.socketpair()
+            inherited.append(shell_end)
+        if self.spec.network:
+            inherited.append(self.spec.network[0])
+        descriptor = os.memfd_create("initrd")
+        try:
+            _write_all(descriptor, initial_ram_disk(self.spec))
+            argv = qemu.command_line(self._hardware(descriptor, ends, shell_end))
+            self._process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[descriptor, *(end.fileno() for end in inherited)],
+                start_new_session=True,
+            )
+        finally:
+            os.close(descriptor)
+            for end in inherited:
+                end.close()
+        return self
+
+    def _hardware(
+        self, initrd: int, ends: Mapping[int, socket.socket], shell_end: socket.socket | None
+    ) -> qemu.Hardware:
+        spec = self.spec
+        return qemu.Hardware(
+            kernel=spec.kernel,
+            initrd_fd=initrd,
+            disks=spec.disks,
+            shares=[qemu.Share(path, f"share{number}") for number, path in enumerate(spec.shares)],
+            ports={port: end.fileno() for port, end in ends.items()},
+            console_log=spec.console_log,
+            mode=spec.mode,
+            cpus=1 if spec.mode == "icount" else spec.cpus,
+            memory=spec.memory,
+            shell_fd=shell_end.fileno() if shell_end else None,
+            network_fd=spec.network[0].fileno() if spec.network else None,
+            network_mac=spec.network[2] if spec.network else "",
+        )
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.kill()
+            self._process.wait()
+            if self._process.stdout:
+                self._process.stdout.close()
+        for end in [*self._sockets.values(), *([self._shell] if self._shell else [])]:
+            end.close()
+
+    def register(self, selector: selectors.BaseSelector) -> None:
+        """Have this VM's ports watched."""
+        for port, end in self._sockets.items():
+            selector.register(end, selectors.EVENT_READ, (self, port))
+
+    @property
+    def shell(self) -> socket.socket:
+        """Return the near end of the VM's console."""
+        assert self._shell is not None
+        return self._shell
+
+    def receive(self, selector: selectors.BaseSelector, port: int) -> None:
+        """Take what has come in at a port."""
+        try:
+            data = self._sockets[port].recv(1 << 16)
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            selector.unregister(self._sockets[port])
+            self._closed.add(port)
+        elif port == qemu.CONTROL:
+            self._control += data
+            *lines, self._control = self._control.split(b"\n")
+            for line in lines:
+                self._report(line.decode(errors="replace").strip())
+        else:
+            self._received[port] += len(data)
+            self._sinks[port](data)
+
+    def _report(self, line: str) -> None:
+        word, _, rest = line.partition(" ")
+        if word == "started":
+            self.started_after = time.monotonic() - self._begin
+        elif word == "failed":
+            raise LabError(f"the VM could not make its devices: {rest}", self._console(), self._look())
+        elif word == "exit":
+            status, out, err = map(int, rest.split())
+            self._expected = {qemu.OUT: out, qemu.ERR: err}
+            self.status = status
+            self._ended_at = time.monotonic()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the command has ended and all of its output is here."""
+        if self.status is None or self._ended_at is None:
+            return False
+        complete = all(self._received[port] >= count >= 0 for port, count in self._expected.items())
+        return complete or time.monotonic() - self._ended_at > DRAIN_S
+
+    def check(self) -> None:
+        """Raise when the VM has died, hangs, or its time is over."""
+        if self.finished:
+            return
+        now = time.monotonic()
+        if self._process is not None and self._process.poll() is not None and len(self._closed) == len(self._sockets):
+            raise self._death()
+        limit = self.spec.boot_limit or BOOT_LIMIT_S[self.spec.mode]
+        if self.started_after is None and now - self._begin > limit:
+            raise LabError(
+                f"the VM did not get to its command within {limit:.0f} s",
+                self._console(),
+                self._look(),
+            )
+        if self.spec.timeout is not None and self.started_after is not None:
+            over = now - self._begin - self.started_after - self.spec.timeout
+            if over > 0 and self.status is None:
+                raise LabError(
+                    f"time-out: the command ran longer than {self.spec.timeout:g} s; the VM was stopped",
+                    "Its output so far is above.",
+                    "give it more with --timeout, or none",
+                    EXIT_TIMEOUT,
+                )
+
+    def _death(self) -> LabError:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        said = self._process.stdout.read().decode(errors="replace").strip()
+        console = self._console()
+        if "Kernel panic" in console or "Kernel panic" in said:
+            what = "the VM's kernel panicked before the command ended"
+        elif self.started_after is None:
+            what = f"the VM ended before its command started (QEMU's status {self._process.returncode})"
+        else:
+            what = "the VM stopped before the command ended"
+        return LabError(what, "\n".join(part for part in (said, console) if part), self._look())
+
+    def _console(self) -> str:
+        try:
+            lines = self.spec.console_log.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return ""
+        return "\n".join(f"| {line.rstrip()}" for line in lines[-SHOWN_CONSOLE_LINES:] if line.strip())
+
+    def _look(self) -> str:
+        return f"less {self.spec.console_log}   (the kernel's whole console)"
+
+
+def drive(machines: Sequence[Machine], selector: selectors.BaseSelector, idle: Callable[[object], None]) -> None:
+    """Serve running VMs until all of them have finished; `idle` gets events that are not a VM's."""
+    for machine in machines:
+        machine.register(selector)
+    while not all(machine.finished for machine in machines):
+        for key, _ in selector.select(0.2):
+            if isinstance(key.data, tuple):
+                machine, port = key.data
+                machine.receive(selector, port)
+            else:
+                idle(key.data)
+        for machine in machines:
+            machine.check()
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
