@@ -94,8 +94,8 @@ def _summary(report: Report) -> str:
         [["", *(f"{value:,}" for value in frames.to_dict().values())]],
     )
     parts = table(
-        ["received", *report.frames_by_part],
-        [["frames", *(f"{value:,}" for value in report.frames_by_part.values())]],
+        ["traffic", "received", "frames/s"],
+        [[name, f"{part.received:,}", f"{part.rate:,.0f}"] for name, part in report.parts.items()],
     )
     phases = table(
         ["phase", "ms", "ioctls", "IOTLB messages"],

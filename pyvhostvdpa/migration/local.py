@@ -25,7 +25,7 @@ from ..net.traffic import Traffic
 from ..trace import Trace
 from ..uapi import BackendFeature, names
 from .downtime import DT1, DT2, PHASES, PhaseCost, cost, interval, milliseconds
-from .report import Report, environment
+from .report import Part, Report, environment
 
 Observer = Callable[[str], None]
 """Called with the name of each part of a migration as it begins."""
@@ -75,7 +75,7 @@ def migrate(
 
 @dataclass
 class _Bookkeeping:
-    frames: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
     drops_before: dict[str, dict[str, int]] = field(default_factory=dict)
     drops: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -184,12 +184,12 @@ class _Migration:
     # -- observation ------------------------------------------------------------
 
     def _let_run(self, part: str, device: VdpaNetDevice) -> None:
-        before = self.nic.counts().received
-        end = time.monotonic() + self.options.seconds / 3
+        before, begin = self.nic.counts().received, time.monotonic()
+        end = begin + self.options.seconds / 3
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(left, _CHECK_SECONDS))
             device.check()
-        self.book.frames[part] = self.nic.counts().received - before
+        self.book.parts[part] = Part(self.nic.counts().received - before, time.monotonic() - begin)
 
     def _drops(self, device: VdpaNetDevice) -> dict[str, int]:
         """Counters of frames that a device lost, as far as the parent has any."""
@@ -213,7 +213,7 @@ class _Migration:
         return Report(
             outcome=outcome,
             frames=self.nic.counts(),
-            frames_by_part=self.book.frames,
+            parts=self.book.parts,
             dt1_ms={source: milliseconds(self.trace, source, DT1)},
             dt2_ms={source: milliseconds(self.trace, source, DT2)},
             gap_switch_ms=self._gap(source, DT1),

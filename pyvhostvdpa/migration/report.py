@@ -19,6 +19,27 @@ SCHEMA = "pyvhostvdpa/migrate/1"
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Frames received in one part of a migration, and its length in seconds."""
+
+    received: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Frames per second."""
+        return self.received / self.seconds if self.seconds else 0.0
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Return the fields for JSON."""
+        return {
+            "received": self.received,
+            "seconds": round(self.seconds, 3),
+            "frames_per_second": round(self.rate, 1),
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The result of one migration. Times in milliseconds.
 
@@ -28,7 +49,7 @@ class Report:
 
     outcome: str
     frames: FrameCounts
-    frames_by_part: dict[str, int]
+    parts: dict[str, Part]
     dt1_ms: dict[str, float]
     dt2_ms: dict[str, float]
     gap_switch_ms: float
@@ -43,7 +64,7 @@ class Report:
             "schema": SCHEMA,
             "outcome": self.outcome,
             "frames": self.frames.to_dict(),
-            "frames_by_part": self.frames_by_part,
+            "parts": {name: part.to_dict() for name, part in self.parts.items()},
             "dt1_ms": {
                 "worst": round(max(self.dt1_ms.values(), default=0.0), 3),
                 "devices": [{"device": d, "ms": round(ms, 3)} for d, ms in self.dt1_ms.items()],
