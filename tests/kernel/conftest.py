@@ -18,6 +18,9 @@ from pyvhostvdpa.net.traffic import Traffic
 from pyvhostvdpa.uapi import BackendFeature
 
 
+NOTHING = BackendFeature(0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests on the same kind of device together: loading the module anew takes seconds."""
     items.sort(key=lambda item: "pinned" in getattr(item, "fixturenames", ()))
@@ -83,8 +86,8 @@ class Guest:
         assert (counts.lost, counts.duplicated, counts.corrupted, counts.reordered) == (0, 0, 0, 0)
 
 
-def _guest(path: str, use: BackendFeature = ~BackendFeature(0)) -> Iterator[Guest]:
-    with GuestMemory([(DEFAULT_GPA, lab.SMALL)]) as memory, VdpaNetDevice(path, use=use) as device:
+def _guest(path: str, without: BackendFeature) -> Iterator[Guest]:
+    with GuestMemory([(DEFAULT_GPA, lab.SMALL)]) as memory, VdpaNetDevice(path, use=~without) as device:
         device.attach(memory)
         guest = Guest(device, memory)
         yield guest
@@ -94,16 +97,16 @@ def _guest(path: str, use: BackendFeature = ~BackendFeature(0)) -> Iterator[Gues
 @pytest.fixture
 def guest(devices: tuple[str, str]) -> Iterator[Guest]:
     """A guest attached to the first device, not started."""
-    yield from _guest(devices[0])
+    yield from _guest(devices[0], NOTHING)
 
 
 @pytest.fixture
 def pinned_guest(pinned: tuple[str, str]) -> Iterator[Guest]:
     """The same on a device that pins."""
-    yield from _guest(pinned[0])
+    yield from _guest(pinned[0], NOTHING)
 
 
 @pytest.fixture
 def forgetful_guest(devices: tuple[str, str]) -> Iterator[Guest]:
     """The same on a device whose maps are lost at reset (IOTLB_PERSIST not acknowledged)."""
-    yield from _guest(devices[0], ~BackendFeature.IOTLB_PERSIST)
+    yield from _guest(devices[0], BackendFeature.IOTLB_PERSIST)

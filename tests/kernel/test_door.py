@@ -63,7 +63,11 @@ REFUSALS = {
     "a second owner": (lambda dev: dev.set_owner(), errno.EBUSY),
     "a status that clears bits": (lambda dev: dev.set_status(Status.ACKNOWLEDGE), errno.EINVAL),
     "an unknown backend feature": (lambda dev: dev.set_backend_features(BackendFeature(1 << 20)), errno.EOPNOTSUPP),
-    "DESC_ASID alone": (lambda dev: dev.set_backend_features(BackendFeature.DESC_ASID), errno.EOPNOTSUPP),
+    "DESC_ASID alone": (lambda dev: dev.set_backend_features(BackendFeature.DESC_ASID), errno.EINVAL),
+    "DESC_ASID of a parent without": (
+        lambda dev: dev.set_backend_features(BackendFeature.DESC_ASID | BackendFeature.IOTLB_ASID),
+        errno.EOPNOTSUPP,
+    ),
     "features without ACCESS_PLATFORM": (lambda dev: dev.set_features(int(Feature.VERSION_1)), errno.EINVAL),
     "a queue it has not": (lambda dev: dev.set_vring_num(3, 16), errno.ENOBUFS),
     "a ring size of 3": (lambda dev: dev.set_vring_num(0, 3), errno.EINVAL),

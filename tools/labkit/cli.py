@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from labkit import devices
@@ -41,9 +42,7 @@ def _vm_options(parser: argparse.ArgumentParser) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser for all sub-commands."""
     parser = argparse.ArgumentParser(
-        prog="tools/lab",
-        description="Run commands in a VM with a stock Debian kernel and real vDPA devices.",
-        epilog=EPILOG,
+        prog="tools/lab", description="Run commands in a VM with a stock Debian kernel and real vDPA devices.", epilog=EPILOG
     )
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     run = commands.add_parser("run", help="run a command in a VM", epilog=EPILOG)

@@ -29,7 +29,7 @@ class Kind:
         return project / self.source if self.source else None
 
 
-_SIM = dict.fromkeys(("use_va", "batch_mapping", "max_batch_mapping", "max_iotlb_entries"), "vdpa_sim")
+_SIM = {name: "vdpa_sim" for name in ("use_va", "batch_mapping", "max_batch_mapping", "max_iotlb_entries")}
 KINDS = {
     kind.name: kind
     for kind in (

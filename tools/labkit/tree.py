@@ -115,7 +115,9 @@ class Tree:
                 files[bundle] = "/lab/ca.crt"
                 variables |= dict.fromkeys(("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), "/lab/ca.crt")
         files = {path: inside for path, inside in files.items() if path.exists()}
-        return Chroot(root or self.root, self.cache.mount_point, layers, binds or {}, files, variables, folder)
+        return Chroot(
+            root or self.root, self.cache.mount_point, layers, binds or {}, files, variables, folder
+        )
 
     @property
     def interrupted(self) -> bool:
