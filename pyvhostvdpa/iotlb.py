@@ -28,7 +28,7 @@ class Layout(enum.Enum):
     TRANSLATED = "translated"
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Mapping:
     """One UPDATE. ``entries`` is what it costs of the kernel's limit."""
 
@@ -75,6 +75,12 @@ class Iotlb:
             raise MapRejected(f"ASID {asid}: the device has {self.limits.as_num} address spaces")
         return self._spaces.setdefault(asid, AddressSpace(self, asid))
 
+    def make_room(self, pinned: int) -> None:
+        """Raise this process's memlock limit for ``pinned`` more bytes if that is needed and allowed."""
+        note = allow_pinning(pinned) if pinned else ""
+        if note:
+            self.notes.append(note)
+
     def map_again(self) -> None:
         """Restore the device's translation after a reset without IOTLB_PERSIST.
 
@@ -112,15 +118,21 @@ class AddressSpace:
         On a pinned set_map parent this rebuilds the device's table once per
         physically contiguous run; see :meth:`batch`.
         """
-        mapping = self._check(self._maps, iova, uaddr, size, perm)
-        self._iotlb.chardev.write_iotlb([_update(self.asid, mapping)])
-        bisect.insort(self._maps, mapping)
+        with self._one() as change:
+            change.map(iova, uaddr, size, perm)
 
     def unmap(self, iova: int, size: int) -> None:
         """Unmap exactly what was mapped: the kernel drops every entry the range touches, whole."""
-        mapping = self._find(self._maps, iova, size)
-        self._iotlb.chardev.write_iotlb([_invalidate(self.asid, mapping)])
-        self._maps.remove(mapping)
+        with self._one() as change:
+            change.unmap(iova, size)
+
+    @contextmanager
+    def _one(self) -> Iterator[Batch]:
+        change = Batch(self, self._iotlb.limits)
+        yield change
+        self._iotlb.make_room(change.pinned)
+        self._iotlb.chardev.write_iotlb(change.messages)
+        self._maps = change.planned
 
     @contextmanager
     def batch(self) -> Iterator[Batch]:
@@ -129,7 +141,7 @@ class AddressSpace:
         Nothing is sent if the block raises. The kernel reports no failure of
         a batch as a whole (it ignores the parent's answer at BATCH_END).
         """
-        batch = Batch(self)
+        batch = Batch(self, self._iotlb.limits)
         yield batch
         if batch.messages:
             self._send(batch)
@@ -137,6 +149,7 @@ class AddressSpace:
     def _send(self, batch: Batch) -> None:
         begin = IotlbMessage(IotlbType.BATCH_BEGIN, self.asid)
         end = IotlbMessage(IotlbType.BATCH_END, self.asid)
+        self._iotlb.make_room(batch.pinned)
         try:
             self._iotlb.chardev.write_iotlb([begin, *batch.messages, end])
         except IotlbWriteError as e:
@@ -147,85 +160,86 @@ class AddressSpace:
             raise
         self._maps = batch.planned
 
-    def _check(
-        self, maps: Sequence[Mapping], iova: int, uaddr: int, size: int, perm: Access, pending: int = 0
-    ) -> Mapping:
-        limits = self._iotlb.limits
-        what = f"map of {size:#x} bytes at IOVA {iova:#x} in ASID {self.asid}"
+
+class Batch:
+    """Maps and unmaps that are sent together when the block ends."""
+
+    def __init__(self, space: AddressSpace, limits: Limits) -> None:
+        self._asid = space.asid
+        self._limits = limits
+        self._before = list(space.mappings)
+        self._entries = sum(m.entries for m in self._before)
+        self._changes: list[tuple[bool, Mapping]] = []
+        self.planned = list(self._before)
+        self.messages: list[IotlbMessage] = []
+        self.pinned = 0
+        """Bytes that will be pinned anew."""
+
+    def map(self, iova: int, uaddr: int, size: int, perm: Access = Access.RW) -> None:
+        """Add a map; see :meth:`AddressSpace.map`."""
+        what = f"map of {size:#x} bytes at IOVA {iova:#x} in ASID {self._asid}"
+        self._check_range(what, iova, uaddr, size)
+        self._check_overlap(what, iova, size)
+        entries = (physical_runs(uaddr, size) or 1) if self._limits.pinned else 1
+        self._check_entries(what, entries)
+        self.put_back(Mapping(iova, size, uaddr, perm, entries))
+        self.pinned += size if self._limits.pinned else 0
+
+    def _check_range(self, what: str, iova: int, uaddr: int, size: int) -> None:
+        limits = self._limits
         if size <= 0 or size % PAGE_SIZE or iova % PAGE_SIZE or uaddr % PAGE_SIZE:
             raise MapRejected(f"{what}: IOVA, size and address {uaddr:#x} must be multiples of {PAGE_SIZE}")
         if iova == 0:
             raise MapRejected(f"{what}: IOVA 0 is never used, some devices dislike it")
         if iova < limits.first or iova + size - 1 > limits.last:
             raise MapRejected(f"{what}: outside the device's range {limits.first:#x}-{limits.last:#x}")
-        at = bisect.bisect_left(maps, iova, key=lambda m: m.iova)
-        for other in maps[max(at - 1, 0) : at + 1]:
+
+    def _check_overlap(self, what: str, iova: int, size: int) -> None:
+        at = _index(self.planned, iova)
+        for other in self.planned[max(at - 1, 0) : at + 1]:
             if other.iova <= iova + size - 1 and iova <= other.last:
                 raise MapRejected(f"{what}: overlaps what is mapped at {other.iova:#x}-{other.last:#x}; unmap it first")
-        entries = (physical_runs(uaddr, size) or 1) if limits.pinned else 1
-        used = sum(m.entries for m in maps)
-        if limits.entries is not None and used + entries > limits.entries:
+
+    def _check_entries(self, what: str, entries: int) -> None:
+        allowed = self._limits.entries
+        if allowed is not None and self._entries + entries > allowed:
             raise MapRejected(
-                f"{what}: takes {entries} IOTLB entries (physically contiguous runs), {used} are in use, "
-                f"the kernel allows {limits.entries}",
+                f"{what}: takes {entries} IOTLB entries (physically contiguous runs), {self._entries} are in use, "
+                f"the kernel allows {allowed}",
                 hint="use huge pages (echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled), "
                 "or load vhost_vdpa with a larger max_iotlb_entries",
             )
-        if limits.pinned:
-            note = allow_pinning(pending + size)
-            if note:
-                self._iotlb.notes.append(note)
-        return Mapping(iova, size, uaddr, perm, entries)
-
-    def _find(self, maps: Sequence[Mapping], iova: int, size: int) -> Mapping:
-        for m in maps:
-            if m.iova == iova and m.size == size:
-                return m
-        raise MapRejected(f"unmap of {size:#x} bytes at IOVA {iova:#x} in ASID {self.asid}: not mapped like that")
-
-
-class Batch:
-    """Maps and unmaps that are sent together when the block ends."""
-
-    def __init__(self, space: AddressSpace) -> None:
-        self._space = space
-        self._before = list(space.mappings)
-        self.planned = list(space.mappings)
-        self.messages: list[IotlbMessage] = []
-        self._changes: list[tuple[bool, Mapping]] = []
-
-    def map(self, iova: int, uaddr: int, size: int, perm: Access = Access.RW) -> None:
-        """Add a map; see :meth:`AddressSpace.map`."""
-        pending = sum(m.size for added, m in self._changes if added)
-        self.put_back(self._space._check(self.planned, iova, uaddr, size, perm, pending))
 
     def put_back(self, mapping: Mapping) -> None:
         """Add a map that was checked before."""
-        bisect.insort(self.planned, mapping)
+        self.planned.insert(_index(self.planned, mapping.iova), mapping)
+        self._entries += mapping.entries
         self._changes.append((True, mapping))
-        self.messages.append(_update(self._space.asid, mapping))
+        self.messages.append(
+            IotlbMessage(IotlbType.UPDATE, self._asid, mapping.iova, mapping.size, mapping.uaddr, int(mapping.perm))
+        )
 
     def unmap(self, iova: int, size: int) -> None:
         """Add an unmap; see :meth:`AddressSpace.unmap`."""
-        mapping = self._space._find(self.planned, iova, size)
-        self.planned.remove(mapping)
+        at = _index(self.planned, iova)
+        mapping = self.planned[at] if at < len(self.planned) else None
+        if mapping is None or (mapping.iova, mapping.size) != (iova, size):
+            raise MapRejected(f"unmap of {size:#x} bytes at IOVA {iova:#x} in ASID {self._asid}: not mapped like that")
+        del self.planned[at]
+        self._entries -= mapping.entries
         self._changes.append((False, mapping))
-        self.messages.append(_invalidate(self._space.asid, mapping))
+        self.messages.append(IotlbMessage(IotlbType.INVALIDATE, self._asid, iova, size))
 
     def after(self, count: int) -> list[Mapping]:
         """Return what is mapped once the first ``count`` changes were applied."""
-        maps = list(self._before)
+        maps = {m.iova: m for m in self._before}
         for added, mapping in self._changes[:count]:
             if added:
-                bisect.insort(maps, mapping)
+                maps[mapping.iova] = mapping
             else:
-                maps.remove(mapping)
-        return maps
+                del maps[mapping.iova]
+        return [maps[iova] for iova in sorted(maps)]
 
 
-def _update(asid: int, m: Mapping) -> IotlbMessage:
-    return IotlbMessage(IotlbType.UPDATE, asid, m.iova, m.size, m.uaddr, int(m.perm))
-
-
-def _invalidate(asid: int, m: Mapping) -> IotlbMessage:
-    return IotlbMessage(IotlbType.INVALIDATE, asid, m.iova, m.size)
+def _index(maps: Sequence[Mapping], iova: int) -> int:
+    return bisect.bisect_left(maps, iova, key=lambda m: m.iova)

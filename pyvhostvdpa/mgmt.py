@@ -158,16 +158,17 @@ def _parameter(module: str, name: str) -> str | None:
 
 
 def parent_module(chardev: str | os.PathLike[str]) -> str | None:
-    """Return the kernel module of the parent driver as far as sysfs and netlink tell."""
+    """Return the kernel module of the parent driver, as far as sysfs tells (``mlx5_vdpa`` shows as ``mlx5_core``)."""
     name = name_of(chardev)
     if name is None:
         return None
-    mgmtdev = str(vdpa_json("dev", "show", name).get("dev", {}).get(name, {}).get("mgmtdev", ""))
-    if mgmtdev.startswith("vdpasim"):
+    parent = (SYSFS_DEVICES / name).resolve().parent
+    if parent.name.startswith("vdpasim"):
         return "vdpa_sim"
-    if mgmtdev.startswith("vduse"):
+    if "vduse" in parent.parts:
         return "vduse"
-    return mgmtdev.split("/", maxsplit=1)[0] or None
+    module = parent / "driver" / "module"
+    return module.resolve().name if module.exists() else None
 
 
 def uses_user_addresses(chardev: str | os.PathLike[str]) -> bool:

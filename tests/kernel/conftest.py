@@ -17,7 +17,6 @@ from pyvhostvdpa.net.nic import GuestNic
 from pyvhostvdpa.net.traffic import Traffic
 from pyvhostvdpa.uapi import BackendFeature
 
-
 NOTHING = BackendFeature(0)
 
 

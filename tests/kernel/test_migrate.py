@@ -172,7 +172,7 @@ def test_ctrl_c_is_status_130(devices: tuple[str, str], part: str) -> None:
 
 
 def test_after_kill_9_in_the_shadow_phase_the_next_run_works(devices: tuple[str, str]) -> None:
-    with subprocess.Popen([*COMMAND, "--seconds", "30"], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*COMMAND, "--seconds", "9"], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if PARTS["shadow"] in line:
