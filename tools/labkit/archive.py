@@ -96,7 +96,7 @@ def choose_kernel(packages: Iterable[Package], wanted: str) -> KernelChoice:
 
 
 def _assemble(index: dict[tuple[str, str], Package], image: Package, release: str) -> KernelChoice | None:
-    series = ".".join(release.split("+")[0].split("-")[0].split(".")[:2])
+    series = ".".join(release.split("+", maxsplit=1)[0].split("-", maxsplit=1)[0].split(".")[:2])
     headers = index.get((f"linux-headers-{release}", image.version))
     source = index.get((f"linux-source-{series}", image.version))
     if headers is None or source is None:

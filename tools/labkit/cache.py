@@ -65,6 +65,16 @@ class Cache:
         """Hold the right to remove it all, refused while a VM runs from it."""
         return self._locked("use.lock", fcntl.LOCK_EX, "a VM of the lab is running from this cache", wait=False)
 
+    def clean(self) -> int:
+        """Remove it all, unless it is in use; return how many bytes that freed."""
+        with self.removing():
+            freed = used(self.root)
+            try:
+                shutil.rmtree(self.root)
+            except PermissionError as error:
+                raise LabError(f"{self.root} cannot be removed", str(error), "sudo tools/lab clean") from error
+        return freed
+
     def log(self, name: str) -> Path:
         """Return a path for a log, and drop the oldest ones."""
         self.logs.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,11 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NODES = ("null", "zero", "full", "random", "urandom", "tty")
 
 
+def contained(command: Sequence[str]) -> list[str]:
+    """Return the command line by which neither a mount nor a process of `command` outlives it."""
+    return ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", *command]
+
+
 @dataclass(frozen=True)
 class Chroot:
     """A Debian tree, read-only layers over it, and what is bound into it from outside."""
@@ -24,8 +29,7 @@ class Chroot:
     def argv(self, command: Sequence[str]) -> list[str]:
         """Return the command line that runs `command` in there and ends all of it when it is itself ended."""
         script = "\n".join([*self._mounts(), self._enter(command)])
-        flags = ["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
-        return ["unshare", *flags, "sh", "-ec", script]
+        return contained(["sh", "-ec", script])
 
     def _mounts(self) -> list[str]:
         base = shlex.quote(str(self.mount_point))

@@ -1,19 +1,20 @@
 """The command line of `tools/lab`: parse, call, map failures to exit statuses."""
 
 import argparse
+import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from types import FrameType
 
-from labkit import devices
+from labkit import cache, devices, pair, soak, status, testing
 from labkit.errors import EXIT_INTERRUPTED, LabError
-from labkit.session import Request, Session
+from labkit.session import PROJECT, Request, Session
 
-EPILOG = """exit status of run: that of COMMAND; 124 when --timeout is over, 125 when the lab itself fails (set-up, boot,
-a kernel that panics), 130 on Ctrl-C. All downloads and builds are kept in $PYVHOSTVDPA_CACHE (default
+EPILOG = """exit status of run: that of COMMAND; 124 when --timeout is over, 125 when the lab itself fails (set-up,
+boot, a kernel that panics), 130 on Ctrl-C. All downloads and builds are kept in $PYVHOSTVDPA_CACHE (default
 /var/cache/pyvhostvdpa)."""
 
 
@@ -42,7 +43,9 @@ def _vm_options(parser: argparse.ArgumentParser) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser for all sub-commands."""
     parser = argparse.ArgumentParser(
-        prog="tools/lab", description="Run commands in a VM with a stock Debian kernel and real vDPA devices.", epilog=EPILOG
+        prog="tools/lab",
+        description="Run commands in a VM with a stock Debian kernel and real vDPA devices.",
+        epilog=EPILOG,
     )
     commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     run = commands.add_parser("run", help="run a command in a VM", epilog=EPILOG)
@@ -53,6 +56,25 @@ def build_parser() -> argparse.ArgumentParser:
     setup = commands.add_parser("setup", help="make all that a run needs, and no run")
     setup.add_argument("--kernel", default="6.12", metavar="X")
     setup.add_argument("--refresh", action="store_true", help="look for a newer kernel of the same line")
+    status = commands.add_parser("status", help="what is cached, what is missing, which accelerator was proved")
+    status.add_argument("--json", action="store_true")
+    commands.add_parser("clean", help="remove the cache folder")
+    demo = commands.add_parser("demo", help="a live migration between two vdpa_sim_net devices")
+    demo.add_argument("--kernel", default="6.12", metavar="X")
+    test = commands.add_parser(
+        "test",
+        help="checks and tests without a device, tests on the device in a VM, one report",
+        usage="tools/lab test [--kernel X] [--accel MODE] [--cpus N] [--memory SIZE] [--timeout S] [PYTEST ARGUMENT…]",
+        epilog="Other arguments go to pytest; a path below tests/unit or tests/kernel selects the part.",
+    )
+    _vm_options(test)
+    soak = commands.add_parser("soak", help="tests that are too long for every day; without a name: which there are")
+    soak.add_argument("name", nargs="?", metavar="NAME")
+    soak.add_argument("--minutes", type=float, default=10.0, metavar="M")
+    _vm_options(soak)
+    pair = commands.add_parser("pair", help="two VMs with a network between them: a 10.77.0.1, b 10.77.0.2")
+    _vm_options(pair)
+    pair.add_argument("command", nargs="*", metavar="-- COMMAND_A --- COMMAND_B")
     return parser
 
 
@@ -98,7 +120,88 @@ def _setup(options: argparse.Namespace) -> int:
     return 0
 
 
-ACTIONS = {"run": _run, "shell": _shell, "setup": _setup}
+def _status(options: argparse.Namespace) -> int:
+    state = status.collect(Session())
+    print(json.dumps(state, indent=2) if options.json else status.render(state))
+    return 0
+
+
+def _clean(_: argparse.Namespace) -> int:
+    session = Session()
+    if not session.cache.root.exists():
+        session.progress.say(f"there is no cache folder {session.cache.root}")
+        return 0
+    freed = session.cache.clean()
+    session.progress.say(f"removed {session.cache.root}, {cache.size(freed)}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    command = ["vhost-vdpa", "migrate", "/dev/vhost-vdpa-0", "/dev/vhost-vdpa-1"]
+    return Session().run(Request(command=command, kernel=options.kernel), "demo")
+
+
+def _test(options: argparse.Namespace) -> int:
+    return testing.Run(Session(), request(options, ()), options.rest).execute()
+
+
+def _soak(options: argparse.Namespace) -> int:
+    if options.name is None:
+        for name, path in soak.available(PROJECT).items():
+            print(f"{name:<24} {soak.summary(path)}")
+        return 0
+    path = soak.choose(PROJECT, options.name)
+    wished = build_parser().parse_args(["soak", *soak.options(path), *options.given])
+    words = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "-s", str(path.relative_to(PROJECT))]
+    asked = request(wished, words)
+    minutes = {"PYVHOSTVDPA_SOAK_MINUTES": f"{wished.minutes:g}"}
+    return Session().run(replace(asked, environment={**minutes, **asked.environment}), "soak")
+
+
+def _pair(options: argparse.Namespace) -> int:
+    return pair.run(Session(), request(options, ()), options.command)
+
+
+ACTIONS = {
+    "run": _run,
+    "shell": _shell,
+    "setup": _setup,
+    "status": _status,
+    "clean": _clean,
+    "demo": _demo,
+    "test": _test,
+    "soak": _soak,
+    "pair": _pair,
+}
+
+
+def split_test(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the arguments of `test` into the lab's own, which come first, and pytest's."""
+    own = ("--kernel", "--accel", "--cpus", "--memory", "--timeout", "--devices", "--env")
+    index = 0
+    while index < len(argv):
+        word = argv[index]
+        if word in own:
+            index += 2
+        elif word in ("-h", "--help", "--icount") or word.startswith(tuple(f"{name}=" for name in own)):
+            index += 1
+        else:
+            break
+    rest = list(argv[index:])
+    return list(argv[:index]), rest[1:] if rest[:1] == ["--"] else rest
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    words = list(argv)
+    rest: list[str] = []
+    if words[:1] == ["test"]:
+        own, rest = split_test(words[1:])
+        words = ["test", *own]
+    options = build_parser().parse_args(words)
+    options.rest = rest
+    options.given = words[1:]
+    return options
 
 
 def _terminate(signum: int, _: FrameType | None) -> None:
@@ -107,7 +210,7 @@ def _terminate(signum: int, _: FrameType | None) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run one sub-command and return the exit status."""
-    options = build_parser().parse_args(argv)
+    options = parse(argv)
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
     try:

@@ -29,7 +29,7 @@ class Kind:
         return project / self.source if self.source else None
 
 
-_SIM = {name: "vdpa_sim" for name in ("use_va", "batch_mapping", "max_batch_mapping", "max_iotlb_entries")}
+_SIM = dict.fromkeys(("use_va", "batch_mapping", "max_batch_mapping", "max_iotlb_entries"), "vdpa_sim")
 KINDS = {
     kind.name: kind
     for kind in (
@@ -79,7 +79,7 @@ class Plan:
 
     def additions(self) -> list[list[str]]:
         """Return the arguments of `vdpa dev add`, one list a device."""
-        result = []
+        result: list[list[str]] = []
         mac = FIRST_MAC
         for group in self.groups:
             own_mac = parse_mac(group.attributes["mac"]) if "mac" in group.attributes else None

@@ -71,7 +71,10 @@ def ensure_packages(cache: Cache, progress: Progress) -> None:
     progress.say(f"this machine lacks what the lab needs; installing the Debian packages: {' '.join(missing)}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     progress.call("reading the package index", ["apt-get", "update"], cache.log("host-apt-update"), environment)
-    argv = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
+    progress.call(
+        "finishing interrupted installations", ["dpkg", "--configure", "-a"], cache.log("host-dpkg"), environment
+    )
+    argv = ["apt-get", "-o", "DPkg::Lock::Timeout=120", "install", "-y", "--no-install-recommends", *missing]
     progress.call(f"installing {' '.join(missing)}", argv, cache.log("host-apt-install"), environment)
     still = missing_packages()
     if still:

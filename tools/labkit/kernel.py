@@ -101,7 +101,7 @@ class Builder:
         self._apt("reading the archive's index", "kernel-index", ["apt-get", "update"])
         script = (
             "apt-cache pkgnames linux- | grep -E "
-            f"'^linux-(image|modules|binary|base|headers|kbuild|source)-[0-9]' | grep -vE -- '-(rt|cloud)-|-dbg$' "
+            "'^linux-(image|modules|binary|base|headers|kbuild|source)-[0-9]' | grep -vE -- '-(rt|cloud)-|-dbg$' "
             "| xargs apt-cache show"
         )
         text = self._apt("choosing a kernel", "kernel-choice", ["sh", "-c", script])
@@ -110,7 +110,10 @@ class Builder:
     def _apt(self, title: str, log: str, argv: list[str], binds: dict[Path, str] | None = None) -> str:
         mounts = {self.cache.lists: "/var/lib/apt/lists", **(binds or {})}
         chroot = self.tree.chroot(
-            binds=mounts, network=True, folder="/lab/debs" if binds else "/", environment={"DEBIAN_FRONTEND": "noninteractive"}
+            binds=mounts,
+            network=True,
+            folder="/lab/debs" if binds else "/",
+            environment={"DEBIAN_FRONTEND": "noninteractive"},
         )
         return self.progress.call(title, chroot.argv(argv), self.cache.log(log))
 
@@ -132,7 +135,9 @@ class Builder:
     def _download(self, debs: Path, choice: KernelChoice) -> None:
         pins = sorted({package.pin for package in (*choice.image, *choice.headers, choice.source)})
         binds = {debs: "/lab/debs"}
-        self._apt(f"fetching the kernel, {size(choice.download)}", "kernel-fetch", ["apt-get", "download", *pins], binds)
+        self._apt(
+            f"fetching the kernel, {size(choice.download)}", "kernel-fetch", ["apt-get", "download", *pins], binds
+        )
         more = ["apt-get", "install", "-y", "--download-only", "--no-install-recommends"]
         more += ["-o", "Dir::Cache::Archives=/lab/debs", *choice.tools]
         self._apt("fetching what building its modules needs", "kernel-fetch-tools", more, binds)
@@ -153,9 +158,7 @@ class Builder:
                 target = "image" if name in image_names else "headers"
                 lines.append(f"dpkg-deb -x '/lab/work/debs/{deb.name}' /lab/work/{target}")
         for target in ("image", "headers"):
-            lines.append(
-                f"cd /lab/work/{target}; if [ -d lib ]; then mkdir -p usr; cp -a lib usr/; rm -r lib; fi"
-            )
+            lines.append(f"cd /lab/work/{target}; if [ -d lib ]; then mkdir -p usr; cp -a lib usr/; rm -r lib; fi")
         self._script("unpacking", "kernel-unpack", lines, {work: "/lab/work"})
 
     def _script(
@@ -192,7 +195,7 @@ class Builder:
             source = work / "source" / folder
             if folder in PLAIN_MAKEFILES:
                 (source / "Makefile").write_text(PLAIN_MAKEFILES[folder])
-            build_modules(self.progress, self.cache, self.tree, (work / "headers", symbols, choice.release), source, settings)
+            build_modules(self.tree, (work / "headers", symbols, choice.release), source, settings)
             (stock / "updates").mkdir(exist_ok=True)
             for module in modules:
                 shutil.copy(source / f"{module}.ko", stock / "updates")
@@ -220,8 +223,6 @@ class Builder:
 
 
 def build_modules(
-    progress: Progress,
-    cache: Cache,
     tree: Tree,
     against: tuple[Path, Path, str],
     source: Path,
@@ -233,7 +234,8 @@ def build_modules(
     argv = ["make", "-C", f"/usr/src/linux-headers-{release}", "M=/lab/source", *settings]
     argv += [f"KBUILD_EXTRA_SYMBOLS={known}", "modules"]
     chroot = tree.chroot(layers=(headers,), binds={source: "/lab/source", symbols: "/lab/symbols"})
-    progress.call(f"building the modules of {source.name}", chroot.argv(argv), cache.log(f"build-{source.name}"))
+    log = tree.cache.log(f"build-{source.name}")
+    tree.progress.call(f"building the modules of {source.name}", chroot.argv(argv), log)
 
 
 def kernel_payload(image: bytes) -> tuple[str, bytes]:

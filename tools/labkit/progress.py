@@ -5,6 +5,7 @@ import os
 import re
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -45,6 +46,11 @@ DIAGNOSES: tuple[tuple[str, str, str], ...] = (
         r"|NewConnectionError|Failed to establish a new connection|No route to host|Failed to fetch",
         "The network or the archive cannot be reached.",
         "check the network (http_proxy, https_proxy and apt's own settings are honoured), then run the same again",
+    ),
+    (
+        r"dpkg was interrupted|Could not get lock",
+        "Another package installation on this machine is at work, or was interrupted.",
+        "dpkg --configure -a",
     ),
     (
         r"CERTIFICATE_VERIFY_FAILED",
@@ -136,7 +142,7 @@ class Progress:
         with (
             log.open("wb") as sink,
             subprocess.Popen(
-                argv,
+                ["setpriv", "--pdeathsig", "KILL", *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -179,7 +185,7 @@ def _ended(child: subprocess.Popen[bytes]) -> Iterator[None]:
         yield
     finally:
         if child.poll() is None:
-            child.kill()
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def _last_line(text: bytearray) -> str:

@@ -73,7 +73,10 @@ def command_line(hardware: Hardware) -> list[str]:
         argv += ["-chardev", f"socket,id=shell,fd={hardware.shell_fd}"]
         argv += ["-device", "virtconsole,bus=ports.0,nr=0,chardev=shell"]
     for share in hardware.shares:
-        argv += ["-virtfs", f"local,path={_escape(share.path)},mount_tag={share.tag},security_model=none,multidevs=remap"]
+        argv += [
+            "-virtfs",
+            f"local,path={_escape(share.path)},mount_tag={share.tag},security_model=none,multidevs=remap",
+        ]
     if hardware.network_fd is not None:
         argv += ["-netdev", f"socket,id=net,fd={hardware.network_fd}"]
         argv += ["-device", f"virtio-net-pci,netdev=net,romfile=,mac={hardware.network_mac}"]

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from labkit import accelerator, console, devices, host, kernel, vm
-from labkit.cache import Cache
+from labkit import accelerator, console, devices, host, kernel, output, vm
+from labkit.cache import Cache, leftovers, remove
 from labkit.environment import Environment
-from labkit.errors import EXIT_PIPE, LabError
+from labkit.errors import LabError
 from labkit.kernel import Kernel
 from labkit.progress import Progress, seconds
 from labkit.tree import Tree
@@ -55,6 +55,9 @@ class Session:
             return found
         begin = time.monotonic()
         with self.cache.setting_up():
+            for path in leftovers(self.cache.root):
+                self.progress.say(f"removing what an interrupted set-up left: {path.name}")
+                remove(path)
             host.ensure_packages(self.cache, self.progress)
             self.tree.ensure()
             found = kernel.Builder(self.cache, self.tree, self.progress).ensure(wanted, refresh)
@@ -81,9 +84,9 @@ class Session:
         self.progress.say("trying whether a VM boots with KVM")
         spec = self.spec(Request(command=["true"], devices=["none"]), chosen, "kvm", "proof")
         begin = time.monotonic()
-        with vm.Machine(replace(spec, boot_limit=limit, timeout=limit), _ignore, _ignore) as machine:
-            with selectors.DefaultSelector() as selector:
-                vm.drive([machine], selector, _ignore)
+        spec = replace(spec, boot_limit=limit, timeout=limit)
+        with vm.Machine(spec, _ignore, _ignore) as machine, selectors.DefaultSelector() as selector:
+            vm.drive([machine], selector, _ignore)
         if machine.status != 0:
             raise LabError(f"`true` ended with status {machine.status}")
         self.progress.say(f"it does, {seconds(time.monotonic() - begin)}")
@@ -118,7 +121,10 @@ class Session:
         chosen = self.set_up(request.kernel, command)
         with self.using():
             spec = self.spec(request, chosen, self.mode(request, chosen))
-            with vm.Machine(spec, writer(1), writer(2)) as machine, selectors.DefaultSelector() as selector:
+            with (
+                vm.Machine(spec, output.writer(1), output.writer(2)) as machine,
+                selectors.DefaultSelector() as selector,
+            ):
                 vm.drive([machine], selector, _ignore)
         assert machine.status is not None
         return machine.status
@@ -131,24 +137,13 @@ class Session:
         with self.using():
             spec = self.spec(request, chosen, self.mode(request, chosen))
             spec = replace(spec, shell=True, command=console.shell_command())
-            with vm.Machine(spec, writer(1), writer(2)) as machine, selectors.DefaultSelector() as selector:
-                with console.attached(machine.shell, selector) as pump:
-                    vm.drive([machine], selector, pump)
+            with (
+                vm.Machine(spec, output.writer(1), output.writer(2)) as machine,
+                selectors.DefaultSelector() as selector,
+                console.attached(machine.shell, selector) as pump,
+            ):
+                vm.drive([machine], selector, pump)
         return machine.status or 0
-
-
-def writer(descriptor: int) -> vm.Sink:
-    """Return a sink that writes all it gets to a file descriptor."""
-
-    def write(data: bytes) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[os.write(descriptor, view) :]
-        except BrokenPipeError as error:
-            raise LabError("nobody reads the command's output any more", status=EXIT_PIPE) from error
-
-    return write
 
 
 def _ignore(_: object) -> None:

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from labkit import host
-from labkit.cache import PARTIAL, Cache, building, remove
-from labkit.chroot import Chroot
+from labkit.cache import Cache, building, remove
+from labkit.chroot import Chroot, contained
 from labkit.images import make_image
 from labkit.progress import Progress
 
@@ -76,8 +76,8 @@ class Tree:
         argv += [f"--include={','.join(PACKAGES)}", *(f"--aptopt={option}" for option in options)]
         argv += [SUITE, str(root), *SOURCES]
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        self.progress.call(f"making a Debian 13 tree ({len(PACKAGES)} packages and what they need, about 150 MB "
-                           "to download)", argv, self.cache.log("tree"), environment)  # fmt: skip
+        title = f"making a Debian 13 tree ({len(PACKAGES)} packages and what they need, about 150 MB to download)"
+        self.progress.call(title, contained(argv), self.cache.log("tree"), environment)
 
     def _python_packages(self, partial: Path) -> None:
         out = partial / "pip"
@@ -97,6 +97,7 @@ class Tree:
 
     def chroot(
         self,
+        *,
         root: Path | None = None,
         layers: tuple[Path, ...] = (),
         binds: dict[Path, str] | None = None,
@@ -115,11 +116,4 @@ class Tree:
                 files[bundle] = "/lab/ca.crt"
                 variables |= dict.fromkeys(("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), "/lab/ca.crt")
         files = {path: inside for path, inside in files.items() if path.exists()}
-        return Chroot(
-            root or self.root, self.cache.mount_point, layers, binds or {}, files, variables, folder
-        )
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether a set-up of this tree was begun and not ended."""
-        return self.folder.with_name(self.folder.name + PARTIAL).exists()
+        return Chroot(root or self.root, self.cache.mount_point, layers, binds or {}, files, variables, folder)

@@ -1,0 +1,40 @@
+"""Tests that are too long for every day: tests/soak/*.py, each in a VM of its own choosing."""
+
+import shlex
+from pathlib import Path
+
+from labkit.errors import LabError
+
+FOLDER = "tests/soak"
+MARK = "# lab:"
+
+
+def available(project: Path) -> dict[str, Path]:
+    """Return the soak tests by name."""
+    return {path.stem.removeprefix("test_"): path for path in sorted((project / FOLDER).glob("[!_c]*.py"))}
+
+
+def choose(project: Path, name: str) -> Path:
+    """Return the file of a soak test."""
+    known = available(project)
+    if name not in known:
+        raise LabError(
+            f"there is no soak test {name!r}", f"There are: {', '.join(known) or 'none yet'}.", "tools/lab soak"
+        )
+    return known[name]
+
+
+def options(path: Path) -> list[str]:
+    """Return the lab's options that a file asks for in its line `# lab: --devices … --memory …`."""
+    for line in path.read_text().splitlines():
+        if line.startswith(MARK):
+            return shlex.split(line.removeprefix(MARK))
+    return []
+
+
+def summary(path: Path) -> str:
+    """Return the first line of a file's docstring."""
+    for line in path.read_text().splitlines():
+        if line.startswith('"""'):
+            return line.strip('" ')
+    return ""

@@ -1,0 +1,149 @@
+"""`tools/lab test`: checks and tests without a device in the tree, tests on the device in a VM, one report."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from labkit import report, vm
+from labkit.cache import remove
+from labkit.environment import INSIDE
+from labkit.errors import EXIT_TIMEOUT, LabError
+from labkit.progress import seconds
+from labkit.report import Case, Part
+from labkit.session import PROJECT, Request, Session
+
+UNIT, KERNEL = "tests/unit", "tests/kernel"
+CHECKS = (
+    ("ruff check", ("ruff", "check", "--no-cache", ".")),
+    ("ruff format", ("ruff", "format", "--check", "--no-cache", ".")),
+    ("mypy", ("mypy", "--cache-dir=/lab/mypy")),
+)
+NO_TESTS = 5
+LIMIT_S = 3600.0
+
+
+class Selection:
+    """Which parts a user's arguments for pytest concern."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        paths = [word for word in arguments if word.startswith("tests") and not word.startswith("-")]
+        self.other = [word for word in arguments if word not in paths]
+        self.paths = {part: [word for word in paths if word.startswith(part)] for part in (UNIT, KERNEL)}
+        self.whole = not arguments
+        self.parts = [part for part in (UNIT, KERNEL) if not paths or self.paths[part]]
+        stray = [word for word in paths if not word.startswith((UNIT, KERNEL))]
+        if stray:
+            raise LabError(f"{stray[0]} is neither in {UNIT} nor in {KERNEL}", "", f"tools/lab test {KERNEL}")
+
+    def pytest(self, part: str, results: str) -> list[str]:
+        """Return pytest's command line for a part."""
+        argv = ["python3", "-m", "pytest", *(self.paths[part] or [part]), *self.other]
+        return [*argv, "-p", "no:cacheprovider", f"--junitxml={results}/{Path(part).name}.xml"]
+
+
+class Run:
+    """One run of the tests."""
+
+    def __init__(self, session: Session, request: Request, arguments: Sequence[str]) -> None:
+        self.session = session
+        self.request = request
+        self.selection = Selection(arguments)
+        self.results = session.cache.results
+        self.parts: list[Part] = []
+
+    def execute(self) -> int:
+        """Run all parts, print the report, return the exit status."""
+        begin = time.monotonic()
+        self.session.set_up(self.request.kernel, "test")
+        self.parts.append(Part("set-up", time.monotonic() - begin))
+        remove(self.results)
+        self.results.mkdir(parents=True)
+        with self.session.using():
+            if self.selection.whole:
+                self._checks()
+            if UNIT in self.selection.parts:
+                self._part(UNIT, f"{UNIT} (no device)", self._in_tree)
+            if KERNEL in self.selection.parts:
+                self._part(KERNEL, f"{KERNEL} (VM)", self._in_vm)
+        print(report.render(self.parts), flush=True)
+        return 0 if report.clean(self.parts) else 1
+
+    def _checks(self) -> None:
+        part = Part("checks")
+        self.parts.append(part)
+        for name, argv in CHECKS:
+            self.session.progress.say(f"{name} …")
+            begin = time.monotonic()
+            status = self._in_tree(argv)
+            taken = time.monotonic() - begin
+            part.seconds += taken
+            message = "" if status == 0 else f"ended with status {status}; its output is above"
+            part.cases.append(Case(name, "failed" if status else "passed", taken, message))
+
+    def _part(self, name: str, title: str, execute: Callable[[Sequence[str]], int]) -> None:
+        part = Part(title)
+        self.parts.append(part)
+        self.session.progress.say(f"{title} …")
+        begin = time.monotonic()
+        trouble = ""
+        if not (PROJECT / name).is_dir():
+            trouble = f"there is no folder {name}"
+        else:
+            try:
+                status = execute(self.selection.pytest(name, str(self.results)))
+            except LabError as error:
+                status, trouble = error.status, error.render()
+            path = self.results / f"{Path(name).name}.xml"
+            if path.exists():
+                part.cases = report.read_junit(path)
+            if not trouble and not self._explained(status, part):
+                trouble = f"pytest ended with status {status}; its output is above"
+        part.seconds = time.monotonic() - begin
+        if trouble:
+            part.cases.append(Case(f"{name} as a whole", "failed", message=trouble))
+        self.session.progress.say(f"{title}: done, {seconds(part.seconds)}")
+
+    def _explained(self, status: int, part: Part) -> bool:
+        """Tell whether the tests read from the JUnit file account for pytest's exit status."""
+        if status == NO_TESTS:
+            return bool(self.selection.other)
+        return status == 0 or (status == 1 and part.count("failed") > 0)
+
+    def _in_tree(self, argv: Sequence[str]) -> int:
+        environment = self.session.environment
+        scratch = self.session.cache.root / "mypy"
+        scratch.mkdir(exist_ok=True)
+        binds = {PROJECT: str(PROJECT), self.results: str(self.results), scratch: "/lab/mypy"}
+        if environment.ready:
+            binds[environment.site] = INSIDE
+        chroot = self.session.tree.chroot(
+            binds=binds,
+            environment={**vm.default_environment(), **_tool_settings(), **self.request.environment},
+            folder=str(PROJECT),
+        )
+        sys.stdout.flush()
+        return subprocess.run(
+            ["setpriv", "--pdeathsig", "KILL", *chroot.argv(argv)], stdin=subprocess.DEVNULL, check=False
+        ).returncode
+
+    def _in_vm(self, argv: Sequence[str]) -> int:
+        request = replace(
+            self.request,
+            command=argv,
+            shares=[self.results],
+            timeout=self.request.timeout or LIMIT_S,
+            environment={**_tool_settings(), **self.request.environment},
+        )
+        try:
+            return self.session.run(request, "test")
+        except LabError as error:
+            if error.status == EXIT_TIMEOUT:
+                raise LabError(error.what, error.why, "tools/lab test --timeout S", error.status) from error
+            raise
+
+
+def _tool_settings() -> dict[str, str]:
+    return {"HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis", "MYPYPATH": "tools"}
