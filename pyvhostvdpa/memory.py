@@ -229,24 +229,25 @@ class IovaAllocator:
     def __init__(self, first: int, last: int, taken: Iterable[tuple[int, int]] = ()) -> None:
         self._first = max(-(-first // PAGE_SIZE) * PAGE_SIZE, PAGE_SIZE)
         self._last = last
-        self._taken: dict[int, int] = dict(taken)
+        self._reserved = tuple(taken)
+        self._given: dict[int, int] = {}
 
     def allocate(self, size: int) -> Iova:
         """Return a free page-aligned range of ``size`` bytes, rounded up to pages; MapRejected if there is none."""
         need = -(-size // PAGE_SIZE) * PAGE_SIZE
         at = self._first
-        for start, length in sorted(self._taken.items()):
+        for start, length in sorted((*self._reserved, *self._given.items())):
             if start >= at + need:
                 break
             at = max(at, -(-(start + length) // PAGE_SIZE) * PAGE_SIZE)
         if at + need - 1 > self._last:
             raise MapRejected(f"no hole of {need:#x} bytes in the device's IOVA range up to {self._last:#x}")
-        self._taken[at] = need
+        self._given[at] = need
         return Iova(at)
 
     def free(self, iova: int) -> None:
         """Give a range back by its start."""
-        del self._taken[iova]
+        del self._given[iova]
 
 
 def pinned_bytes() -> int:
