@@ -141,7 +141,7 @@ class VhostVdpa:
         request = IOCTLS[name].request
         t = time.monotonic_ns()
         try:
-            result = fcntl.ioctl(fd, request, 0 if argument is None else argument)
+            result = int(fcntl.ioctl(fd, request, 0 if argument is None else argument))
         except OSError as e:
             self._failed(t, name, text, e.errno or errno.EIO)
             raise

@@ -22,7 +22,7 @@ from .iotlb import Iotlb, Layout, Limits
 from .memory import HUGE_PAGE, GuestMemory, IovaAllocator, SharedMemory
 from .net.features import Feature, negotiate
 from .trace import DeviceTrace, Trace
-from .uapi import VIRTIO_ID_NET, Access, BackendFeature, Status, names
+from .uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, Access, BackendFeature, Status, names
 from .virtqueue.layout import GuestQueue, indices
 from .virtqueue.shadow import Relay, ShadowVirtqueue
 
@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 
 GUEST_ASID = 0
 """The address space in which guest memory is mapped, IOVA = GPA."""
-
-_ALL_BACKEND_FEATURES = ~BackendFeature(0)
 
 
 class State(enum.Enum):
@@ -59,7 +57,7 @@ class VdpaNetDevice:
         self,
         path: str | os.PathLike[str],
         trace: Trace | None = None,
-        use: BackendFeature = _ALL_BACKEND_FEATURES,
+        use: BackendFeature = ALL_BACKEND_FEATURES,
     ) -> None:
         try:
             self.chardev = VhostVdpa(path, trace)
@@ -85,7 +83,7 @@ class VdpaNetDevice:
             raise MissingFeature(f"{c.path} is not a virtio-net device (virtio id {c.get_device_id()})")
         self.features: Feature = negotiate(c.get_features())
         self.advertised = c.get_backend_features()
-        self.backend_features = self.advertised & use & BackendFeature(sum(BackendFeature))
+        self.backend_features = self.advertised & use & ALL_BACKEND_FEATURES
         c.set_backend_features(self.backend_features)
         c.set_owner()
         first, last = c.get_iova_range()

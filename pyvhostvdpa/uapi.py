@@ -146,6 +146,9 @@ class BackendFeature(enum.IntFlag):
     IOTLB_PERSIST = 1 << 8
 
 
+ALL_BACKEND_FEATURES = BackendFeature(sum(BackendFeature))
+
+
 class Access(enum.IntFlag):
     """``VHOST_ACCESS_*``: what the device may do with a mapping."""
 

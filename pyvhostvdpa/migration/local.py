@@ -23,7 +23,7 @@ from ..memory import DEFAULT_GPA, GuestMemory, check_available
 from ..net.nic import GuestNic
 from ..net.traffic import Traffic
 from ..trace import Trace
-from ..uapi import BackendFeature, names
+from ..uapi import ALL_BACKEND_FEATURES, BackendFeature, names
 from .downtime import DT1, DT2, PHASES, PhaseCost, cost, interval, milliseconds
 from .report import Part, Report, environment
 
@@ -42,7 +42,7 @@ class Options:
     seconds: float = 20.0
     ring_size: int = 256
     frame_size: int = 256
-    use: BackendFeature = ~BackendFeature(0)
+    use: BackendFeature = ALL_BACKEND_FEATURES
 
 
 def migrate(

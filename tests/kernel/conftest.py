@@ -15,7 +15,7 @@ from pyvhostvdpa.device import VdpaNetDevice
 from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory, pinned_bytes
 from pyvhostvdpa.net.nic import GuestNic
 from pyvhostvdpa.net.traffic import Traffic
-from pyvhostvdpa.uapi import BackendFeature
+from pyvhostvdpa.uapi import ALL_BACKEND_FEATURES, BackendFeature
 
 NOTHING = BackendFeature(0)
 
@@ -86,7 +86,10 @@ class Guest:
 
 
 def _guest(path: str, without: BackendFeature) -> Iterator[Guest]:
-    with GuestMemory([(DEFAULT_GPA, lab.SMALL)]) as memory, VdpaNetDevice(path, use=~without) as device:
+    with (
+        GuestMemory([(DEFAULT_GPA, lab.SMALL)]) as memory,
+        VdpaNetDevice(path, use=ALL_BACKEND_FEATURES & ~without) as device,
+    ):
         device.attach(memory)
         guest = Guest(device, memory)
         yield guest

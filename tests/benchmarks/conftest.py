@@ -1,0 +1,7 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# the model guest of the unit tests
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
