@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import time
@@ -28,8 +29,10 @@ from .uapi import (
     BackendFeature,
     IotlbType,
     IovaRange,
+    MessageFormat,
     Status,
     VdpaConfig,
+    VhostMemory,
     VringAddr,
     VringFile,
     VringState,
@@ -52,7 +55,7 @@ class IotlbMessage(NamedTuple):
             return f"asid={self.asid}"
         text = f"asid={self.asid} iova={self.iova:#x} size={self.size:#x}"
         if self.type is IotlbType.UPDATE:
-            text += f" uaddr={self.uaddr:#x} perm={Access(self.perm).name}"
+            text += f" uaddr={self.uaddr:#x} perm={Access(self.perm).name or 'none'}"
         return text
 
 
@@ -91,6 +94,8 @@ class VhostVdpa:
         self.path = os.fspath(path)
         self.trace: DeviceTrace = (trace or Trace()).device(self.path)
         self._fd = -1
+        self.batch_asid: int | None = None
+        """The address space whose batch is open, as far as it was opened here. A reset does not close one."""
         t = time.monotonic_ns()
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
@@ -130,11 +135,8 @@ class VhostVdpa:
 
     def _failed(self, t_begin: int, call: str, arguments: str, number: int) -> None:
         self.trace.record(t_begin, time.monotonic_ns(), call, arguments, -number)
-        if call == "open" and number == errno.EBUSY:
-            raise DeviceBusy(number, f"open {self.path}", cause="another process holds the device")
-        if call == "open" and number in (errno.EACCES, errno.EPERM):
-            raise KernelError(number, f"open {self.path}", hint="run as root, or give yourself access by a udev rule")
-        raise KernelError(number, call, arguments)
+        kind = DeviceBusy if call == "open" and number == errno.EBUSY else KernelError
+        raise kind(number, call, arguments or self.path if call == "open" else arguments)
 
     def _ioctl(self, name: str, argument: bytearray | None = None, text: str = "") -> int:
         fd = self.fileno()
@@ -148,8 +150,23 @@ class VhostVdpa:
         self.trace.record(t, time.monotonic_ns(), name, text, result)
         return result
 
-    def _read(self, name: str, size: int) -> int:
-        buffer = bytearray(size)
+    def request(self, name: str, argument: bytes | None = b"") -> bytes:
+        """Make any request of :data:`~pyvhostvdpa.uapi.IOCTLS` with a raw argument; return what it became.
+
+        For those that have no method of their own, and for arguments that a
+        method would not let through. ``argument`` is filled up with zeros to
+        the size the kernel reads; None hands over a null pointer.
+        """
+        row = IOCTLS[name]
+        if row.argument is None or argument is None:
+            self._ioctl(name)
+            return b""
+        buffer = bytearray(argument.ljust(row.size, b"\0"))
+        self._ioctl(name, buffer, argument.hex())
+        return bytes(buffer)
+
+    def _read(self, name: str) -> int:
+        buffer = bytearray(IOCTLS[name].size)
         self._ioctl(name, buffer)
         return int.from_bytes(buffer, "little")
 
@@ -164,9 +181,26 @@ class VhostVdpa:
         """Make this process the owner; EBUSY if it already has one."""
         self._ioctl("VHOST_SET_OWNER")
 
+    def set_fork_from_owner(self, fork: bool) -> None:
+        """Say whose child a worker shall be, before :meth:`set_owner` (EBUSY after).
+
+        Without effect here, since vhost-vdpa has no worker. EINVAL beyond 0
+        and 1, ENOTTY where the kernel was built without the choice
+        (drivers/vhost/vhost.c:vhost_dev_ioctl).
+        """
+        self._ioctl("VHOST_SET_FORK_FROM_OWNER", bytearray([int(fork)]), str(int(fork)))
+
+    def get_fork_from_owner(self) -> bool:
+        """Return what :meth:`set_fork_from_owner` set."""
+        return bool(self._read("VHOST_GET_FORK_FROM_OWNER"))
+
+    def set_mem_table(self) -> None:
+        """Give vhost an empty memory table. Accepted and without effect: a device's memory is its maps."""
+        self._ioctl("VHOST_SET_MEM_TABLE", bytearray(VhostMemory()), "nregions=0")
+
     def get_features(self) -> int:
         """Return the device's virtio feature bits."""
-        return self._read("VHOST_GET_FEATURES", 8)
+        return self._read("VHOST_GET_FEATURES")
 
     def set_features(self, features: int) -> None:
         """Set the driver's feature bits. EBUSY after FEATURES_OK, EINVAL if the parent refuses."""
@@ -174,7 +208,7 @@ class VhostVdpa:
 
     def get_backend_features(self) -> BackendFeature:
         """Return what vhost-vdpa and the parent advertise. MSG_V2, BATCH and ASID always are."""
-        return BackendFeature(self._read("VHOST_GET_BACKEND_FEATURES", 8))
+        return BackendFeature(self._read("VHOST_GET_BACKEND_FEATURES"))
 
     def set_backend_features(self, features: BackendFeature) -> None:
         """Acknowledge backend features until close. EOPNOTSUPP, EINVAL for DESC_ASID without IOTLB_ASID."""
@@ -182,11 +216,11 @@ class VhostVdpa:
 
     def get_device_id(self) -> int:
         """Return the virtio device id (1 is net)."""
-        return self._read("VHOST_VDPA_GET_DEVICE_ID", 4)
+        return self._read("VHOST_VDPA_GET_DEVICE_ID")
 
     def get_status(self) -> Status:
         """Return the virtio status byte."""
-        return Status(self._read("VHOST_VDPA_GET_STATUS", 1))
+        return Status(self._read("VHOST_VDPA_GET_STATUS"))
 
     def set_status(self, status: Status) -> None:
         """Write the status byte; 0 resets. EINVAL if it would clear a bit. Read back what the parent accepted."""
@@ -196,7 +230,7 @@ class VhostVdpa:
 
     def get_config_size(self) -> int:
         """Return the size of the configuration space in bytes."""
-        return self._read("VHOST_VDPA_GET_CONFIG_SIZE", 4)
+        return self._read("VHOST_VDPA_GET_CONFIG_SIZE")
 
     def get_config(self, offset: int, length: int) -> bytes:
         """Return bytes of the configuration space. EINVAL beyond its end.
@@ -222,11 +256,11 @@ class VhostVdpa:
 
     def get_vqs_count(self) -> int:
         """Return the number of virtqueues, control queue included."""
-        return self._read("VHOST_VDPA_GET_VQS_COUNT", 4)
+        return self._read("VHOST_VDPA_GET_VQS_COUNT")
 
     def get_vring_num(self) -> int:
         """Return the largest ring size."""
-        return self._read("VHOST_VDPA_GET_VRING_NUM", 2)
+        return self._read("VHOST_VDPA_GET_VRING_NUM")
 
     def get_vring_size(self, index: int) -> int:
         """Return one queue's ring size. EOPNOTSUPP where the parent has no get_vq_size."""
@@ -261,6 +295,41 @@ class VhostVdpa:
         """Set the error eventfd; vhost-vdpa stores and never signals it."""
         self._ioctl("VHOST_SET_VRING_ERR", bytearray(VringFile(index, eventfd)), f"index={index} fd={eventfd}")
 
+    def set_vring_busyloop_timeout(self, index: int, microseconds: int) -> None:
+        """Store a busy-loop timeout. Without effect: nothing polls a vhost-vdpa ring."""
+        self._vring("VHOST_SET_VRING_BUSYLOOP_TIMEOUT", index, microseconds)
+
+    def get_vring_busyloop_timeout(self, index: int) -> int:
+        """Return the stored busy-loop timeout in microseconds."""
+        return self._vring("VHOST_GET_VRING_BUSYLOOP_TIMEOUT", index)
+
+    def set_vring_endian(self, index: int, big: bool) -> None:
+        """Set a legacy ring's endianness. ENOTTY unless the kernel has VHOST_CROSS_ENDIAN_LEGACY."""
+        self._vring("VHOST_SET_VRING_ENDIAN", index, int(big))
+
+    def get_vring_endian(self, index: int) -> bool:
+        """Return a legacy ring's endianness, True for big. ENOTTY as for :meth:`set_vring_endian`."""
+        return bool(self._vring("VHOST_GET_VRING_ENDIAN", index))
+
+    def mmap_doorbell(self, index: int) -> mmap.mmap:
+        """Map a queue's doorbell page: writing the queue's index to its start notifies the device without a call.
+
+        524 (ENOTSUPP) where the parent has no get_vq_notification
+        (drivers/vhost/vdpa.c:vhost_vdpa_mmap). The page is write-only, reading
+        it kills the process. Close it before the device: it keeps it open.
+        """
+        fd = self.fileno()
+        t = time.monotonic_ns()
+        try:
+            page = mmap.mmap(
+                fd, mmap.PAGESIZE, flags=mmap.MAP_SHARED, prot=mmap.PROT_WRITE, offset=index * mmap.PAGESIZE
+            )
+        except OSError as e:
+            self._failed(t, "mmap", f"index={index}", e.errno or errno.EIO)
+            raise
+        self.trace.record(t, time.monotonic_ns(), "mmap", f"index={index}", 0)
+        return page
+
     def set_vring_enable(self, index: int, enable: bool) -> None:
         """Make a queue ready or not."""
         self._vring("VHOST_VDPA_SET_VRING_ENABLE", index, int(enable))
@@ -276,11 +345,11 @@ class VhostVdpa:
 
     def get_group_num(self) -> int:
         """Return the number of virtqueue groups."""
-        return self._read("VHOST_VDPA_GET_GROUP_NUM", 4)
+        return self._read("VHOST_VDPA_GET_GROUP_NUM")
 
     def get_as_num(self) -> int:
         """Return the number of address spaces."""
-        return self._read("VHOST_VDPA_GET_AS_NUM", 4)
+        return self._read("VHOST_VDPA_GET_AS_NUM")
 
     def get_vring_group(self, index: int) -> int:
         """Return a queue's group. EOPNOTSUPP where the parent has no groups."""
@@ -310,8 +379,10 @@ class VhostVdpa:
 
     # -- IOTLB ---------------------------------------------------------------
 
-    def write_iotlb(self, messages: Sequence[IotlbMessage]) -> None:
+    def write_iotlb(self, messages: Sequence[IotlbMessage], form: MessageFormat = MessageFormat.V2) -> None:
         """Write messages in order, one system call each, without the GIL.
+
+        ``form`` V1 has no address space field: the kernel takes 0.
 
         The kernel answers EFAULT to whatever it dislikes;
         :class:`pyvhostvdpa.iotlb.AddressSpace` knows more. Raises for the
@@ -322,8 +393,8 @@ class VhostVdpa:
         count = len(messages)
         raw = ffi.new("struct vhost_msg_v2[]", count)
         for slot, m in zip(raw, messages, strict=True):
-            slot.type = lib.VHOST_IOTLB_MSG_V2
-            slot.asid = m.asid
+            slot.type = form
+            slot.asid = m.asid if form is MessageFormat.V2 else 0
             slot.iotlb.iova, slot.iotlb.size, slot.iotlb.uaddr = m.iova, m.size, m.uaddr
             slot.iotlb.perm, slot.iotlb.type = m.perm, m.type
         times = ffi.new("int64_t[]", 2 * count)
@@ -332,14 +403,22 @@ class VhostVdpa:
         for i, m in enumerate(messages[: done + 1]):
             result = ffi.sizeof("struct vhost_msg_v2") if i < done else -error[0]
             self.trace.record(times[2 * i], times[2 * i + 1], f"IOTLB_{m.type.name}", str(m), result)
+        self._follow_batch(messages[:done])
         if done < count:
             raise IotlbWriteError(error[0], messages[done], done)
+
+    def _follow_batch(self, accepted: Sequence[IotlbMessage]) -> None:
+        for m in accepted:
+            if m.type is IotlbType.BATCH_BEGIN:
+                self.batch_asid = m.asid
+            elif m.type is IotlbType.BATCH_END:
+                self.batch_asid = None
 
 
 class IotlbWriteError(KernelError):
     """The kernel refused a message. ``applied`` messages of the burst are in force."""
 
-    def __init__(self, number: int, message: IotlbMessage, applied: int) -> None:
-        super().__init__(number, f"write IOTLB_{message.type.name}", str(message))
+    def __init__(self, number: int, message: IotlbMessage, applied: int, cause: str = "", hint: str = "") -> None:
+        super().__init__(number, f"write IOTLB_{message.type.name}", str(message), cause, hint)
         self.rejected = message
         self.applied = applied

@@ -13,8 +13,7 @@ import errno
 import os
 from typing import Any
 
-ENOTSUPP = 524
-"""Not an errno of user space: leaks from drivers/vhost/vdpa.c (doorbell mmap, non-coherent IOMMU)."""
+from .causes import ENOTSUPP, explain
 
 _EXPLAINED = {
     ENOTSUPP: "ENOTSUPP: the parent driver has no such operation",
@@ -46,11 +45,15 @@ class KernelError(VhostVdpaError, OSError):
     """A system call on the device failed.
 
     ``ioctl`` is the request's kernel name (or ``write``, ``open``, ``mmap``),
-    ``argument`` what was asked, ``errno`` the kernel's answer.
+    ``argument`` what was asked, ``errno`` the kernel's answer, ``cause`` the
+    likely reason and ``hint`` the next step, by :mod:`pyvhostvdpa.causes`
+    unless the caller knows better.
     """
 
     def __init__(self, number: int, ioctl: str, argument: str = "", cause: str = "", hint: str = "") -> None:
         what = f"{ioctl}({argument})" if argument else ioctl
+        known = explain(ioctl, number)
+        cause, hint = cause or known.cause, hint or known.hint
         message = f"{what}: {errno_text(number)}" + (f" ({cause})" if cause else "")
         VhostVdpaError.__init__(self, message, hint)
         self.errno = number

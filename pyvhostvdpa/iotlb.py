@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from .chardev import IotlbMessage, IotlbWriteError, VhostVdpa
 from .errors import MapRejected
 from .memory import PAGE_SIZE, allow_pinning, physical_runs
+from .rejection import likely_cause
 from .uapi import Access, IotlbType
 
 
@@ -81,6 +82,20 @@ class Iotlb:
         if note:
             self.notes.append(note)
 
+    def write(self, asid: int, messages: Sequence[IotlbMessage]) -> None:
+        """Send messages of one address space; what the kernel refuses is raised with its likely cause."""
+        batch = self.chardev.batch_asid
+        if batch not in (None, asid):
+            raise MapRejected(
+                f"ASID {asid}: a batch of ASID {batch} is open, and a device has one",
+                hint="write its BATCH_END; nothing else but close() ends it, not even a reset",
+            )
+        try:
+            self.chardev.write_iotlb(messages)
+        except IotlbWriteError as e:
+            why = likely_cause(self.chardev, e.rejected, self.limits.pinned, self.limits.entries)
+            raise IotlbWriteError(e.errno or 0, e.rejected, e.applied, why.cause, why.hint) from e
+
     def map_again(self) -> None:
         """Restore the device's translation after a reset without IOTLB_PERSIST.
 
@@ -131,7 +146,7 @@ class AddressSpace:
         change = Batch(self, self._iotlb.limits)
         yield change
         self._iotlb.make_room(change.pinned)
-        self._iotlb.chardev.write_iotlb(change.messages)
+        self._iotlb.write(self.asid, change.messages)
         self._maps = change.planned
 
     @contextmanager
@@ -151,7 +166,7 @@ class AddressSpace:
         end = IotlbMessage(IotlbType.BATCH_END, self.asid)
         self._iotlb.make_room(batch.pinned)
         try:
-            self._iotlb.chardev.write_iotlb([begin, *batch.messages, end])
+            self._iotlb.write(self.asid, [begin, *batch.messages, end])
         except IotlbWriteError as e:
             if 0 < e.applied <= len(batch.messages):
                 # an open batch survives everything but close()

@@ -55,6 +55,30 @@ class VdpaConfig(ctypes.Structure):
     _fields_ = [("off", ctypes.c_uint32), ("len", ctypes.c_uint32)]
 
 
+class VhostMemory(ctypes.Structure):
+    """``struct vhost_memory`` without its trailing regions."""
+
+    _fields_ = [("nregions", ctypes.c_uint32), ("padding", ctypes.c_uint32)]
+
+
+class VringWorker(ctypes.Structure):
+    """``struct vhost_vring_worker``: which worker serves a ring. Not for vhost-vdpa, which has no worker."""
+
+    _fields_ = [("index", ctypes.c_uint32), ("worker_id", ctypes.c_uint32)]
+
+
+class WorkerState(ctypes.Structure):
+    """``struct vhost_worker_state``. Not for vhost-vdpa."""
+
+    _fields_ = [("worker_id", ctypes.c_uint32)]
+
+
+class FeaturesArray(ctypes.Structure):
+    """``struct vhost_features_array`` without its trailing words. Served by vhost-net only."""
+
+    _fields_ = [("count", ctypes.c_uint64)]
+
+
 class IovaRange(ctypes.Structure):
     """``struct vhost_vdpa_iova_range``: both ends inclusive."""
 
@@ -76,7 +100,9 @@ class Ioctl:
     to anybody but the process that did ``SET_OWNER``
     (drivers/vhost/vhost.c:vhost_dev_check_owner). ``since`` is the first
     mainline version that is known to have it, a hint for messages: what a
-    kernel can do is found out by asking it.
+    kernel can do is found out by asking it. ``rejected`` is why vhost-vdpa
+    never serves it, "" for one that it does; such a request has no method of
+    its own, :meth:`~pyvhostvdpa.chardev.VhostVdpa.request` makes it.
     """
 
     name: str
@@ -85,6 +111,19 @@ class Ioctl:
     argument: Argument
     needs_owner: bool
     since: str
+    rejected: str = ""
+
+    @property
+    def method(self) -> str:
+        """The name of the method of :class:`~pyvhostvdpa.chardev.VhostVdpa` that makes it."""
+        if self.rejected:
+            return "request"
+        return self.name.removeprefix("VHOST_").removeprefix("VDPA_").lower()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the argument's fixed part, 0 without one."""
+        return 0 if self.argument is None else ctypes.sizeof(self.argument)
 
     @property
     def request(self) -> int:
@@ -95,17 +134,33 @@ class Ioctl:
         return int(encode(VHOST_VIRTIO, self.number, self.argument))
 
 
+_NO_LOG = "vhost-vdpa logs no dirty pages"
+_NO_WORKER = "vhost-vdpa has no worker thread: the parent's kick runs in the eventfd's wake-up"
+_NET_ONLY = "vhost-vdpa has 64 feature bits; only vhost-net takes an array"
+
 _TABLE = (
     Ioctl("VHOST_GET_FEATURES", "R", 0x00, ctypes.c_uint64, False, "5.7"),
     Ioctl("VHOST_SET_FEATURES", "W", 0x00, ctypes.c_uint64, False, "5.7"),
     Ioctl("VHOST_SET_OWNER", "", 0x01, None, False, "5.7"),
+    Ioctl("VHOST_RESET_OWNER", "", 0x02, None, True, "5.7", "a device is given up by closing it"),
+    Ioctl("VHOST_SET_MEM_TABLE", "W", 0x03, VhostMemory, True, "5.7"),
+    Ioctl("VHOST_SET_LOG_BASE", "W", 0x04, ctypes.c_uint64, True, "5.7", _NO_LOG),
+    Ioctl("VHOST_SET_LOG_FD", "W", 0x07, ctypes.c_int32, True, "5.7", _NO_LOG),
+    Ioctl("VHOST_NEW_WORKER", "R", 0x08, WorkerState, True, "6.5", _NO_WORKER),
+    Ioctl("VHOST_FREE_WORKER", "W", 0x09, WorkerState, True, "6.5", _NO_WORKER),
     Ioctl("VHOST_SET_VRING_NUM", "W", 0x10, VringState, True, "5.7"),
     Ioctl("VHOST_SET_VRING_ADDR", "W", 0x11, VringAddr, True, "5.7"),
     Ioctl("VHOST_SET_VRING_BASE", "W", 0x12, VringState, True, "5.7"),
     Ioctl("VHOST_GET_VRING_BASE", "RW", 0x12, VringState, True, "5.7"),
+    Ioctl("VHOST_SET_VRING_ENDIAN", "W", 0x13, VringState, True, "5.7"),
+    Ioctl("VHOST_GET_VRING_ENDIAN", "W", 0x14, VringState, True, "5.7"),
+    Ioctl("VHOST_ATTACH_VRING_WORKER", "W", 0x15, VringWorker, True, "6.5", _NO_WORKER),
+    Ioctl("VHOST_GET_VRING_WORKER", "RW", 0x16, VringWorker, True, "6.5", _NO_WORKER),
     Ioctl("VHOST_SET_VRING_KICK", "W", 0x20, VringFile, True, "5.7"),
     Ioctl("VHOST_SET_VRING_CALL", "W", 0x21, VringFile, True, "5.7"),
     Ioctl("VHOST_SET_VRING_ERR", "W", 0x22, VringFile, True, "5.7"),
+    Ioctl("VHOST_SET_VRING_BUSYLOOP_TIMEOUT", "W", 0x23, VringState, True, "5.7"),
+    Ioctl("VHOST_GET_VRING_BUSYLOOP_TIMEOUT", "W", 0x24, VringState, True, "5.7"),
     Ioctl("VHOST_SET_BACKEND_FEATURES", "W", 0x25, ctypes.c_uint64, False, "5.7"),
     Ioctl("VHOST_GET_BACKEND_FEATURES", "R", 0x26, ctypes.c_uint64, False, "5.7"),
     Ioctl("VHOST_VDPA_GET_DEVICE_ID", "R", 0x70, ctypes.c_uint32, False, "5.7"),
@@ -127,10 +182,18 @@ _TABLE = (
     Ioctl("VHOST_VDPA_GET_VQS_COUNT", "R", 0x80, ctypes.c_uint32, False, "5.18"),
     Ioctl("VHOST_VDPA_GET_GROUP_NUM", "R", 0x81, ctypes.c_uint32, False, "5.19"),
     Ioctl("VHOST_VDPA_GET_VRING_SIZE", "RW", 0x82, VringState, True, "6.9"),
+    Ioctl("VHOST_GET_FEATURES_ARRAY", "R", 0x83, FeaturesArray, True, "6.18", _NET_ONLY),
+    Ioctl("VHOST_SET_FEATURES_ARRAY", "W", 0x83, FeaturesArray, True, "6.18", _NET_ONLY),
+    Ioctl("VHOST_SET_FORK_FROM_OWNER", "W", 0x84, ctypes.c_uint8, False, "6.18"),
+    Ioctl("VHOST_GET_FORK_FROM_OWNER", "R", 0x85, ctypes.c_uint8, False, "6.18"),
 )
 
 IOCTLS: dict[str, Ioctl] = {row.name: row for row in _TABLE}
-"""Every request that :class:`pyvhostvdpa.chardev.VhostVdpa` can make, by kernel name."""
+"""Every request of ``linux/vhost.h`` but those of vhost-net, vhost-scsi and vhost-vsock, by kernel name.
+
+``direction`` is how the kernel's number is made; the getters of an endianness
+and of a busy-loop timeout are ``_IOW`` there and answer all the same.
+"""
 
 
 class BackendFeature(enum.IntFlag):
@@ -150,7 +213,7 @@ ALL_BACKEND_FEATURES = BackendFeature(sum(BackendFeature))
 
 
 class Access(enum.IntFlag):
-    """``VHOST_ACCESS_*``: what the device may do with a mapping."""
+    """``VHOST_ACCESS_*``: what the device may do with a mapping. 0 is accepted: mapped, for nothing."""
 
     RO = 1
     WO = 2
@@ -158,12 +221,21 @@ class Access(enum.IntFlag):
 
 
 class IotlbType(enum.IntEnum):
-    """``VHOST_IOTLB_*``: the inner type of a message."""
+    """``VHOST_IOTLB_*``: the inner type of a message. vhost-vdpa refuses MISS and ACCESS_FAIL."""
 
+    MISS = 1
     UPDATE = 2
     INVALIDATE = 3
+    ACCESS_FAIL = 4
     BATCH_BEGIN = 5
     BATCH_END = 6
+
+
+class MessageFormat(enum.IntEnum):
+    """The outer type of a message: V1 knows address space 0 only."""
+
+    V1 = 1
+    V2 = 2
 
 
 class Status(enum.IntFlag):

@@ -60,6 +60,26 @@ def pinned(loaded: dict[str, int]) -> tuple[str, str]:
     return lab.DEVICES
 
 
+@pytest.fixture
+def unbatched(loaded: dict[str, int]) -> tuple[str, str]:
+    """Two vdpa_sim_net devices whose parent maps piece by piece (dma_map), not an address space at a time."""
+    _use(loaded, batch_mapping=0)
+    return lab.DEVICES
+
+
+@pytest.fixture(scope="session")
+def vduse_device() -> Iterator[str]:
+    """A net device of a user-space daemon (VDUSE): no control queue, no suspend, one address space."""
+    with lab.vduse("loop0") as path:
+        yield path
+
+
+@pytest.fixture
+def vduse(vduse_device: str) -> str:
+    """The same, one for all tests: its daemon outlives each of them."""
+    return vduse_device
+
+
 class Guest:
     """A guest on a device, with traffic."""
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 MACS = ("52:54:91:a1:b2:c1", "52:54:91:a1:b2:c2")
 DEVICES = ("/dev/vhost-vdpa-0", "/dev/vhost-vdpa-1")
 SMALL = 32 << 20
+SYSFS = Path("/sys/bus/vdpa/devices")
+VDUSE_NET = Path(__file__).parents[2] / "tools" / "vduse_net.py"
 
 
 def command(*arguments: str) -> None:
@@ -18,8 +24,9 @@ def command(*arguments: str) -> None:
 
 def reload(**parameters: int) -> None:
     """Load vdpa_sim anew with module parameters, and two net devices."""
-    for name in sorted(os.listdir("/sys/bus/vdpa/devices")):
-        command("vdpa", "dev", "del", name)
+    for device in sorted(SYSFS.iterdir()):
+        if "vduse" not in device.resolve().parts:
+            command("vdpa", "dev", "del", device.name)
     command("modprobe", "-r", "vdpa_sim_net")
     command("modprobe", "-r", "vdpa_sim")
     command("modprobe", "vdpa_sim", *(f"{key}={value}" for key, value in parameters.items()))
@@ -27,6 +34,31 @@ def reload(**parameters: int) -> None:
     for number, mac in enumerate(MACS):
         command("vdpa", "dev", "add", "name", f"vdpa{number}", "mgmtdev", "vdpasim_net", "mac", mac)
     wait_for(lambda: all(Path(device).exists() for device in DEVICES), "the devices' nodes")
+
+
+def chardev(name: str) -> str:
+    """The node of a device, by its vdpa name."""
+    wait_for(lambda: list((SYSFS / name).glob("vhost-vdpa-*")), f"the node of {name}")
+    [node] = (SYSFS / name).glob("vhost-vdpa-*")
+    wait_for(Path(f"/dev/{node.name}").exists, f"/dev/{node.name}")
+    return f"/dev/{node.name}"
+
+
+@contextmanager
+def vduse(name: str) -> Iterator[str]:
+    """A VDUSE net device for the block; its node."""
+    command("modprobe", "vduse")
+    wait_for(Path("/dev/vduse/control").exists, "/dev/vduse/control")
+    with subprocess.Popen([sys.executable, str(VDUSE_NET), f"{name}=52:54:91:a1:b2:f7"]) as daemon:
+        wait_for(lambda: _added(name), f"{name} to be added")
+        yield chardev(name)
+        command("vdpa", "dev", "del", name)
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(10) == 0
+
+
+def _added(name: str) -> bool:
+    return subprocess.run(["vdpa", "dev", "add", "name", name, "mgmtdev", "vduse"], check=False).returncode == 0
 
 
 def wait_for(condition: object, what: str, seconds: float = 20.0) -> None:

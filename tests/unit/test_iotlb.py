@@ -24,6 +24,10 @@ class Recorder:
     def __init__(self, fail_at: int | None = None) -> None:
         self.sent: list[IotlbMessage] = []
         self.fail_at = fail_at
+        self.batch_asid: int | None = None
+
+    def get_vring_busyloop_timeout(self, index: int) -> int:
+        return 0
 
     def write_iotlb(self, messages: Sequence[IotlbMessage]) -> None:
         for applied, message in enumerate(messages):
@@ -159,6 +163,23 @@ def test_a_batch_the_kernel_refuses_midway_is_closed_and_the_mirror_is_true(
         change()
     assert recorder.types == sent
     assert [m.iova for m in space.mappings] == mapped
+
+
+def test_another_address_spaces_open_batch_is_told_beforehand() -> None:
+    iotlb, recorder = make()
+    recorder.batch_asid = 1
+    with pytest.raises(MapRejected, match="a batch of ASID 1 is open"):
+        iotlb.space(0).map(0x10000, 0x1000, 0x1000)
+    iotlb.space(1).map(0x10000, 0x1000, 0x1000)
+    assert [m.asid for m in recorder.sent] == [1]
+
+
+def test_what_only_the_kernel_knew_is_told_with_its_likely_cause() -> None:
+    iotlb, _ = make(fail_at=0)
+    with pytest.raises(IotlbWriteError, match="there is no memory of this process at 0x1000") as refused:
+        iotlb.space(0).map(0x10000, 0x1000, 0x1000)
+    assert refused.value.errno == errno.EFAULT
+    assert refused.value.hint
 
 
 def test_maps_are_renewed_after_a_reset_that_forgot_them() -> None:
