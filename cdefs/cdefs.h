@@ -1,0 +1,14 @@
+/* SPDX-License-Identifier: MIT */
+/* Everything build.py tells cffi, in the order it tells it. */
+#ifndef CDEFS_H
+#define CDEFS_H
+
+#include <stdint.h>
+
+#include "vhost_types.h"
+#include "vhost.h"
+#include "virtio_ring.h"
+#include "virtio_net.h"
+#include "vring.h"
+
+#endif

@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include <sys/mman.h>
+
+#include "ring_access.h"
+#include "cdefs.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
+#endif
+
+uint8_t *map_shared(int fd, uint64_t size, uint64_t align, int *error)
+{
+	uint8_t *reserved, *aligned, *mapped;
+
+	*error = 0;
+	reserved = mmap(NULL, size + align, PROT_NONE,
+			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (reserved == MAP_FAILED) {
+		*error = errno;
+		return NULL;
+	}
+	aligned = (uint8_t *)(((uintptr_t)reserved + align - 1) & ~(align - 1));
+	mapped = mmap(aligned, size, PROT_READ | PROT_WRITE,
+		      MAP_SHARED | MAP_FIXED, fd, 0);
+	if (mapped == MAP_FAILED) {
+		*error = errno;
+		munmap(reserved, size + align);
+		return NULL;
+	}
+	if (aligned > reserved)
+		munmap(reserved, aligned - reserved);
+	munmap(aligned + size, align - (aligned - reserved));
+	return mapped;
+}
+
+int unmap_shared(uint8_t *address, uint64_t size)
+{
+	return munmap(address, size) ? errno : 0;
+}
+
+int advise_huge(uint8_t *address, uint64_t size)
+{
+	return madvise(address, size, MADV_HUGEPAGE) ? errno : 0;
+}
+
+int populate(uint8_t *address, uint64_t size)
+{
+	int r;
+
+	do
+		r = madvise(address, size, MADV_POPULATE_WRITE) ? errno : 0;
+	while (r == EINTR);
+	return r;
+}
+
+uint64_t pagemap_runs(const uint64_t *entries, uint64_t count)
+{
+	const uint64_t present = 1ULL << 63;
+	const uint64_t frame_mask = (1ULL << 55) - 1;
+	uint64_t runs = 0, previous = 0, i;
+
+	for (i = 0; i < count; i++) {
+		uint64_t frame = entries[i] & frame_mask;
+
+		if (!(entries[i] & present) || !frame)
+			return 0;
+		if (frame != previous + 1)
+			runs++;
+		previous = frame;
+	}
+	return runs;
+}

@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Constants of linux/vhost.h and linux/vhost_types.h for the message path.
+ * The ioctl numbers are not here: pyvhostvdpa/uapi.py holds the table and
+ * computes them, and a test compares them with the compiler's values.
+ */
+
+#define VHOST_IOTLB_MSG_V2 2
+
+#define VHOST_ACCESS_RO 1
+#define VHOST_ACCESS_WO 2
+#define VHOST_ACCESS_RW 3
+
+#define VHOST_IOTLB_MISS 1
+#define VHOST_IOTLB_UPDATE 2
+#define VHOST_IOTLB_INVALIDATE 3
+#define VHOST_IOTLB_ACCESS_FAIL 4
+#define VHOST_IOTLB_BATCH_BEGIN 5
+#define VHOST_IOTLB_BATCH_END 6
+
+/*
+ * Write count messages to fd, one write() each, in order, and stop at the
+ * first that fails. times receives begin and end (CLOCK_MONOTONIC, ns) of
+ * each call: 2 * count values. Returns the number of messages accepted; if
+ * that is below count, *error is the errno of the one that was not.
+ */
+uint32_t iotlb_write_burst(int fd, const struct vhost_msg_v2 *messages,
+			   uint32_t count, int64_t *times, int *error);

@@ -1,0 +1,189 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The loops that run per descriptor, per frame and per message. Python sets
+ * them up, calls them without the GIL and reads the state they leave behind.
+ *
+ * build.py gives this file both to the compiler and to cffi's parser, so it
+ * holds plain declarations only.
+ */
+
+/* One split ring as it is mapped in this process. */
+struct vring {
+	uint16_t num;		/* a power of two */
+	struct vring_desc *desc;
+	struct vring_avail *avail;
+	struct vring_used *used;
+};
+
+/* A piece of guest memory: where the guest, this process and the device see it. */
+struct memory_region {
+	uint64_t gpa;
+	uint64_t size;
+	uint64_t iova;
+	uint8_t *hva;
+	uint64_t *dirty;	/* one bit per 4 KiB page, or NULL */
+};
+
+/* Both indices of a ring as they stand. */
+void vring_indices(const struct vring *ring, uint16_t *avail, uint16_t *used);
+
+/* Sorted by gpa, no overlap. */
+struct memory_map {
+	uint32_t count;
+	struct memory_region *regions;
+};
+
+/* ---------------------------------------------------------------------- */
+/* Shadow virtqueue                                                        */
+
+/* Why a queue was given up; 0 is a healthy queue. */
+#define SVQ_OK 0
+#define SVQ_BAD_AVAIL_IDX 1	/* guest: avail.idx moved by more than the ring */
+#define SVQ_BAD_HEAD 2		/* guest: head beyond the descriptor table */
+#define SVQ_BAD_CHAIN 3		/* guest: next out of range, loop, or longer than the ring */
+#define SVQ_BAD_ORDER 4		/* guest: readable descriptor after a writable one */
+#define SVQ_BAD_ADDRESS 5	/* guest: buffer outside guest memory */
+#define SVQ_ZERO_LENGTH 6	/* guest: descriptor of length 0 */
+#define SVQ_INDIRECT 7		/* guest: indirect table that was not negotiated */
+#define SVQ_BAD_USED_IDX 8	/* device: used.idx moved by more than the ring */
+#define SVQ_BAD_USED_ID 9	/* device: used id that it was never given */
+
+/* What the SVQ remembers of a descriptor it gave to the device. */
+struct svq_segment {
+	uint64_t gpa;
+	uint32_t len;
+	uint16_t next;		/* the free chain; never read from shared memory */
+	uint8_t writable;
+};
+
+/* A guest chain in flight, indexed by its head in the shadow ring. */
+struct svq_element {
+	uint16_t segments;	/* 0: not in flight */
+	uint16_t tail;
+	uint16_t guest_head;
+	uint32_t writable;	/* bytes */
+	uint64_t order;		/* how many elements went to the device before it */
+};
+
+struct svq {
+	struct vring guest;
+	struct vring device;
+	const struct memory_map *memory;
+	struct svq_segment *segments;	/* device.num */
+	struct svq_element *elements;	/* device.num */
+	struct vring_desc *scratch;	/* device.num: a chain while it is checked */
+	int guest_kick, guest_call;	/* eventfds shared with the guest */
+	int device_kick, device_call;	/* eventfds shared with the device */
+	uint16_t last_avail;		/* next guest avail entry to take */
+	uint16_t used_idx;		/* next guest used entry to write */
+	uint16_t device_avail;		/* next shadow avail entry to write */
+	uint16_t device_used;		/* next shadow used entry to take */
+	uint16_t free_head;
+	uint16_t free_count;
+	uint64_t given;			/* elements given to the device so far */
+	uint32_t last_region;		/* where the previous translation hit */
+	uint64_t avail_gpa, used_gpa;	/* of the guest's rings, for the dirty bitmap */
+	int broken;			/* SVQ_… */
+	uint64_t forwarded, returned, kicks, calls, stalls, clamped;
+};
+
+/*
+ * Clear the shadow ring and take up the guest's where the device left it: at
+ * its used index.
+ */
+void svq_start(struct svq *q);
+/* Guest avail -> device avail. Returns the elements moved; see q->broken. */
+uint32_t svq_forward(struct svq *q);
+/* Device used -> guest used. Returns the elements moved; see q->broken. */
+uint32_t svq_return(struct svq *q);
+/* Guest heads in flight, oldest first, into heads[device.num]. */
+uint16_t svq_in_flight(const struct svq *q, uint16_t *heads);
+/*
+ * Hand the heads in flight back: write them again in front of last_avail in
+ * the guest's avail ring, and return the base from which a device finds
+ * exactly those and then what the guest added since.
+ */
+uint16_t svq_republish(struct svq *q);
+/* Map a guest range to the process: the pointer, or NULL if it is not one range of guest memory. */
+uint8_t *memory_hva(const struct memory_map *m, uint64_t gpa, uint64_t size);
+
+/* Several SVQs served by one thread, in array order (put RX before TX). */
+struct relay {
+	uint32_t count;
+	struct svq **queues;
+	void *pollfds;			/* room for 2 * count + 1 struct pollfd */
+	int wake;			/* eventfd that ends a wait */
+	int stop;			/* set by another thread */
+	uint64_t rounds, sleeps;
+};
+
+/*
+ * Relay until stop is set, a queue breaks or deadline (CLOCK_MONOTONIC, ns)
+ * has passed. Returns the number of broken queues.
+ */
+int relay_run(struct relay *r, int64_t deadline);
+
+/* ---------------------------------------------------------------------- */
+/* The guest's NIC: driver side of one RX/TX pair, with its traffic        */
+
+#define NIC_WINDOW 65536	/* sequence numbers that are told apart */
+#define NIC_GAPS 64
+
+/* A time in which the guest received nothing (CLOCK_MONOTONIC, ns). */
+struct nic_gap {
+	int64_t begin;
+	int64_t end;
+};
+
+struct nic_pair {
+	struct vring rx, tx;
+	uint16_t rx_avail, rx_used, tx_avail, tx_used;
+	uint16_t tx_free_count;
+	uint16_t *tx_free;		/* slots that carry no frame */
+	uint16_t tx_descs;		/* descriptors per TX frame: 1, or 2 (header apart) */
+	uint64_t rx_gpa, tx_gpa;	/* buffers, buffer_size each */
+	uint8_t *rx_hva, *tx_hva;
+	uint32_t buffer_size;
+	uint32_t frame_size;		/* Ethernet frame, without virtio_net_hdr */
+	uint32_t window;		/* frames in flight at most */
+	uint32_t flow;			/* tells pairs apart */
+	uint8_t dst[6], src[6];
+	int rx_kick, rx_call, tx_kick, tx_call;
+	int wake;
+	int stop;
+	int sending;			/* 0: only receive */
+	uint64_t sent, received, duplicated, corrupted, reordered;
+	uint64_t highest;		/* 1 + highest sequence number received */
+	uint64_t ring_errors;		/* used entries that make no sense */
+	int64_t last_rx;		/* ns, 0 before the first frame */
+	uint64_t seen[1024];		/* NIC_WINDOW bits */
+	struct nic_gap gaps[64];	/* the NIC_GAPS longest */
+};
+
+/* Fill the rings: descriptor tables, RX buffers posted; nothing sent yet. */
+void nic_start(struct nic_pair *p);
+/* Notify both queues, RX first: after every start of a device. */
+void nic_kick(const struct nic_pair *p);
+/* Send and receive until stop is set or deadline (CLOCK_MONOTONIC, ns) has passed. */
+void nic_run(struct nic_pair *p, int64_t deadline);
+/* Start the count of gaps anew. */
+void nic_clear_gaps(struct nic_pair *p);
+
+/* ---------------------------------------------------------------------- */
+/* Memory                                                                  */
+
+/*
+ * Map size bytes of fd, shared, at an address that is a multiple of align (a
+ * power of two). NULL and *error = errno on failure.
+ */
+uint8_t *map_shared(int fd, uint64_t size, uint64_t align, int *error);
+int unmap_shared(uint8_t *address, uint64_t size);
+/* Ask for huge pages; 0 or errno. */
+int advise_huge(uint8_t *address, uint64_t size);
+/* Allocate every page now; 0 or errno. */
+int populate(uint8_t *address, uint64_t size);
+/*
+ * Count runs of consecutive page frames in /proc/self/pagemap entries.
+ * Returns 0 if a page is absent or its frame number is hidden.
+ */
+uint64_t pagemap_runs(const uint64_t *entries, uint64_t count);

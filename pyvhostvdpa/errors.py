@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""What can go wrong, by meaning.
+
+Kernel errors stay ``OSError`` with the kernel's errno; the few subclasses
+tell apart what a caller would handle differently. Each message says what
+happened and why as far as it can be known; ``hint`` is the command to run or
+the thing to change next.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+ENOTSUPP = 524
+"""Not an errno of user space: leaks from drivers/vhost/vdpa.c (doorbell mmap, non-coherent IOMMU)."""
+
+_EXPLAINED = {
+    ENOTSUPP: "ENOTSUPP: the parent driver has no such operation",
+    errno.ENOBUFS: "ENOBUFS: index not below the number of virtqueues",
+}
+
+
+def errno_text(number: int) -> str:
+    """Return the errno's name with its meaning for vhost-vdpa."""
+    explained = _EXPLAINED.get(number)
+    if explained:
+        return explained
+    return f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"
+
+
+class VhostVdpaError(Exception):
+    """Base of everything this package raises on purpose."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class KernelError(VhostVdpaError, OSError):
+    """A system call on the device failed.
+
+    ``ioctl`` is the request's kernel name (or ``write``, ``open``, ``mmap``),
+    ``argument`` what was asked, ``errno`` the kernel's answer.
+    """
+
+    def __init__(self, number: int, ioctl: str, argument: str = "", cause: str = "", hint: str = "") -> None:
+        what = f"{ioctl}({argument})" if argument else ioctl
+        message = f"{what}: {errno_text(number)}" + (f" ({cause})" if cause else "")
+        VhostVdpaError.__init__(self, message, hint)
+        self.errno = number
+        self.strerror = message
+        self.ioctl = ioctl
+        self.argument = argument
+        self.cause = cause
+
+
+class DeviceBusy(KernelError):
+    """Somebody has the device open; the chardev is exclusive."""
+
+
+class DeviceClosed(VhostVdpaError):
+    """The object was used after ``close()``."""
+
+
+class NotVhostVdpa(VhostVdpaError):
+    """The path is not a vhost-vdpa character device."""
+
+
+class MapRejected(VhostVdpaError, ValueError):
+    """A map or unmap that the kernel would answer with a bare EFAULT was refused beforehand."""
+
+
+class MissingFeature(VhostVdpaError):
+    """The device or kernel lacks what the request needs."""
+
+
+class MigrationRefused(VhostVdpaError):
+    """A migration that cannot work was refused before anything was touched."""
+
+
+class MigrationFailed(VhostVdpaError):
+    """A migration ended before its end; the message says what state is left.
+
+    ``report`` is what was measured all the same (a
+    :class:`pyvhostvdpa.migration.report.Report`), None if the guest is stopped.
+    """
+
+    report: Any = None
+
+
+class QueueBroken(VhostVdpaError):
+    """A ring holds what no correct guest or device writes; the queue was given up."""

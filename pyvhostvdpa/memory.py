@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: MIT
+"""Guest memory, addresses, and where in the device's address space things go.
+
+Everything a device may touch is a shared memfd: parents that translate to
+user addresses silently skip private memory
+(drivers/vhost/vdpa.c:vhost_vdpa_va_map). It is physically contiguous where
+the kernel can give that, because a pinning parent needs one IOTLB entry per
+contiguous run and kernels limit the entries.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NewType, Self
+
+import psutil
+
+from ._cdefs import ffi, lib
+from .errors import DeviceClosed, MapRejected, MissingFeature
+
+Gpa = NewType("Gpa", int)
+"""Guest physical address."""
+Hva = NewType("Hva", int)
+"""Address in this process."""
+Iova = NewType("Iova", int)
+"""Address as the device sees it, in one address space."""
+
+PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+HUGE_PAGE = 2 << 20
+DEFAULT_GPA = Gpa(1 << 30)
+"""Where guest RAM starts unless told otherwise. Not 0: some devices dislike IOVA 0."""
+
+_SHMEM_THP = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+_HUGETLB = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+
+
+def _huge_flags(size: int) -> int:
+    """Choose how memory becomes contiguous: shmem THP needs no flag, hugetlb does."""
+    try:
+        chosen = _SHMEM_THP.read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        chosen = "never"
+    if chosen in ("always", "within_size", "advise", "force") or size % HUGE_PAGE:
+        return 0
+    try:
+        free = int(_HUGETLB.read_text())
+    except OSError:
+        free = 0
+    return os.MFD_HUGETLB if free * HUGE_PAGE >= size else 0
+
+
+class SharedMemory:
+    """A memfd mapped into this process, populated, 2 MiB aligned.
+
+    ``size`` in bytes is rounded up to a page. Raises :class:`MissingFeature`
+    if the machine has not that much memory.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self.size = -(-size // PAGE_SIZE) * PAGE_SIZE
+        self._address: Any = ffi.NULL
+        check_available(self.size)
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | _huge_flags(self.size))
+        try:
+            os.ftruncate(fd, self.size)
+            error = ffi.new("int *")
+            self._address = lib.map_shared(fd, self.size, HUGE_PAGE, error)
+        finally:
+            os.close(fd)
+        if self._address == ffi.NULL:
+            raise MissingFeature(f"cannot map {self.size} bytes of memory: {os.strerror(error[0])}")
+        lib.advise_huge(self._address, self.size)
+        failed: int = lib.populate(self._address, self.size)
+        if failed:
+            self.close()
+            raise MissingFeature(
+                f"cannot allocate {self.size} bytes of memory: {os.strerror(failed)}", hint="ask for less: --memory"
+            )
+
+    @property
+    def hva(self) -> Hva:
+        """Where the memory starts in this process."""
+        if self._address == ffi.NULL:
+            raise DeviceClosed("memory used after close()")
+        return Hva(int(ffi.cast("uintptr_t", self._address)))
+
+    @property
+    def buffer(self) -> memoryview:
+        """The memory's bytes. Rings are not to be touched through it."""
+        return memoryview(ffi.buffer(self._address, self.size))
+
+    def runs(self) -> int:
+        """Return the number of physically contiguous runs, 0 if this process may not know (needs root)."""
+        return physical_runs(self.hva, self.size)
+
+    def close(self) -> None:
+        """Unmap. Whoever gave it to a device has to unmap it there first."""
+        if self._address != ffi.NULL:
+            address, self._address = self._address, ffi.NULL
+            lib.unmap_shared(address, self.size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_available(size: int) -> None:
+    """Raise :class:`MissingFeature` if ``size`` bytes are not to be had now."""
+    available = psutil.virtual_memory().available
+    if size > available:
+        raise MissingFeature(
+            f"{size >> 20} MiB of guest memory asked for, {available >> 20} MiB available",
+            hint="ask for less: --memory",
+        )
+
+
+def physical_runs(hva: int, size: int) -> int:
+    """Count physically contiguous runs of populated memory; 0 if the frame numbers are hidden."""
+    first, last = hva // PAGE_SIZE, -(-(hva + size) // PAGE_SIZE)
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(first * 8)
+        entries = pagemap.read((last - first) * 8)
+    runs: int = lib.pagemap_runs(ffi.cast("uint64_t *", ffi.from_buffer(entries)), len(entries) // 8)
+    return runs
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A piece of guest memory."""
+
+    gpa: Gpa
+    memory: SharedMemory
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.memory.size
+
+    @property
+    def end(self) -> Gpa:
+        """The first address behind it."""
+        return Gpa(self.gpa + self.memory.size)
+
+
+class GuestMemory:
+    """The guest's RAM: regions by GPA, mapped here, described for the C loops."""
+
+    def __init__(self, layout: Sequence[tuple[Gpa, int]]) -> None:
+        ordered = sorted(layout)
+        for (gpa, size), (following, _) in pairwise(ordered):
+            if gpa + size > following:
+                raise ValueError(f"guest memory regions overlap at {following:#x}")
+        check_available(sum(size for _, size in ordered))
+        self.regions: list[Region] = []
+        self._dirty: list[Any] = []
+        try:
+            for gpa, size in ordered:
+                self.regions.append(Region(gpa, SharedMemory("guest-ram", size)))
+        except BaseException:
+            self.close()
+            raise
+        self._c_regions = ffi.new("struct memory_region[]", len(self.regions))
+        self.c_map = ffi.new("struct memory_map *", {"count": len(self.regions), "regions": self._c_regions})
+        for slot, region in zip(self._c_regions, self.regions, strict=True):
+            slot.gpa = slot.iova = region.gpa
+            slot.size = region.size
+            slot.hva = ffi.cast("uint8_t *", region.memory.hva)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all regions."""
+        return sum(region.size for region in self.regions)
+
+    def hva(self, gpa: int, size: int = 1) -> Hva:
+        """Return where ``size`` bytes at ``gpa`` are mapped; ValueError if they are not one piece of guest memory."""
+        pointer = lib.memory_hva(self.c_map, gpa, size)
+        if pointer == ffi.NULL:
+            raise ValueError(f"{gpa:#x}+{size:#x} is not guest memory")
+        return Hva(int(ffi.cast("uintptr_t", pointer)))
+
+    def start_dirty_log(self) -> None:
+        """Mark from now on which 4 KiB pages a device wrote through shadow virtqueues."""
+        self._dirty = [ffi.new("uint64_t[]", -(-region.size // PAGE_SIZE // 64) + 1) for region in self.regions]
+        for slot, bits in zip(self._c_regions, self._dirty, strict=True):
+            slot.dirty = bits
+
+    def dirty_pages(self) -> list[Gpa]:
+        """Return the pages marked since :meth:`start_dirty_log`, by address."""
+        pages = []
+        for region, bits in zip(self.regions, self._dirty, strict=False):
+            packed = int.from_bytes(ffi.buffer(bits), "little")
+            while packed:
+                lowest = packed & -packed
+                pages.append(Gpa(region.gpa + (lowest.bit_length() - 1) * PAGE_SIZE))
+                packed ^= lowest
+        return pages
+
+    def close(self) -> None:
+        """Unmap all regions."""
+        for region in self.regions:
+            region.memory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class IovaAllocator:
+    """First fit in the holes of one address space.
+
+    ``first`` and ``last`` are the device's IOVA range, both inclusive;
+    ``taken`` the ranges (start, size) that are not to be given out. Page 0 never is.
+    """
+
+    def __init__(self, first: int, last: int, taken: Iterable[tuple[int, int]] = ()) -> None:
+        self._first = max(-(-first // PAGE_SIZE) * PAGE_SIZE, PAGE_SIZE)
+        self._last = last
+        self._taken: dict[int, int] = dict(taken)
+
+    def allocate(self, size: int) -> Iova:
+        """Return a free page-aligned range of ``size`` bytes, rounded up to pages; MapRejected if there is none."""
+        need = -(-size // PAGE_SIZE) * PAGE_SIZE
+        at = self._first
+        for start, length in sorted(self._taken.items()):
+            if start >= at + need:
+                break
+            at = max(at, -(-(start + length) // PAGE_SIZE) * PAGE_SIZE)
+        if at + need - 1 > self._last:
+            raise MapRejected(f"no hole of {need:#x} bytes in the device's IOVA range up to {self._last:#x}")
+        self._taken[at] = need
+        return Iova(at)
+
+    def free(self, iova: int) -> None:
+        """Give a range back by its start."""
+        del self._taken[iova]
+
+
+def pinned_bytes() -> int:
+    """Return what this process has pinned (VmPin), in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmPin:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def allow_pinning(size: int) -> str:
+    """Make room for ``size`` more pinned bytes under RLIMIT_MEMLOCK.
+
+    vhost-vdpa compares with the limit alone, CAP_IPC_LOCK does not help
+    (drivers/vhost/vdpa.c:vhost_vdpa_pa_map). Returns what was changed, "" if
+    nothing had to be; raises :class:`MapRejected` if it may not be changed.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    need = pinned_bytes() + size
+    if soft == resource.RLIM_INFINITY or need <= soft:
+        return ""
+    try:
+        raised = hard if hard == resource.RLIM_INFINITY else max(hard, need)
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (need, raised))
+    except (ValueError, OSError) as e:
+        raise MapRejected(
+            f"RLIMIT_MEMLOCK is {soft >> 10} KiB; pinning this takes {need >> 10} KiB in all "
+            "(each address space and each device counts anew, root is not exempt)",
+            hint="ulimit -l unlimited, or LimitMEMLOCK=infinity in the service unit",
+        ) from e
+    return f"RLIMIT_MEMLOCK raised from {soft >> 10} KiB to {need >> 10} KiB"

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: MIT
+"""What can be learnt about vDPA devices without opening them.
+
+sysfs for names, drivers and nodes; iproute2's ``vdpa`` for what netlink
+tells; ``/proc`` for who holds a node. Opening a node resets its device, so
+nothing here does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+SYSFS_DEVICES = Path("/sys/bus/vdpa/devices")
+_VDPA_TIMEOUT = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that has a chardev open."""
+
+    pid: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} ({self.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class VdpaDevice:
+    """One device on the vdpa bus. What is not known is None."""
+
+    name: str
+    chardev: str | None
+    driver: str | None
+    mgmtdev: str | None
+    virtio_id: int | None
+    mac: str | None
+    holders: tuple[Holder, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return {
+            "name": self.name,
+            "chardev": self.chardev,
+            "driver": self.driver,
+            "mgmtdev": self.mgmtdev,
+            "virtio_id": self.virtio_id,
+            "mac": self.mac,
+            "holders": [{"pid": h.pid, "name": h.name} for h in self.holders],
+        }
+
+
+def vdpa_json(*arguments: str) -> dict[str, Any]:
+    """Run ``vdpa -j ARGUMENTS`` and return what it printed; {} if it cannot tell."""
+    tool = shutil.which("vdpa")
+    if tool is None:
+        return {}
+    try:
+        done = subprocess.run(
+            [tool, "-j", *arguments], capture_output=True, text=True, timeout=_VDPA_TIMEOUT, check=False
+        )
+        parsed = json.loads(done.stdout or "{}")
+    except (subprocess.TimeoutExpired, json.JSONDecodeError):
+        # `vdpa dev del` of an open device holds the netlink lock until the
+        # device is closed (drivers/vdpa/vdpa.c); everybody else waits
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def device_number(path: str | os.PathLike[str]) -> int | None:
+    """Return the number of the device behind a node, None if there is none."""
+    try:
+        return os.stat(path).st_rdev
+    except OSError:
+        return None
+
+
+def holders(chardev: str | os.PathLike[str]) -> tuple[Holder, ...]:
+    """Return the processes that have ``chardev`` open, as far as this user may see."""
+    number = device_number(chardev)
+    if number is None:
+        return ()
+    found = []
+    for process in psutil.process_iter():
+        directory = Path(f"/proc/{process.pid}/fd")
+        try:
+            links = [entry for entry in directory.iterdir() if "vhost-vdpa" in os.readlink(entry)]
+            if any(device_number(link) == number for link in links):
+                found.append(Holder(process.pid, process.name()))
+        except (OSError, psutil.Error):
+            continue
+    return tuple(found)
+
+
+def _chardev(device: Path) -> str | None:
+    for entry in device.glob("vhost-vdpa-*"):
+        return f"/dev/{entry.name}"
+    return None
+
+
+def list_devices() -> list[VdpaDevice]:
+    """Return the devices of the vdpa bus, by name."""
+    if not SYSFS_DEVICES.is_dir():
+        return []
+    known = vdpa_json("dev", "show").get("dev", {})
+    devices = []
+    for entry in sorted(SYSFS_DEVICES.iterdir()):
+        driver = entry / "driver"
+        chardev = _chardev(entry.resolve())
+        shown = known.get(entry.name, {})
+        is_net = shown.get("type") == "network"
+        config = vdpa_json("dev", "config", "show", entry.name).get("config", {}) if is_net else {}
+        devices.append(
+            VdpaDevice(
+                name=entry.name,
+                chardev=chardev,
+                driver=driver.resolve().name if driver.exists() else None,
+                mgmtdev=shown.get("mgmtdev"),
+                virtio_id={"network": 1, "block": 2}.get(shown.get("type", "")),
+                mac=config.get(entry.name, {}).get("mac"),
+                holders=holders(chardev) if chardev else (),
+            )
+        )
+    return devices
+
+
+def name_of(chardev: str | os.PathLike[str]) -> str | None:
+    """Return the vdpa name behind a chardev (``vdpa0``), None if sysfs does not know."""
+    number = device_number(chardev)
+    if number is None:
+        return None
+    node = Path(f"/sys/dev/char/{os.major(number)}:{os.minor(number)}").resolve()
+    return node.parent.name if node.name.startswith("vhost-vdpa-") else None
+
+
+def vendor_statistics(chardev: str | os.PathLike[str], queue: int) -> dict[str, int]:
+    """Return a queue's vendor statistics by name; {} where the parent has none."""
+    name = name_of(chardev)
+    if name is None:
+        return {}
+    shown = vdpa_json("dev", "vstats", "show", name, "qidx", str(queue)).get("vstats", {}).get(name, {})
+    return {key: value for key, value in shown.items() if isinstance(value, int)}
+
+
+def _parameter(module: str, name: str) -> str | None:
+    try:
+        return Path(f"/sys/module/{module}/parameters/{name}").read_text().strip()
+    except OSError:
+        return None
+
+
+def parent_module(chardev: str | os.PathLike[str]) -> str | None:
+    """Return the kernel module of the parent driver, as far as sysfs tells (``mlx5_vdpa`` shows as ``mlx5_core``)."""
+    name = name_of(chardev)
+    if name is None:
+        return None
+    parent = (SYSFS_DEVICES / name).resolve().parent
+    if parent.name.startswith("vdpasim"):
+        return "vdpa_sim"
+    if "vduse" in parent.parts:
+        return "vduse"
+    module = parent / "driver" / "module"
+    return module.resolve().name if module.exists() else None
+
+
+def uses_user_addresses(chardev: str | os.PathLike[str]) -> bool:
+    """Whether the parent translates to user addresses (``use_va``) and pins nothing.
+
+    No ioctl tells. vdpa_sim has a parameter for it, VDUSE always does, every
+    other parent works on pinned pages.
+    """
+    module = parent_module(chardev)
+    if module == "vdpa_sim":
+        return _parameter("vdpa_sim", "use_va") == "Y"
+    return module == "vduse"
+
+
+def max_iotlb_entries(chardev: str | os.PathLike[str]) -> int | None:
+    """Return how many entries an address space may hold, None where no limit is known.
+
+    vhost_vdpa and some parents each have a module parameter; the smaller one counts.
+    """
+    modules = ["vhost_vdpa", parent_module(chardev)]
+    limits = [_parameter(module, "max_iotlb_entries") for module in modules if module]
+    values = [int(limit) for limit in limits if limit and limit.isdigit() and int(limit) > 0]
+    return min(values, default=None)

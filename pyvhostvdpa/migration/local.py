@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: MIT
+"""Migration between two devices of one machine, in one process.
+
+The guest starts in passthrough on the source, is switched to shadow
+virtqueues (DT1), stopped there (DT2) and started in passthrough on the
+destination, with traffic before, between and after. Whatever fails before
+the destination runs, the guest goes on in passthrough on the source.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from .. import mgmt
+from ..chardev import check_path
+from ..device import State, VdpaNetDevice
+from ..errors import MigrationFailed, MigrationRefused, VhostVdpaError
+from ..memory import DEFAULT_GPA, GuestMemory, check_available
+from ..net.nic import GuestNic
+from ..net.traffic import Traffic
+from ..trace import Trace
+from ..uapi import BackendFeature, names
+from .downtime import DT1, DT2, PHASES, PhaseCost, cost, interval, milliseconds
+from .report import Part, Report, environment
+
+Observer = Callable[[str], None]
+"""Called with the name of each part of a migration as it begins."""
+
+_DRAIN_SECONDS = 10.0
+_CHECK_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to migrate. ``memory`` in bytes; ``seconds`` of traffic, a third in each part."""
+
+    memory: int = 1 << 30
+    seconds: float = 20.0
+    ring_size: int = 256
+    frame_size: int = 256
+    use: BackendFeature = ~BackendFeature(0)
+
+
+def migrate(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    options: Options | None = None,
+    observer: Observer = lambda part: None,
+) -> Report:
+    """Migrate a guest with traffic from ``source`` to ``destination``; both are reset in the end.
+
+    Raises :class:`~pyvhostvdpa.errors.MigrationRefused` before anything is
+    touched, :class:`~pyvhostvdpa.errors.MigrationFailed` (with ``report``)
+    if the guest had to stay on the source, and whatever opening or mapping
+    raises. An exception of ``observer`` ends the migration in that part, with
+    the devices reset.
+    """
+    options = options or Options()
+    for path in (source, destination):
+        check_path(path)
+    if mgmt.device_number(source) == mgmt.device_number(destination):
+        raise MigrationRefused(
+            f"source and destination are the same device: {source}",
+            hint="vhost-vdpa list shows the others; vdpa dev add creates one",
+        )
+    check_available(options.memory)
+    with ExitStack() as stack:
+        observer("prepare")
+        return _Migration(source, destination, options, observer, stack).run()
+
+
+@dataclass
+class _Bookkeeping:
+    parts: dict[str, Part] = field(default_factory=dict)
+    drops_before: dict[str, dict[str, int]] = field(default_factory=dict)
+    drops: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+class _Migration:
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        destination: str | os.PathLike[str],
+        options: Options,
+        observer: Observer,
+        stack: ExitStack,
+    ) -> None:
+        self.options = options
+        self.observe = observer
+        self.trace = Trace()
+        self.source = stack.enter_context(VdpaNetDevice(source, self.trace, options.use))
+        self.destination = stack.enter_context(VdpaNetDevice(destination, self.trace, options.use))
+        self._check_devices()
+        self.memory = stack.enter_context(GuestMemory([(DEFAULT_GPA, options.memory)]))
+        self.nic = GuestNic(self.memory, ring_size=options.ring_size, frame_size=options.frame_size)
+        stack.callback(self.nic.close)
+        # devices must let go of the memory before it goes: a second close is none
+        stack.callback(self.destination.close)
+        stack.callback(self.source.close)
+        self.traffic = Traffic(self.nic)
+        stack.callback(self.traffic.pause)
+        self.book = _Bookkeeping()
+
+    def _check_devices(self) -> None:
+        if BackendFeature.SUSPEND not in self.source.backend_features:
+            raise MigrationRefused(
+                f"{self.source.path} lacks SUSPEND: its rings cannot be taken over without loss (it has "
+                f"{names(self.source.backend_features)})"
+            )
+        missing = self.source.features & ~self.destination.features
+        if missing:
+            raise MigrationRefused(
+                f"{self.destination.path} lacks features that the guest uses on the source: {names(missing)}",
+                hint="create it with the same device_features: vdpa dev add",
+            )
+
+    def run(self) -> Report:
+        self.source.attach(self.memory)
+        with self.destination.trace.in_phase("dest.premap"):
+            self.destination.attach(self.memory)
+        self.source.start_passthrough(self.nic.queues)
+        self.book.drops_before["source"] = self._drops(self.source)
+        self.observe("passthrough")
+        self.traffic.run()
+        self._let_run("passthrough", self.source)
+        try:
+            self._switch()
+            self._let_run("shadow", self.source)
+            self.book.drops["source"] = self._drops(self.source)
+            self._move()
+        except VhostVdpaError as e:
+            raise self._stay(e) from e
+        self._let_run("destination", self.destination)
+        return self._finish("migrated", self.destination, "destination")
+
+    # -- the two phases ---------------------------------------------------------
+
+    def _switch(self) -> None:
+        self.observe("switch")
+        with self.source.trace.in_phase("dt1.stop"):
+            self.source.stop()
+        with self.source.trace.in_phase("dt1.start"):
+            self.source.start_shadow(self.nic.queues)
+        self.observe("shadow")
+
+    def _move(self) -> None:
+        self.observe("move")
+        self.traffic.pause()
+        with self.source.trace.in_phase("dt2.stop"):
+            self.source.stop()
+        self.observe("start destination")
+        with self.destination.trace.in_phase("dest.start"):
+            self.destination.start_passthrough(self.nic.queues)
+        self.traffic.run()
+        self.observe("destination")
+        self.book.drops_before["destination"] = self._drops(self.destination)
+
+    def _stay(self, error: VhostVdpaError) -> MigrationFailed:
+        """Bring the guest back to passthrough on the source and let it run there."""
+        self.observe("back to source")
+        self.traffic.pause()
+        try:
+            with self.source.trace.in_phase("cancel.start"):
+                if self.source.state is State.SHADOW:
+                    self.source.stop()
+                if self.source.state is State.RESET:
+                    self.source.start_passthrough(self.nic.queues)
+        except VhostVdpaError as worse:
+            return MigrationFailed(
+                f"{error}; and the source could not be started again: {worse}. "
+                "The guest is stopped, its memory holds all frames that were delivered",
+                hint=error.hint,
+            )
+        self.traffic.run()
+        self._let_run("source again", self.source)
+        failed = MigrationFailed(f"{error}; the guest goes on in passthrough on {self.source.path}", hint=error.hint)
+        failed.report = self._finish("stayed on source", self.source, "source")
+        return failed
+
+    # -- observation ------------------------------------------------------------
+
+    def _let_run(self, part: str, device: VdpaNetDevice) -> None:
+        before, begin = self.nic.counts().received, time.monotonic()
+        end = begin + self.options.seconds / 3
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _CHECK_SECONDS))
+            device.check()
+        self.book.parts[part] = Part(self.nic.counts().received - before, time.monotonic() - begin)
+
+    def _drops(self, device: VdpaNetDevice) -> dict[str, int]:
+        """Counters of frames that a device lost, as far as the parent has any."""
+        found = {}
+        for queue in self.nic.queues:
+            for name, value in mgmt.vendor_statistics(device.path, queue.index).items():
+                if any(word in name for word in ("drop", "overrun", "error")):
+                    found[name] = value
+        return found
+
+    def _finish(self, outcome: str, device: VdpaNetDevice, role: str) -> Report:
+        self.observe("drain")
+        self.traffic.stop_sending(_DRAIN_SECONDS)
+        self.book.drops[role] = self._drops(device)
+        self.traffic.pause()
+        source = self.source.path
+        drops = {
+            name: {key: value - self.book.drops_before.get(name, {}).get(key, 0) for key, value in after.items()}
+            for name, after in self.book.drops.items()
+        }
+        return Report(
+            outcome=outcome,
+            frames=self.nic.counts(),
+            parts=self.book.parts,
+            dt1_ms={source: milliseconds(self.trace, source, DT1)},
+            dt2_ms={source: milliseconds(self.trace, source, DT2)},
+            gap_switch_ms=self._gap(source, DT1),
+            gap_move_ms=self._gap(source, DT2),
+            phases=self._phases(),
+            drops=drops,
+            environment=environment({"source": self.source, "destination": self.destination}, self.options.memory),
+        )
+
+    def _gap(self, device: str, phases: tuple[str, ...]) -> float:
+        span = interval(self.trace, device, phases)
+        return self.traffic.longest_gap(*span) if span else 0.0
+
+    def _phases(self) -> dict[str, PhaseCost]:
+        costs = {phase: cost(self.trace, phase) for phase in PHASES}
+        return {phase: measured for phase, measured in costs.items() if measured is not None}

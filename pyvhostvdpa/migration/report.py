@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""What a migration was: frames, downtimes, calls."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from ..device import VdpaNetDevice
+from ..net.nic import FrameCounts
+from ..uapi import names
+from .downtime import PhaseCost
+
+SCHEMA = "pyvhostvdpa/migrate/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Frames received in one part of a migration, and its length in seconds."""
+
+    received: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Frames per second."""
+        return self.received / self.seconds if self.seconds else 0.0
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Return the fields for JSON."""
+        return {
+            "received": self.received,
+            "seconds": round(self.seconds, 3),
+            "frames_per_second": round(self.rate, 1),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The result of one migration. Times in milliseconds.
+
+    ``outcome`` is ``"migrated"`` or ``"stayed on source"``. ``drops`` are the
+    devices' own counters, as far as they have any.
+    """
+
+    outcome: str
+    frames: FrameCounts
+    parts: dict[str, Part]
+    dt1_ms: dict[str, float]
+    dt2_ms: dict[str, float]
+    gap_switch_ms: float
+    gap_move_ms: float
+    phases: dict[str, PhaseCost]
+    drops: dict[str, dict[str, int]]
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as its JSON schema ``pyvhostvdpa/migrate/1`` has it."""
+        return {
+            "schema": SCHEMA,
+            "outcome": self.outcome,
+            "frames": self.frames.to_dict(),
+            "parts": {name: part.to_dict() for name, part in self.parts.items()},
+            "dt1_ms": {
+                "worst": round(max(self.dt1_ms.values(), default=0.0), 3),
+                "devices": [{"device": d, "ms": round(ms, 3)} for d, ms in self.dt1_ms.items()],
+            },
+            "dt2_ms": {
+                "sum": round(sum(self.dt2_ms.values()), 3),
+                "devices": [{"device": d, "ms": round(ms, 3)} for d, ms in self.dt2_ms.items()],
+            },
+            "guest_gap_ms": {"switch": round(self.gap_switch_ms, 3), "move": round(self.gap_move_ms, 3)},
+            "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
+            "device_drops": self.drops,
+            "environment": self.environment,
+        }
+
+
+def environment(devices: dict[str, VdpaNetDevice], memory: int) -> dict[str, Any]:
+    """Return what a reader needs to place the figures."""
+    return {
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "cpus": psutil.cpu_count(),
+        "accelerator": os.environ.get("PYVHOSTVDPA_LAB_ACCEL", "not in the lab"),
+        "memory_bytes": memory,
+        "devices": {
+            role: {
+                "path": device.path,
+                "features": names(device.features),
+                "backend_features": names(device.backend_features),
+                "pinned": device.iotlb.limits.pinned,
+                "max_iotlb_entries": device.iotlb.limits.entries,
+            }
+            for role, device in devices.items()
+        },
+    }

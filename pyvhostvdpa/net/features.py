@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT
+"""virtio and virtio-net feature bits (virtio 1.3, 5.1.3 and 6)."""
+
+from __future__ import annotations
+
+import enum
+
+from ..errors import MissingFeature
+from ..uapi import names
+
+
+class Feature(enum.IntFlag):
+    """Feature bits by the specification's names, without ``VIRTIO_F_`` and ``VIRTIO_NET_F_``."""
+
+    CSUM = 1 << 0
+    GUEST_CSUM = 1 << 1
+    CTRL_GUEST_OFFLOADS = 1 << 2
+    MTU = 1 << 3
+    MAC = 1 << 5
+    GUEST_TSO4 = 1 << 7
+    GUEST_TSO6 = 1 << 8
+    GUEST_ECN = 1 << 9
+    GUEST_UFO = 1 << 10
+    HOST_TSO4 = 1 << 11
+    HOST_TSO6 = 1 << 12
+    HOST_ECN = 1 << 13
+    HOST_UFO = 1 << 14
+    MRG_RXBUF = 1 << 15
+    STATUS = 1 << 16
+    CTRL_VQ = 1 << 17
+    CTRL_RX = 1 << 18
+    CTRL_VLAN = 1 << 19
+    CTRL_RX_EXTRA = 1 << 20
+    GUEST_ANNOUNCE = 1 << 21
+    MQ = 1 << 22
+    CTRL_MAC_ADDR = 1 << 23
+    ANY_LAYOUT = 1 << 27
+    INDIRECT_DESC = 1 << 28
+    EVENT_IDX = 1 << 29
+    VERSION_1 = 1 << 32
+    ACCESS_PLATFORM = 1 << 33
+    RING_PACKED = 1 << 34
+    IN_ORDER = 1 << 35
+    ORDER_PLATFORM = 1 << 36
+    SR_IOV = 1 << 37
+    NOTIFICATION_DATA = 1 << 38
+    RING_RESET = 1 << 40
+    HASH_REPORT = 1 << 57
+    RSS = 1 << 60
+    RSC_EXT = 1 << 61
+    STANDBY = 1 << 62
+    SPEED_DUPLEX = 1 << 63
+
+
+REQUIRED = Feature.VERSION_1 | Feature.ACCESS_PLATFORM
+"""Without these no virtqueue can be shadowed; several parents refuse a driver without the second."""
+
+SUPPORTED = REQUIRED | Feature.MAC | Feature.MTU | Feature.STATUS
+"""What the guest of this package negotiates when the device offers it."""
+
+
+def negotiate(offered: int) -> Feature:
+    """Return what the guest takes of a device's features; :class:`MissingFeature` if too little is offered."""
+    missing = REQUIRED & ~Feature(offered)
+    if missing:
+        raise MissingFeature(
+            f"the device lacks {names(missing)}", hint="create it with these features: vdpa dev add … device_features"
+        )
+    return Feature(offered) & SUPPORTED

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT
+"""The guest at work: a thread per pair that sends, receives and accounts.
+
+Pausing it is what pausing a guest's CPU is to a driver: nothing is told to
+it, it finds its rings as the device left them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from .._cdefs import lib
+from .nic import GuestNic, NicPair
+
+_SLICE_NS = 200_000_000
+
+
+class Traffic:
+    """Traffic on all pairs of a NIC."""
+
+    def __init__(self, nic: GuestNic) -> None:
+        self._nic = nic
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def running(self) -> bool:
+        """Whether the guest runs."""
+        return bool(self._threads)
+
+    def run(self) -> None:
+        """Let the guest run."""
+        if self._threads:
+            return
+        for pair in self._nic.pairs:
+            pair.c.stop = 0
+            thread = threading.Thread(target=_serve, args=(pair,), name=f"guest-nic-{pair.c.flow}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def pause(self) -> None:
+        """Stop the guest where it is. Twice is no error."""
+        for pair in self._nic.pairs:
+            pair.c.stop = 1
+            os.eventfd_write(pair.wake, 1)
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+        self._threads.clear()
+
+    def stop_sending(self, timeout: float) -> bool:
+        """Only receive from now on; whether everything sent arrived within ``timeout`` seconds."""
+        for pair in self._nic.pairs:
+            pair.c.sending = 0
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if all(pair.c.received >= pair.c.sent for pair in self._nic.pairs):
+                return True
+            time.sleep(0.01)
+        return False
+
+    def longest_gap(self, begin: int, end: int) -> float:
+        """Return the longest time without a frame, in ms, of those that touch begin..end (CLOCK_MONOTONIC ns)."""
+        touching = [
+            gap_end - gap_begin
+            for pair in self._nic.pairs
+            for gap_begin, gap_end in pair.gaps()
+            if gap_begin <= end and gap_end >= begin
+        ]
+        return max(touching, default=0) / 1e6
+
+
+def _serve(pair: NicPair) -> None:
+    while not pair.c.stop:
+        lib.nic_run(pair.c, time.monotonic_ns() + _SLICE_NS)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""Where the parts of a split virtqueue lie (virtio 1.3, 2.7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .._cdefs import ffi, lib
+from ..memory import PAGE_SIZE, GuestMemory
+
+MAX_NUM = 32768
+"""Largest ring size the specification allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class SplitLayout:
+    """Sizes and offsets for a ring of ``num`` descriptors, a power of two.
+
+    The driver area is the descriptor table with the avail ring right behind
+    it, the device area the used ring; each starts on a page, so that one can
+    be mapped read-only and the other read-write.
+    """
+
+    num: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.num <= MAX_NUM or self.num & (self.num - 1):
+            raise ValueError(f"ring size {self.num} is not a power of two up to {MAX_NUM}")
+
+    @property
+    def avail_offset(self) -> int:
+        """Bytes from the descriptor table to the avail ring."""
+        return 16 * self.num
+
+    @property
+    def driver_area(self) -> int:
+        """Bytes of descriptor table and avail ring with used_event, in whole pages."""
+        return _pages(self.avail_offset + 4 + 2 * self.num + 2)
+
+    @property
+    def device_area(self) -> int:
+        """Bytes of the used ring with avail_event, in whole pages."""
+        return _pages(4 + 8 * self.num + 2)
+
+    @property
+    def size(self) -> int:
+        """Bytes of both areas."""
+        return self.driver_area + self.device_area
+
+
+def _pages(size: int) -> int:
+    return -(-size // PAGE_SIZE) * PAGE_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class GuestQueue:
+    """A virtqueue as the guest's driver set it up; addresses are GPAs.
+
+    ``kick`` is raised by the guest, ``call`` by whoever plays the device.
+    """
+
+    index: int
+    num: int
+    desc: int
+    avail: int
+    used: int
+    kick: int
+    call: int
+
+
+def fill_vring(ring: Any, num: int, desc: int, avail: int, used: int) -> None:
+    """Point a C ``struct vring`` at addresses of this process."""
+    ring.num = num
+    ring.desc = ffi.cast("struct vring_desc *", desc)
+    ring.avail = ffi.cast("struct vring_avail *", avail)
+    ring.used = ffi.cast("struct vring_used *", used)
+
+
+def map_queue(ring: Any, queue: GuestQueue, memory: GuestMemory) -> None:
+    """Point a C ``struct vring`` at a guest's ring; ValueError if that is not guest memory."""
+    fill_vring(
+        ring,
+        queue.num,
+        memory.hva(queue.desc, 16 * queue.num),
+        memory.hva(queue.avail, 6 + 2 * queue.num),
+        memory.hva(queue.used, 6 + 8 * queue.num),
+    )
+
+
+def indices(queue: GuestQueue, memory: GuestMemory) -> tuple[int, int]:
+    """Return a guest ring's avail and used index as they stand."""
+    ring = ffi.new("struct vring *")
+    map_queue(ring, queue, memory)
+    avail, used = ffi.new("uint16_t *"), ffi.new("uint16_t *")
+    lib.vring_indices(ring, avail, used)
+    return int(avail[0]), int(used[0])

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import lab
+
+from pyvhostvdpa.device import VdpaNetDevice
+from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory, pinned_bytes
+from pyvhostvdpa.net.nic import GuestNic
+from pyvhostvdpa.net.traffic import Traffic
+from pyvhostvdpa.uapi import BackendFeature
+
+NOTHING = BackendFeature(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests on the same kind of device together: loading the module anew takes seconds."""
+    items.sort(key=lambda item: "pinned" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    """Descriptors, pinned pages and threads are as many afterwards as before."""
+    before = lab.open_fds(), pinned_bytes(), threading.active_count()
+    yield
+    assert (lab.open_fds(), pinned_bytes(), threading.active_count()) == before
+
+
+@pytest.fixture(scope="session")
+def loaded() -> dict[str, int]:
+    """The parameters that vdpa_sim is loaded with; empty for the lab's own."""
+    return {}
+
+
+def _use(loaded: dict[str, int], **parameters: int) -> None:
+    if loaded != parameters:
+        lab.reload(**parameters)
+        loaded.clear()
+        loaded.update(parameters)
+
+
+@pytest.fixture
+def devices(loaded: dict[str, int]) -> tuple[str, str]:
+    """Two vdpa_sim_net devices as they are by default: user addresses, set_map."""
+    _use(loaded)
+    return lab.DEVICES
+
+
+@pytest.fixture
+def pinned(loaded: dict[str, int]) -> tuple[str, str]:
+    """Two vdpa_sim_net devices that pin pages, as hardware does."""
+    _use(loaded, use_va=0)
+    return lab.DEVICES
+
+
+class Guest:
+    """A guest on a device, with traffic."""
+
+    def __init__(self, device: VdpaNetDevice, memory: GuestMemory) -> None:
+        self.device, self.memory = device, memory
+        self.nic = GuestNic(memory)
+        self.traffic = Traffic(self.nic)
+
+    def close(self) -> None:
+        self.traffic.pause()
+        self.device.close()
+        self.nic.close()
+
+    def receives(self, frames: int = 500, seconds: float = 30.0) -> None:
+        """Wait until that many more frames came back."""
+        goal = self.nic.counts().received + frames
+        lab.wait_for(lambda: self.nic.counts().received >= goal, f"{frames} frames", seconds)
+
+    def settle(self) -> None:
+        """Let everything sent arrive, and demand a perfect account."""
+        assert self.traffic.stop_sending(20.0)
+        counts = self.nic.counts()
+        assert (counts.lost, counts.duplicated, counts.corrupted, counts.reordered) == (0, 0, 0, 0)
+
+
+def _guest(path: str, without: BackendFeature) -> Iterator[Guest]:
+    with GuestMemory([(DEFAULT_GPA, lab.SMALL)]) as memory, VdpaNetDevice(path, use=~without) as device:
+        device.attach(memory)
+        guest = Guest(device, memory)
+        yield guest
+        guest.close()
+
+
+@pytest.fixture
+def guest(devices: tuple[str, str]) -> Iterator[Guest]:
+    """A guest attached to the first device, not started."""
+    yield from _guest(devices[0], NOTHING)
+
+
+@pytest.fixture
+def pinned_guest(pinned: tuple[str, str]) -> Iterator[Guest]:
+    """The same on a device that pins."""
+    yield from _guest(pinned[0], NOTHING)
+
+
+@pytest.fixture
+def forgetful_guest(devices: tuple[str, str]) -> Iterator[Guest]:
+    """The same on a device whose maps are lost at reset (IOTLB_PERSIST not acknowledged)."""
+    yield from _guest(devices[0], BackendFeature.IOTLB_PERSIST)

@@ -1,0 +1,183 @@
+"""The main job, and what happens when it cannot be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+
+import lab
+import pytest
+
+from pyvhostvdpa import MigrationFailed, MigrationRefused, MissingFeature, Options, VhostVdpa, migrate
+
+QUICK = Options(memory=lab.SMALL, seconds=1.5)
+COMMAND = ("vhost-vdpa", "migrate", *lab.DEVICES, "--memory", "32M")
+PARTS = {
+    "prepare": "opening both devices",
+    "passthrough": "traffic in passthrough on the source",
+    "switch": "switching the source",
+    "shadow": "traffic through shadow",
+    "move": "stopping the source",
+    "start destination": "starting the destination",
+    "destination": "traffic in passthrough on the destination",
+    "drain": "waiting for the last frames",
+}
+
+
+def migrates(seconds: str = "1.5") -> None:
+    done = subprocess.run([*COMMAND, "--seconds", seconds], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_guest_moves_with_all_its_frames(devices: tuple[str, str]) -> None:
+    report = migrate(*devices, Options(memory=lab.SMALL, seconds=6))
+    frames = report.frames
+    assert report.outcome == "migrated"
+    assert (frames.lost, frames.duplicated, frames.corrupted, frames.reordered) == (0, 0, 0, 0)
+    assert frames.sent == frames.received
+    assert list(report.parts) == ["passthrough", "shadow", "destination"]
+    assert all(part.received > 100 for part in report.parts.values())
+    assert report.drops["source"]
+    assert not any(value for each in report.drops.values() for value in each.values())
+    assert 0 < report.dt1_ms[devices[0]] <= report.gap_switch_ms + 1
+    assert 0 < report.dt2_ms[devices[0]] <= report.gap_move_ms + 1
+
+
+def test_it_moves_on_devices_that_pin(pinned: tuple[str, str]) -> None:
+    frames = migrate(*pinned, QUICK).frames
+    assert frames.sent == frames.received > 300
+    assert frames.duplicated == frames.corrupted == 0
+
+
+def test_json_is_all_there_is_on_standard_output(devices: tuple[str, str]) -> None:
+    done = subprocess.run([*COMMAND, "--seconds", "1.5", "--json"], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["schema"] == "pyvhostvdpa/migrate/1"
+    assert set(result["frames"]) >= {"sent", "received", "lost", "duplicated", "corrupted"}
+    assert result["dt1_ms"]["worst"] == max(d["ms"] for d in result["dt1_ms"]["devices"])
+    assert result["dt2_ms"]["sum"] == pytest.approx(sum(d["ms"] for d in result["dt2_ms"]["devices"]))
+    assert set(result["guest_gap_ms"]) == {"switch", "move"}
+    assert {"dest.premap", "dt1.stop", "dt1.start", "dt2.stop", "dest.start"} <= set(result["phases"])
+    assert all(set(phase) == {"ms", "ioctls", "iotlb_messages"} for phase in result["phases"].values())
+    assert result["environment"]["kernel"] == os.uname().release
+
+
+def test_the_table_names_both_downtimes(devices: tuple[str, str]) -> None:
+    done = subprocess.run([*COMMAND, "--seconds", "1.5"], capture_output=True, text=True, check=True)
+    for text in (
+        "DT1, switch",
+        "DT2, stop",
+        "lost",
+        "duplicated",
+        "corrupted",
+        "IOTLB messages",
+        "drop counters: all 0",
+    ):
+        assert text in done.stdout
+
+
+def test_source_and_destination_must_differ(devices: tuple[str, str], tmp_path: object) -> None:
+    link = f"{tmp_path}/same"
+    os.symlink(devices[0], link)
+    for other in (devices[0], link):
+        with pytest.raises(MigrationRefused, match="same device"):
+            migrate(devices[0], other, QUICK)
+
+
+def test_more_memory_than_there_is_is_refused(devices: tuple[str, str]) -> None:
+    with pytest.raises(MissingFeature, match="available"):
+        migrate(*devices, Options(memory=1 << 44))
+
+
+def test_a_destination_that_lacks_the_guests_features_is_refused(devices: tuple[str, str]) -> None:
+    without_mtu = hex((1 << 33) | (1 << 32) | (1 << 5) | (1 << 16))
+    lab.command("vdpa", "dev", "del", "vdpa1")
+    add = ("vdpa", "dev", "add", "name", "vdpa1", "mgmtdev", "vdpasim_net", "mac", lab.MACS[1])
+    lab.command(*add, "device_features", without_mtu)
+    try:
+        with pytest.raises(MigrationRefused, match="lacks features that the guest uses on the source: MTU"):
+            migrate(*devices, QUICK)
+    finally:
+        lab.command("vdpa", "dev", "del", "vdpa1")
+        lab.command(*add)
+
+
+def fd_of(device: str) -> int:
+    for fd in os.listdir("/proc/self/fd"):
+        if os.path.exists(f"/proc/self/fd/{fd}") and os.readlink(f"/proc/self/fd/{fd}") == device:
+            return int(fd)
+    raise AssertionError(f"{device} is not open")
+
+
+def break_fd_at(part: str, device: str) -> object:
+    """An observer that puts /dev/null under a device's descriptor: each call to it fails from then on."""
+
+    def observe(now: str) -> None:
+        if now == part:
+            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+            os.dup2(null, fd_of(device), inheritable=False)
+            os.close(null)
+
+    return observe
+
+
+def test_when_the_destination_fails_to_start_the_guest_goes_on_at_the_source(devices: tuple[str, str]) -> None:
+    with pytest.raises(MigrationFailed, match=f"goes on in passthrough on {devices[0]}") as failed:
+        migrate(*devices, QUICK, break_fd_at("start destination", devices[1]))  # type: ignore[arg-type]
+    report = failed.value.report
+    assert report.outcome == "stayed on source"
+    assert report.parts["source again"].received > 100
+    frames = report.frames
+    assert frames.sent == frames.received
+    assert frames.duplicated == frames.corrupted == 0
+    migrates()
+
+
+def test_when_the_source_dies_the_error_says_what_is_left(devices: tuple[str, str]) -> None:
+    with pytest.raises(MigrationFailed, match="source could not be started again") as failed:
+        migrate(*devices, QUICK, break_fd_at("move", devices[0]))  # type: ignore[arg-type]
+    assert failed.value.report is None
+    migrates()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_interrupt_in_any_part_leaves_nothing_behind(devices: tuple[str, str], part: str) -> None:
+    """Raised exactly as the part begins; the leak check of every test looks at what is left."""
+
+    def interrupt(now: str) -> None:
+        if now == part:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        migrate(*devices, QUICK, interrupt)
+    for device in devices:
+        with VhostVdpa(device) as dev:
+            assert dev.get_status() == 0
+
+
+@pytest.mark.parametrize("part", ["prepare", "switch", "shadow", "move", "destination"])
+def test_ctrl_c_is_status_130(devices: tuple[str, str], part: str) -> None:
+    with subprocess.Popen([*COMMAND, "--seconds", "3"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if PARTS[part] in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+        assert process.wait() == 130
+        assert "the devices were reset and closed" in rest
+        assert "Traceback" not in rest
+
+
+def test_after_kill_9_in_the_shadow_phase_the_next_run_works(devices: tuple[str, str]) -> None:
+    with subprocess.Popen([*COMMAND, "--seconds", "9"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if PARTS["shadow"] in line:
+                process.kill()
+                break
+        process.stderr.read()
+        assert process.wait() == -signal.SIGKILL
+    migrates()

@@ -1,0 +1,109 @@
+"""A guest and a device that play with real rings in memory, step by step.
+
+Stand-ins for the two ends of a shadow virtqueue: these tests are about the
+queue in between. Single-threaded, so Python may touch the rings here.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from pyvhostvdpa._cdefs import ffi, lib
+from pyvhostvdpa.memory import Gpa, GuestMemory, SharedMemory
+from pyvhostvdpa.virtqueue.driver import GuestArena, place_queue
+from pyvhostvdpa.virtqueue.layout import map_queue
+from pyvhostvdpa.virtqueue.shadow import ShadowVirtqueue
+
+NEXT, WRITE, INDIRECT = lib.VRING_DESC_F_NEXT, lib.VRING_DESC_F_WRITE, lib.VRING_DESC_F_INDIRECT
+BASE = Gpa(1 << 30)
+
+
+@dataclass
+class Segment:
+    gpa: int
+    size: int
+    writable: bool = False
+
+
+class Model:
+    """A guest's queue of ``num``, shadowed, with memory regions of 1 MiB."""
+
+    def __init__(self, num: int = 8, regions: int = 1, gap: int = 0, start_idx: int = 0) -> None:
+        size = 1 << 20
+        self.memory = GuestMemory([(Gpa(BASE + i * (size + gap)), size) for i in range(regions)])
+        self.memory.start_dirty_log()
+        self.queue = place_queue(GuestArena(self.memory), 0, num)
+        self.num = num
+        self.ring = ffi.new("struct vring *")
+        map_queue(self.ring, self.queue, self.memory)
+        self.ring.avail.idx = self.ring.used.idx = start_idx
+        self.avail_idx = self.last_used = start_idx
+        self.shadow_memory = SharedMemory("shadow", 1 << 21)
+        self.svq = ShadowVirtqueue(self.queue, self.memory, self.shadow_memory.hva)
+        self.device_avail = 0
+
+    def close(self) -> None:
+        self.svq.close()
+        os.close(self.queue.kick)
+        os.close(self.queue.call)
+        self.memory.close()
+        self.shadow_memory.close()
+
+    # -- guest -----------------------------------------------------------------
+
+    def describe(self, first: int, segments: list[Segment]) -> None:
+        """Write a chain into descriptors first, first + 1, …"""
+        for k, segment in enumerate(segments):
+            last = k + 1 == len(segments)
+            d = self.ring.desc[first + k]
+            d.addr, d.len = segment.gpa, segment.size
+            d.flags = (WRITE if segment.writable else 0) | (0 if last else NEXT)
+            d.next = 0 if last else first + k + 1
+
+    def publish(self, head: int) -> None:
+        self.ring.avail.ring[self.avail_idx % self.num] = head
+        self.avail_idx = (self.avail_idx + 1) & 0xFFFF
+        self.ring.avail.idx = self.avail_idx
+
+    def used(self) -> list[tuple[int, int]]:
+        """What the guest got back since it last looked, as (head, length)."""
+        entries = []
+        while self.last_used != self.ring.used.idx:
+            e = self.ring.used.ring[self.last_used % self.num]
+            entries.append((e.id, e.len))
+            self.last_used = (self.last_used + 1) & 0xFFFF
+        return entries
+
+    # -- device ------------------------------------------------------------------
+
+    def fetch(self) -> list[tuple[int, list[Segment]]]:
+        """What the device finds new in the shadow ring: (head, its buffers)."""
+        ring = self.svq.c.device
+        found = []
+        while self.device_avail != ring.avail.idx:
+            head = ring.avail.ring[self.device_avail % self.num]
+            segments, i = [], head
+            while True:
+                d = ring.desc[i]
+                segments.append(Segment(d.addr, d.len, bool(d.flags & WRITE)))
+                if not d.flags & NEXT:
+                    break
+                i = d.next
+            found.append((head, segments))
+            self.device_avail = (self.device_avail + 1) & 0xFFFF
+        return found
+
+    def complete(self, head: int, length: int = 0) -> None:
+        ring = self.svq.c.device
+        e = ring.used.ring[ring.used.idx % self.num]
+        e.id, e.len = head, length
+        ring.used.idx = (ring.used.idx + 1) & 0xFFFF
+
+    # -- relay -------------------------------------------------------------------
+
+    def forward(self) -> int:
+        return int(lib.svq_forward(self.svq.c))
+
+    def give_back(self) -> int:
+        return int(lib.svq_return(self.svq.c))

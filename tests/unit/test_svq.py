@@ -1,0 +1,243 @@
+"""The shadow virtqueue between a model guest and a model device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ring_model import BASE, INDIRECT, NEXT, WRITE, Model, Segment
+
+from pyvhostvdpa._cdefs import lib
+from pyvhostvdpa.errors import QueueBroken
+from pyvhostvdpa.memory import PAGE_SIZE
+
+DATA = BASE + 0x40000
+
+Make = Callable[..., Model]
+
+
+def test_a_chain_reaches_the_device_as_the_guest_wrote_it(model: Make) -> None:
+    m = model()
+    m.describe(3, [Segment(DATA, 12), Segment(DATA + 4096, 100), Segment(DATA + 8192, 50, True)])
+    m.publish(3)
+    assert m.forward() == 1
+    [(_, segments)] = m.fetch()
+    assert segments == [Segment(DATA, 12), Segment(DATA + 4096, 100), Segment(DATA + 8192, 50, True)]
+
+
+def test_a_used_element_returns_under_the_guests_head_and_length(model: Make) -> None:
+    m = model()
+    m.describe(5, [Segment(DATA, 64, True)])
+    m.publish(5)
+    m.forward()
+    [(head, _)] = m.fetch()
+    m.complete(head, 42)
+    assert m.give_back() == 1
+    assert m.used() == [(5, 42)]
+
+
+def test_it_takes_up_the_guests_ring_at_its_used_index(model: Make) -> None:
+    m = model(start_idx=65533)
+    for slot in range(6):
+        m.describe(slot, [Segment(DATA + slot * 64, 64)])
+        m.publish(slot)
+    assert m.forward() == 6
+    for head, _ in m.fetch():
+        m.complete(head)
+    m.give_back()
+    assert [head for head, _ in m.used()] == [0, 1, 2, 3, 4, 5]
+    assert m.ring.used.idx == (65533 + 6) & 0xFFFF
+
+
+def test_a_full_shadow_ring_makes_the_guest_wait_and_loses_nothing(model: Make) -> None:
+    m = model(num=4, regions=2)
+    end = m.memory.regions[0].end
+    # a buffer across two regions takes two shadow descriptors
+    for slot in range(4):
+        m.describe(slot, [Segment(end - 32, 64)])
+        m.publish(slot)
+    assert m.forward() == 2
+    assert m.svq.statistics()["stalls"] == 1
+    for head, segments in m.fetch():
+        assert [s.size for s in segments] == [32, 32]
+        m.complete(head)
+    m.give_back()
+    assert m.forward() == 2
+    for head, _ in m.fetch():
+        m.complete(head)
+    m.give_back()
+    assert [head for head, _ in m.used()] == [0, 1, 2, 3]
+
+
+def test_translation_gives_the_device_its_own_address(model: Make) -> None:
+    m = model()
+    m.memory.c_map.regions[0].iova = 0x7000_0000_0000
+    m.describe(0, [Segment(DATA, 64)])
+    m.publish(0)
+    m.forward()
+    assert m.fetch()[0][1] == [Segment(0x7000_0000_0000 + DATA - BASE, 64)]
+
+
+def test_what_a_device_may_have_written_is_dirty_and_nothing_else(model: Make) -> None:
+    m = model()
+    m.describe(0, [Segment(DATA, 100), Segment(DATA + 3 * PAGE_SIZE - 8, 16, True)])
+    m.publish(0)
+    m.forward()
+    assert m.memory.dirty_pages() == []
+    m.complete(m.fetch()[0][0], 16)
+    m.give_back()
+    used_page = m.queue.used & ~(PAGE_SIZE - 1)
+    assert m.memory.dirty_pages() == sorted([used_page, DATA + 2 * PAGE_SIZE, DATA + 3 * PAGE_SIZE])
+
+
+def test_heads_in_flight_are_listed_oldest_first_and_republished_exactly(model: Make) -> None:
+    m = model(num=8, start_idx=100)
+    for slot in range(6):
+        m.describe(slot, [Segment(DATA, 8)])
+        m.publish(slot)
+    m.forward()
+    by_slot = dict(zip(range(6), (head for head, _ in m.fetch()), strict=True))
+    for slot in (4, 0, 2):  # the device finishes out of order
+        m.complete(by_slot[slot])
+    m.give_back()
+    assert m.svq.in_flight == [1, 3, 5]
+    base = m.svq.republish()
+    assert base == 103 == m.ring.used.idx
+    assert [m.ring.avail.ring[i % 8] for i in range(103, 106)] == [1, 3, 5]
+
+
+def test_a_device_that_claims_more_than_it_was_lent_is_not_believed(model: Make) -> None:
+    m = model()
+    m.describe(0, [Segment(DATA, 64, True)])
+    m.publish(0)
+    m.forward()
+    m.complete(m.fetch()[0][0], 1 << 20)
+    m.give_back()
+    assert m.used() == [(0, 64)]
+    assert m.svq.statistics()["clamped"] == 1
+
+
+HOSTILE_GUEST = {
+    "avail index jumps": ("SVQ_BAD_AVAIL_IDX", lambda m: setattr(m.ring.avail, "idx", m.num + 1)),
+    "head beyond the table": ("SVQ_BAD_HEAD", lambda m: m.publish(m.num)),
+    "next beyond the table": ("SVQ_BAD_CHAIN", lambda m: _one(m, DATA, 8, NEXT, 999)),
+    "chain that loops": ("SVQ_BAD_CHAIN", lambda m: _one(m, DATA, 8, NEXT, 0)),
+    "address outside memory": ("SVQ_BAD_ADDRESS", lambda m: _one(m, 0x1000, 8, 0, 0)),
+    "buffer that leaves memory": ("SVQ_BAD_ADDRESS", lambda m: _one(m, m.memory.regions[-1].end - 4, 8, 0, 0)),
+    "address that wraps": ("SVQ_BAD_ADDRESS", lambda m: _one(m, (1 << 64) - 4, 8, 0, 0)),
+    "length of 4 GiB": ("SVQ_BAD_ADDRESS", lambda m: _one(m, DATA, 0xFFFFFFFF, WRITE, 0)),
+    "zero length": ("SVQ_ZERO_LENGTH", lambda m: _one(m, DATA, 0, 0, 0)),
+    "indirect, not negotiated": ("SVQ_INDIRECT", lambda m: _one(m, DATA, 64, INDIRECT, 0)),
+    "readable after writable": ("SVQ_BAD_ORDER", lambda m: _two(m, Segment(DATA, 8, True), Segment(DATA, 8))),
+}
+
+
+def _one(m: Model, gpa: int, size: int, flags: int, following: int) -> None:
+    d = m.ring.desc[0]
+    d.addr, d.len, d.flags, d.next = gpa, size, flags, following
+    m.publish(0)
+
+
+def _two(m: Model, first: Segment, second: Segment) -> None:
+    m.describe(0, [first, second])
+    m.publish(0)
+
+
+@pytest.mark.parametrize("attack", HOSTILE_GUEST)
+def test_a_hostile_guest_breaks_its_queue_and_nothing_else(model: Make, attack: str) -> None:
+    code, act = HOSTILE_GUEST[attack]
+    m = model(num=8)
+    act(m)
+    assert m.forward() == 0
+    assert m.svq.c.broken == getattr(lib, code)
+    assert m.svq.broken.startswith("guest: ")
+    assert m.fetch() == []
+    assert m.forward() == 0
+
+
+def test_a_good_chain_before_a_bad_one_still_goes_out(model: Make) -> None:
+    m = model()
+    m.describe(0, [Segment(DATA, 8)])
+    m.publish(0)
+    m.publish(7)
+    assert m.forward() == 1
+    assert len(m.fetch()) == 1
+    assert m.svq.c.broken == lib.SVQ_ZERO_LENGTH
+
+
+@pytest.mark.parametrize("head", [7, 8, 0xFFFFFFFF])
+def test_a_used_id_that_was_never_given_breaks_the_queue(model: Make, head: int) -> None:
+    m = model(num=8)
+    m.describe(0, [Segment(DATA, 8)])
+    m.publish(0)
+    m.forward()
+    m.complete(head)
+    with pytest.raises(QueueBroken, match="used id that it was not given"):
+        m.svq.drain()
+    assert m.used() == []
+
+
+def test_the_same_id_used_twice_breaks_the_queue(model: Make) -> None:
+    m = model()
+    m.describe(0, [Segment(DATA, 8)])
+    m.publish(0)
+    m.forward()
+    [(head, _)] = m.fetch()
+    m.complete(head)
+    m.complete(head)
+    assert m.give_back() == 1
+    assert m.svq.c.broken == lib.SVQ_BAD_USED_ID
+
+
+def test_a_used_index_that_jumps_breaks_the_queue(model: Make) -> None:
+    m = model(num=8)
+    m.svq.c.device.used.idx = 9
+    assert m.give_back() == 0
+    assert m.svq.c.broken == lib.SVQ_BAD_USED_IDX
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_schedule_loses_nothing_and_keeps_the_free_slots_whole(data: st.DataObject) -> None:
+    """Free slots and descriptors in flight always add up; every buffer lent comes back once."""
+    num = data.draw(st.sampled_from([2, 4, 16]), "num")
+    m = Model(num=num, regions=2, start_idx=data.draw(st.integers(0, 65535), "start"))
+    try:
+        _run_schedule(m, data)
+    finally:
+        m.close()
+
+
+def _run_schedule(m: Model, data: st.DataObject) -> None:
+    free = list(range(m.num))
+    lent: dict[int, int] = {}
+    at_device: list[int] = []
+    returned = published = 0
+    for _ in range(data.draw(st.integers(1, 60), "steps")):
+        step = data.draw(st.sampled_from(["publish", "forward", "fetch", "complete", "return"]), "step")
+        if step == "publish" and free:
+            head = free.pop(data.draw(st.integers(0, len(free) - 1)))
+            boundary = m.num > 2 and data.draw(st.booleans())
+            m.describe(head, [Segment(m.memory.regions[0].end - 16 if boundary else DATA, 32)])
+            m.publish(head)
+            lent[head] = 1
+            published += 1
+        elif step == "forward":
+            m.forward()
+        elif step == "fetch":
+            at_device += [head for head, _ in m.fetch()]
+        elif step == "complete" and at_device:
+            m.complete(at_device.pop(data.draw(st.integers(0, len(at_device) - 1))))
+        elif step == "return":
+            m.give_back()
+        for head, _ in m.used():
+            del lent[head]
+            free.append(head)
+            returned += 1
+        q = m.svq.c
+        assert q.broken == lib.SVQ_OK
+        assert q.free_count + sum(e.segments for e in q.elements[0 : m.num]) == m.num
+        assert len(m.svq.in_flight) == (q.last_avail - q.used_idx) & 0xFFFF
+    assert published - returned == len(lent)
