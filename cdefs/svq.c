@@ -12,17 +12,27 @@
 
 #define DIRTY_PAGE_SHIFT 12
 
-static const struct memory_region *find_region(const struct memory_map *m,
-					       uint32_t *hint, uint64_t gpa)
+/* virtio 1.3, 2.7.7.2: notify if event lies in what was added since old */
+static inline int need_event(uint16_t event, uint16_t new, uint16_t old)
+{
+	return (uint16_t)(new - event - 1) < (uint16_t)(new - old);
+}
+
+static inline uint16_t *used_event(const struct vring *r)
+{
+	return &r->avail->ring[r->num];
+}
+
+static inline uint16_t *avail_event(const struct vring *r)
+{
+	return (uint16_t *)&r->used->ring[r->num];
+}
+
+static const struct memory_region *search_region(const struct memory_map *m,
+						 uint32_t *hint, uint64_t gpa)
 {
 	uint32_t low = 0, high = m->count;
 
-	if (*hint < m->count) {
-		const struct memory_region *r = &m->regions[*hint];
-
-		if (gpa - r->gpa < r->size)
-			return r;
-	}
 	while (low < high) {
 		uint32_t middle = low + (high - low) / 2;
 		const struct memory_region *r = &m->regions[middle];
@@ -39,6 +49,17 @@ static const struct memory_region *find_region(const struct memory_map *m,
 	return NULL;
 }
 
+/* *hint is below m->count and tells afterwards which region it is */
+static inline const struct memory_region *
+find_region(const struct memory_map *m, uint32_t *hint, uint64_t gpa)
+{
+	const struct memory_region *r = &m->regions[*hint];
+
+	if (gpa - r->gpa < r->size)
+		return r;
+	return search_region(m, hint, gpa);
+}
+
 uint8_t *memory_hva(const struct memory_map *m, uint64_t gpa, uint64_t size)
 {
 	uint32_t hint = 0;
@@ -49,30 +70,33 @@ uint8_t *memory_hva(const struct memory_map *m, uint64_t gpa, uint64_t size)
 	return r->hva + (gpa - r->gpa);
 }
 
-static void mark_dirty(const struct memory_map *m, uint32_t *hint, uint64_t gpa,
-		       uint64_t len)
+static inline void mark_region(const struct memory_region *r, uint64_t gpa,
+			       uint64_t len)
 {
-	const struct memory_region *r = find_region(m, hint, gpa);
-	uint64_t page, last;
+	uint64_t page = (gpa - r->gpa) >> DIRTY_PAGE_SHIFT;
+	uint64_t last = (gpa - r->gpa + len - 1) >> DIRTY_PAGE_SHIFT;
 
-	if (!r || !r->dirty || !len)
-		return;
-	page = (gpa - r->gpa) >> DIRTY_PAGE_SHIFT;
-	last = (gpa - r->gpa + len - 1) >> DIRTY_PAGE_SHIFT;
-	for (; page <= last; page++)
-		__atomic_fetch_or(&r->dirty[page / 64], 1ULL << (page % 64),
-				  __ATOMIC_RELAXED);
+	for (; page <= last; page++) {
+		uint64_t *word = &r->dirty[page / 64];
+		uint64_t bit = 1ULL << (page % 64);
+
+		/* most pages are dirty already, and reading is cheaper */
+		if (!(__atomic_load_n(word, __ATOMIC_RELAXED) & bit))
+			__atomic_fetch_or(word, bit, __ATOMIC_RELAXED);
+	}
 }
 
-static void free_chain(struct svq *q, uint16_t head)
+/* what we write into the guest's own rings */
+static void mark_ring(struct svq *q, uint64_t gpa, uint64_t len)
 {
-	struct svq_element *e = &q->elements[head];
+	uint32_t hint = q->last_region;
+	const struct memory_region *r = find_region(q->memory, &hint, gpa);
 
-	q->segments[e->tail].next = q->free_head;
-	q->free_head = head;
-	q->free_count += e->segments;
-	e->segments = 0;
+	if (r && r->dirty)
+		mark_region(r, gpa, len);
 }
+
+/* ---------------------------------------------------------------------- */
 
 void vring_indices(const struct vring *ring, uint16_t *avail, uint16_t *used)
 {
@@ -88,9 +112,8 @@ void svq_start(struct svq *q)
 
 	memset(q->device.desc, 0, num * sizeof(*q->device.desc));
 	memset(q->device.avail, 0, sizeof(*q->device.avail) + 2 * num + 2);
-	memset(q->device.used, 0, sizeof(*q->device.used) +
-					num * sizeof(q->device.used->ring[0]) + 2);
-
+	memset(q->device.used, 0,
+	       sizeof(*q->device.used) + num * sizeof(q->device.used->ring[0]) + 2);
 	for (i = 0; i < num; i++) {
 		q->segments[i].next = (uint16_t)(i + 1);
 		q->elements[i].segments = 0;
@@ -104,109 +127,158 @@ void svq_start(struct svq *q)
 	q->device_used = 0;
 	q->last_region = 0;
 	q->broken = SVQ_OK;
+	q->stalled = 0;
 }
 
-/*
- * Cut one guest buffer at region boundaries into scratch, with addresses the
- * device understands. scratch[].addr is the GPA; the IOVA is written when the
- * descriptor is. Returns the number of pieces, 0 if the buffer is not guest
- * memory or does not fit.
- */
-static uint16_t translate(struct svq *q, const struct vring_desc *d,
-			  uint16_t used)
+/* ---------------------------------------------------------------------- */
+/* Guest to device                                                         */
+
+struct chain {
+	uint16_t pieces;
+	uint16_t order;		/* VRING_DESC_F_WRITE once one was writable */
+	uint32_t writable;
+};
+
+static inline struct vring_desc read_desc(const struct vring_desc *s)
 {
+	return (struct vring_desc){
+		.addr = load_once64(&s->addr),
+		.len = load_once32(&s->len),
+		.flags = load_once16(&s->flags),
+		.next = load_once16(&s->next),
+	};
+}
+
+/* Check one guest buffer and cut it at region boundaries; 0, or why not. */
+static inline int add_buffer(struct svq *q, struct chain *c,
+			     const struct vring_desc *d)
+{
+	const uint16_t write = d->flags & VRING_DESC_F_WRITE;
 	uint64_t gpa = d->addr;
 	uint32_t left = d->len;
-	uint16_t n = used;
 
+	if (!left)
+		return SVQ_ZERO_LENGTH;
+	if (c->order & ~write)
+		return SVQ_BAD_ORDER;
+	c->order = write;
 	while (left) {
 		const struct memory_region *r =
 			find_region(q->memory, &q->last_region, gpa);
+		struct svq_piece *p = &q->pieces[c->pieces];
 		uint64_t room;
 
-		if (!r || n >= q->device.num)
-			return 0;
+		if (!r)
+			return SVQ_BAD_ADDRESS;
+		if (c->pieces == q->device.num)
+			return SVQ_BAD_CHAIN;
 		room = r->size - (gpa - r->gpa);
-		q->scratch[n].addr = gpa;
-		q->scratch[n].len = left < room ? left : (uint32_t)room;
-		q->scratch[n].flags = d->flags & VRING_DESC_F_WRITE;
-		left -= q->scratch[n].len;
-		gpa += q->scratch[n].len;
-		n++;
+		p->gpa = gpa;
+		p->iova = r->iova + (gpa - r->gpa);
+		p->len = left < room ? left : (uint32_t)room;
+		p->region = q->last_region;
+		p->flags = write;
+		if (write)
+			c->writable += p->len;
+		left -= p->len;
+		gpa += p->len;
+		c->pieces++;
 	}
-	return (uint16_t)(n - used);
+	return SVQ_OK;
 }
 
-/* Copy and check one guest chain into scratch; its length, or 0 if broken. */
-static uint16_t read_chain(struct svq *q, uint16_t head, uint32_t *writable)
+/* The chain in an indirect table, which is guest memory like any other. */
+static int add_indirect(struct svq *q, struct chain *c, uint64_t table,
+			uint32_t size)
 {
-	uint16_t i = head, pieces = 0, steps = 0;
-	uint16_t order = 0;
+	const uint32_t entry = sizeof(struct vring_desc);
+	uint32_t count = size / entry, i = 0, steps;
 
-	*writable = 0;
-	for (;;) {
-		const struct vring_desc *s = &q->guest.desc[i];
-		struct vring_desc d = {
-			.addr = load_once64(&s->addr),
-			.len = load_once32(&s->len),
-			.flags = load_once16(&s->flags),
-			.next = load_once16(&s->next),
-		};
-		uint16_t n;
+	if (!count || size % entry)
+		return SVQ_BAD_INDIRECT;
+	for (steps = 0; steps < count; steps++) {
+		const uint8_t *at = memory_hva(q->memory,
+					       table + (uint64_t)i * entry, entry);
+		struct vring_desc d;
+		int bad;
 
-		if (++steps > q->guest.num)
-			return q->broken = SVQ_BAD_CHAIN, 0;
+		if (!at)
+			return SVQ_BAD_ADDRESS;
+		/* a table need not be aligned: copy once, then look */
+		memcpy(&d, at, entry);
+		d = read_desc(&d);
 		if (d.flags & VRING_DESC_F_INDIRECT)
-			return q->broken = SVQ_INDIRECT, 0;
-		if (!d.len)
-			return q->broken = SVQ_ZERO_LENGTH, 0;
-		if (order && !(d.flags & VRING_DESC_F_WRITE))
-			return q->broken = SVQ_BAD_ORDER, 0;
-		order = d.flags & VRING_DESC_F_WRITE;
-		n = translate(q, &d, pieces);
-		if (!n)
-			return q->broken = SVQ_BAD_ADDRESS, 0;
-		pieces += n;
-		if (order)
-			*writable += d.len;
+			return SVQ_BAD_INDIRECT;
+		bad = add_buffer(q, c, &d);
+		if (bad)
+			return bad;
 		if (!(d.flags & VRING_DESC_F_NEXT))
-			return pieces;
-		if (d.next >= q->guest.num)
-			return q->broken = SVQ_BAD_CHAIN, 0;
+			return SVQ_OK;
+		if (d.next >= count)
+			return SVQ_BAD_CHAIN;
 		i = d.next;
 	}
+	return SVQ_BAD_CHAIN;
 }
 
-/* Put the checked chain in scratch into free shadow descriptors. */
-static void write_chain(struct svq *q, uint16_t guest_head, uint16_t pieces,
-			uint32_t writable)
+/* Copy and check one guest chain into pieces; 0, or why not. */
+static inline int read_chain(struct svq *q, uint16_t head, struct chain *c)
 {
-	uint16_t head = q->free_head, i = head, tail = head, k;
+	uint16_t i = head, steps;
+	int bad;
 
-	for (k = 0; k < pieces; k++) {
-		const struct vring_desc *s = &q->scratch[k];
+	for (steps = 0; steps < q->guest.num; steps++) {
+		const struct vring_desc d = read_desc(&q->guest.desc[i]);
+
+		if (d.flags & VRING_DESC_F_INDIRECT) {
+			if (!(q->features & SVQ_F_INDIRECT) ||
+			    d.flags & VRING_DESC_F_NEXT)
+				return SVQ_BAD_INDIRECT;
+			return add_indirect(q, c, d.addr, d.len);
+		}
+		bad = add_buffer(q, c, &d);
+		if (bad)
+			return bad;
+		if (!(d.flags & VRING_DESC_F_NEXT))
+			return SVQ_OK;
+		if (d.next >= q->guest.num)
+			return SVQ_BAD_CHAIN;
+		i = d.next;
+	}
+	return SVQ_BAD_CHAIN;
+}
+
+/* Put the checked chain into free shadow descriptors. */
+static inline void write_chain(struct svq *q, uint16_t guest_head,
+			       const struct chain *c)
+{
+	const uint16_t head = q->free_head;
+	uint16_t i = head, tail = head, k;
+
+	for (k = 0; k < c->pieces; k++) {
+		const struct svq_piece *p = &q->pieces[k];
 		struct vring_desc *d = &q->device.desc[i];
-		const struct memory_region *r =
-			find_region(q->memory, &q->last_region, s->addr);
-		int last = k + 1 == pieces;
+		struct svq_segment *s = &q->segments[i];
+		const int last = k + 1 == c->pieces;
 
-		d->addr = htole64(r->iova + (s->addr - r->gpa));
-		d->len = htole32(s->len);
-		d->flags = htole16(s->flags | (last ? 0 : VRING_DESC_F_NEXT));
-		d->next = htole16(last ? 0 : q->segments[i].next);
-		q->segments[i].gpa = s->addr;
-		q->segments[i].len = s->len;
-		q->segments[i].writable = !!(s->flags & VRING_DESC_F_WRITE);
+		d->addr = htole64(p->iova);
+		d->len = htole32(p->len);
+		d->flags = htole16(p->flags | (last ? 0 : VRING_DESC_F_NEXT));
+		d->next = htole16(last ? 0 : s->next);
+		s->gpa = p->gpa;
+		s->len = p->len;
+		s->region = p->region;
+		s->writable = p->flags;
 		tail = i;
-		i = q->segments[i].next;
+		i = s->next;
 	}
 	q->free_head = i;
-	q->free_count -= pieces;
+	q->free_count -= c->pieces;
 	q->elements[head] = (struct svq_element){
-		.segments = pieces,
+		.segments = c->pieces,
 		.tail = tail,
 		.guest_head = guest_head,
-		.writable = writable,
+		.writable = c->writable,
 		.order = q->given++,
 	};
 	q->device.avail->ring[q->device_avail & (q->device.num - 1)] =
@@ -214,11 +286,17 @@ static void write_chain(struct svq *q, uint16_t guest_head, uint16_t pieces,
 	q->device_avail++;
 }
 
-static void kick_device(struct svq *q)
+static void kick_device(struct svq *q, uint16_t old)
 {
 	full_barrier();
-	if (load_once16(&q->device.used->flags) & VRING_USED_F_NO_NOTIFY)
+	if (q->features & SVQ_F_EVENT_IDX) {
+		if (!need_event(load_once16(avail_event(&q->device)),
+				q->device_avail, old))
+			return;
+	} else if (load_once16(&q->device.used->flags) &
+		   VRING_USED_F_NO_NOTIFY) {
 		return;
+	}
 	eventfd_raise(q->device_kick);
 	q->kicks++;
 }
@@ -226,8 +304,9 @@ static void kick_device(struct svq *q)
 uint32_t svq_forward(struct svq *q)
 {
 	const uint16_t mask = q->guest.num - 1;
-	uint16_t pending;
+	const uint16_t old = q->device_avail;
 	uint32_t done = 0;
+	uint16_t pending;
 
 	if (q->broken)
 		return 0;
@@ -236,75 +315,100 @@ uint32_t svq_forward(struct svq *q)
 		q->broken = SVQ_BAD_AVAIL_IDX;
 		return 0;
 	}
+	q->stalled = 0;
 	while (done < pending) {
-		uint32_t writable;
-		uint16_t pieces;
+		struct chain c = { 0 };
 		uint16_t head = load_once16(
 			&q->guest.avail->ring[q->last_avail & mask]);
 
-		if (head >= q->guest.num) {
-			q->broken = SVQ_BAD_HEAD;
+		q->broken = head < q->guest.num ? read_chain(q, head, &c) :
+						  SVQ_BAD_HEAD;
+		if (q->broken)
 			break;
-		}
-		pieces = read_chain(q, head, &writable);
-		if (!pieces)
-			break;
-		if (pieces > q->free_count) {
+		if (c.pieces > q->free_count) {
 			/* last_avail stays: the chain is read anew once
 			 * the device has returned some */
+			q->stalled = 1;
 			q->stalls++;
 			break;
 		}
-		write_chain(q, head, pieces, writable);
+		write_chain(q, head, &c);
 		q->last_avail++;
 		done++;
 	}
 	if (done) {
 		store_index(&q->device.avail->idx, q->device_avail);
 		q->forwarded += done;
-		kick_device(q);
+		kick_device(q, old);
 	}
 	return done;
 }
 
-/* The device wrote at most len bytes; all it could have written is marked. */
-static void mark_element(struct svq *q, uint16_t head)
+/* ---------------------------------------------------------------------- */
+/* Device to guest                                                         */
+
+/* All that the device could have written is marked, whatever it claims. */
+static inline void mark_element(struct svq *q, uint16_t head)
 {
 	const struct svq_element *e = &q->elements[head];
 	uint16_t i = head, k;
 
 	for (k = 0; k < e->segments; k++) {
-		if (q->segments[i].writable)
-			mark_dirty(q->memory, &q->last_region,
-				   q->segments[i].gpa, q->segments[i].len);
-		i = q->segments[i].next;
+		const struct svq_segment *s = &q->segments[i];
+		const struct memory_region *r = &q->memory->regions[s->region];
+
+		if (s->writable && r->dirty)
+			mark_region(r, s->gpa, s->len);
+		i = s->next;
 	}
 }
 
-static void write_used(struct svq *q, uint16_t head, uint32_t len)
+static inline void give_back(struct svq *q, uint16_t head, uint32_t len)
 {
-	const uint16_t slot = q->used_idx & (q->guest.num - 1);
-	struct vring_used_elem *u = &q->guest.used->ring[slot];
+	struct svq_element *e = &q->elements[head];
+	struct vring_used_elem *u =
+		&q->guest.used->ring[q->used_idx & (q->guest.num - 1)];
 
-	if (len > q->elements[head].writable) {
+	if (e->writable)
+		mark_element(q, head);
+	if (len > e->writable) {
 		/* a device must not claim more than it was lent */
-		len = q->elements[head].writable;
+		len = e->writable;
 		q->clamped++;
 	}
-	u->id = htole32(q->elements[head].guest_head);
+	u->id = htole32(e->guest_head);
 	u->len = htole32(len);
-	mark_dirty(q->memory, &q->last_region,
-		   q->used_gpa + offsetof(struct vring_used, ring) +
-			   slot * sizeof(*u),
-		   sizeof(*u));
 	q->used_idx++;
+	q->segments[e->tail].next = q->free_head;
+	q->free_head = head;
+	q->free_count += e->segments;
+	e->segments = 0;
 }
 
-static void call_guest(struct svq *q)
+static void mark_used(struct svq *q, uint16_t first, uint32_t count)
+{
+	const uint64_t ring = q->used_gpa + offsetof(struct vring_used, ring);
+	const uint32_t entry = sizeof(struct vring_used_elem);
+	const uint32_t slot = first & (q->guest.num - 1);
+	const uint32_t tail = q->guest.num - slot;
+
+	mark_ring(q, q->used_gpa, offsetof(struct vring_used, ring));
+	mark_ring(q, ring + slot * entry, (count < tail ? count : tail) * entry);
+	if (count > tail)
+		mark_ring(q, ring, (count - tail) * entry);
+}
+
+static void call_guest(struct svq *q, uint16_t old)
 {
 	full_barrier();
-	if (load_once16(&q->guest.avail->flags) & VRING_AVAIL_F_NO_INTERRUPT)
+	if (q->features & SVQ_F_EVENT_IDX) {
+		if (!need_event(load_once16(used_event(&q->guest)), q->used_idx,
+				old))
+			return;
+	} else if (load_once16(&q->guest.avail->flags) &
+		   VRING_AVAIL_F_NO_INTERRUPT) {
 		return;
+	}
 	eventfd_raise(q->guest_call);
 	q->calls++;
 }
@@ -312,8 +416,9 @@ static void call_guest(struct svq *q)
 uint32_t svq_return(struct svq *q)
 {
 	const uint16_t mask = q->device.num - 1;
-	uint16_t pending;
+	const uint16_t old = q->used_idx;
 	uint32_t done = 0;
+	uint16_t pending;
 
 	if (q->broken)
 		return 0;
@@ -331,19 +436,39 @@ uint32_t svq_return(struct svq *q)
 			q->broken = SVQ_BAD_USED_ID;
 			break;
 		}
-		mark_element(q, (uint16_t)id);
-		write_used(q, (uint16_t)id, load_once32(&u->len));
-		free_chain(q, (uint16_t)id);
+		give_back(q, (uint16_t)id, load_once32(&u->len));
 		q->device_used++;
 		done++;
 	}
 	if (done) {
 		store_index(&q->guest.used->idx, q->used_idx);
-		mark_dirty(q->memory, &q->last_region, q->used_gpa, 4);
+		mark_used(q, old, done);
 		q->returned += done;
-		call_guest(q);
+		call_guest(q, old);
 	}
 	return done;
+}
+
+/* ---------------------------------------------------------------------- */
+
+void svq_want_notifications(struct svq *q, int on)
+{
+	if (q->broken)
+		return;
+	if (!(q->features & SVQ_F_EVENT_IDX)) {
+		store_once16(&q->guest.used->flags,
+			     on ? 0 : VRING_USED_F_NO_NOTIFY);
+		store_once16(&q->device.avail->flags,
+			     on ? 0 : VRING_AVAIL_F_NO_INTERRUPT);
+		mark_ring(q, q->used_gpa, sizeof(uint16_t));
+	} else if (on) {
+		/* with EVENT_IDX an event that is not moved asks for nothing */
+		store_once16(avail_event(&q->guest), q->last_avail);
+		store_once16(used_event(&q->device), q->device_used);
+		mark_ring(q, q->used_gpa + offsetof(struct vring_used, ring) +
+				     q->guest.num * sizeof(struct vring_used_elem),
+			  sizeof(uint16_t));
+	}
 }
 
 static int by_order(const void *a, const void *b, void *elements)
@@ -382,86 +507,8 @@ uint16_t svq_republish(struct svq *q)
 		q->guest.avail->ring[(uint16_t)(q->last_avail - n + k) &
 				     (q->guest.num - 1)] = htole16(heads[k]);
 	if (n)
-		mark_dirty(q->memory, &q->last_region, q->avail_gpa,
-			   sizeof(struct vring_avail) + 2 * q->guest.num);
+		mark_ring(q, q->avail_gpa,
+			  sizeof(struct vring_avail) + 2 * q->guest.num);
 	full_barrier();
 	return q->last_avail - n;
-}
-
-/* ---------------------------------------------------------------------- */
-
-static void suppress(struct svq *q, int on)
-{
-	if (q->broken)
-		return;
-	store_once16(&q->guest.used->flags, on ? VRING_USED_F_NO_NOTIFY : 0);
-	store_once16(&q->device.avail->flags,
-		     on ? VRING_AVAIL_F_NO_INTERRUPT : 0);
-	mark_dirty(q->memory, &q->last_region, q->used_gpa, 2);
-}
-
-static uint32_t relay_round(struct relay *r)
-{
-	uint32_t moved = 0, i;
-
-	for (i = 0; i < r->count; i++)
-		moved += svq_return(r->queues[i]);
-	for (i = 0; i < r->count; i++)
-		moved += svq_forward(r->queues[i]);
-	r->rounds++;
-	return moved;
-}
-
-static int count_broken(const struct relay *r)
-{
-	int n = 0;
-	uint32_t i;
-
-	for (i = 0; i < r->count; i++)
-		n += r->queues[i]->broken != SVQ_OK;
-	return n;
-}
-
-static void wait_for_notification(struct relay *r, int64_t deadline)
-{
-	struct pollfd *p = r->pollfds;
-	uint32_t i, n = 2 * r->count;
-
-	for (i = 0; i < r->count; i++) {
-		p[2 * i].fd = r->queues[i]->guest_kick;
-		p[2 * i + 1].fd = r->queues[i]->device_call;
-	}
-	p[n].fd = r->wake;
-	for (i = 0; i <= n; i++)
-		p[i].events = POLLIN;
-	r->sleeps++;
-	if (poll(p, n + 1, poll_timeout(deadline)) <= 0)
-		return;
-	for (i = 0; i <= n; i++)
-		if (p[i].revents & POLLIN)
-			eventfd_clear(p[i].fd);
-}
-
-int relay_run(struct relay *r, int64_t deadline)
-{
-	uint32_t i;
-
-	for (;;) {
-		for (i = 0; i < r->count; i++)
-			suppress(r->queues[i], 1);
-		while (relay_round(r))
-			if (__atomic_load_n(&r->stop, __ATOMIC_ACQUIRE) ||
-			    now_ns() >= deadline)
-				break;
-		for (i = 0; i < r->count; i++)
-			suppress(r->queues[i], 0);
-		full_barrier();
-		if (__atomic_load_n(&r->stop, __ATOMIC_ACQUIRE) ||
-		    now_ns() >= deadline || count_broken(r))
-			break;
-		if (relay_round(r))
-			continue;
-		wait_for_notification(r, deadline);
-	}
-	return count_broken(r);
 }

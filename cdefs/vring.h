@@ -44,16 +44,31 @@ struct memory_map {
 #define SVQ_BAD_ORDER 4		/* guest: readable descriptor after a writable one */
 #define SVQ_BAD_ADDRESS 5	/* guest: buffer outside guest memory */
 #define SVQ_ZERO_LENGTH 6	/* guest: descriptor of length 0 */
-#define SVQ_INDIRECT 7		/* guest: indirect table that was not negotiated */
+#define SVQ_BAD_INDIRECT 7	/* guest: indirect table not negotiated, nested, chained or misshapen */
 #define SVQ_BAD_USED_IDX 8	/* device: used.idx moved by more than the ring */
 #define SVQ_BAD_USED_ID 9	/* device: used id that it was never given */
+#define SVQ_BAD_EVENTFD 10	/* an eventfd of the queue was closed under the relay */
+
+/* Features of the ring, as negotiated; the same on both faces. */
+#define SVQ_F_EVENT_IDX 1
+#define SVQ_F_INDIRECT 2
+
+/* A checked piece of a guest buffer, on its way to the device. */
+struct svq_piece {
+	uint64_t gpa;
+	uint64_t iova;
+	uint32_t len;
+	uint32_t region;
+	uint16_t flags;
+};
 
 /* What the SVQ remembers of a descriptor it gave to the device. */
 struct svq_segment {
 	uint64_t gpa;
 	uint32_t len;
+	uint32_t region;
 	uint16_t next;		/* the free chain; never read from shared memory */
-	uint8_t writable;
+	uint16_t writable;
 };
 
 /* A guest chain in flight, indexed by its head in the shadow ring. */
@@ -71,9 +86,10 @@ struct svq {
 	const struct memory_map *memory;
 	struct svq_segment *segments;	/* device.num */
 	struct svq_element *elements;	/* device.num */
-	struct vring_desc *scratch;	/* device.num: a chain while it is checked */
+	struct svq_piece *pieces;	/* device.num: a chain while it is checked */
 	int guest_kick, guest_call;	/* eventfds shared with the guest */
 	int device_kick, device_call;	/* eventfds shared with the device */
+	uint32_t features;		/* SVQ_F_... */
 	uint16_t last_avail;		/* next guest avail entry to take */
 	uint16_t used_idx;		/* next guest used entry to write */
 	uint16_t device_avail;		/* next shadow avail entry to write */
@@ -83,7 +99,8 @@ struct svq {
 	uint64_t given;			/* elements given to the device so far */
 	uint32_t last_region;		/* where the previous translation hit */
 	uint64_t avail_gpa, used_gpa;	/* of the guest's rings, for the dirty bitmap */
-	int broken;			/* SVQ_… */
+	int broken;			/* SVQ_... */
+	int stalled;			/* the next chain waits for free descriptors */
 	uint64_t forwarded, returned, kicks, calls, stalls, clamped;
 };
 
@@ -96,6 +113,8 @@ void svq_start(struct svq *q);
 uint32_t svq_forward(struct svq *q);
 /* Device used -> guest used. Returns the elements moved; see q->broken. */
 uint32_t svq_return(struct svq *q);
+/* Ask both sides for notifications, or spare them while the ring is polled. */
+void svq_want_notifications(struct svq *q, int on);
 /* Guest heads in flight, oldest first, into heads[device.num]. */
 uint16_t svq_in_flight(const struct svq *q, uint16_t *heads);
 /*
@@ -114,12 +133,14 @@ struct relay {
 	void *pollfds;			/* room for 2 * count + 1 struct pollfd */
 	int wake;			/* eventfd that ends a wait */
 	int stop;			/* set by another thread */
+	int64_t busy_poll;		/* ns to go on looking before it sleeps */
 	uint64_t rounds, sleeps;
 };
 
 /*
- * Relay until stop is set, a queue breaks or deadline (CLOCK_MONOTONIC, ns)
- * has passed. Returns the number of broken queues.
+ * Relay until stop is set or deadline (CLOCK_MONOTONIC, ns) has passed. A
+ * queue that breaks is left alone, the others go on. Returns the number of
+ * broken queues.
  */
 int relay_run(struct relay *r, int64_t deadline);
 

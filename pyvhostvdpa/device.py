@@ -89,12 +89,13 @@ class VdpaNetDevice:
         first, last = c.get_iova_range()
         self.vqs_count = c.get_vqs_count()
         self.max_ring = c.get_vring_num()
+        parent = mgmt.parent_of(c.path)
         limits = Limits(
             first=first,
             last=last,
             as_num=c.get_as_num(),
-            pinned=not mgmt.uses_user_addresses(c.path),
-            entries=mgmt.max_iotlb_entries(c.path),
+            pinned=parent.pinned,
+            entries=parent.max_iotlb_entries,
         )
         self.iotlb = Iotlb(c, limits)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -55,14 +55,20 @@ def _huge_flags(size: int) -> int:
     return os.MFD_HUGETLB if free * HUGE_PAGE >= size else 0
 
 
+Progress = Callable[[int], None]
+
+_POPULATE_STEP = 64 << 20
+
+
 class SharedMemory:
     """A memfd mapped into this process, populated, 2 MiB aligned.
 
-    ``size`` in bytes is rounded up to a page. Raises :class:`MissingFeature`
+    ``size`` in bytes is rounded up to a page; ``progress`` is called with
+    the bytes of each step that was allocated. Raises :class:`MissingFeature`
     if the machine has not that much memory.
     """
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, progress: Progress = lambda done: None) -> None:
         self.size = -(-size // PAGE_SIZE) * PAGE_SIZE
         self._address: Any = ffi.NULL
         check_available(self.size)
@@ -76,12 +82,21 @@ class SharedMemory:
         if self._address == ffi.NULL:
             raise MissingFeature(f"cannot map {self.size} bytes of memory: {os.strerror(error[0])}")
         lib.advise_huge(self._address, self.size)
-        failed: int = lib.populate(self._address, self.size)
-        if failed:
+        try:
+            self._populate(progress)
+        except BaseException:
             self.close()
-            raise MissingFeature(
-                f"cannot allocate {self.size} bytes of memory: {os.strerror(failed)}", hint="ask for less: --memory"
-            )
+            raise
+
+    def _populate(self, progress: Progress) -> None:
+        for done in range(0, self.size, _POPULATE_STEP):
+            step = min(_POPULATE_STEP, self.size - done)
+            failed: int = lib.populate(self._address + done, step)
+            if failed:
+                raise MissingFeature(
+                    f"cannot allocate {self.size} bytes of memory: {os.strerror(failed)}", hint="ask for less: --memory"
+                )
+            progress(step)
 
     @property
     def hva(self) -> Hva:
@@ -155,7 +170,7 @@ class Region:
 class GuestMemory:
     """The guest's RAM: regions by GPA, mapped here, described for the C loops."""
 
-    def __init__(self, layout: Sequence[tuple[Gpa, int]]) -> None:
+    def __init__(self, layout: Sequence[tuple[Gpa, int]], progress: Progress = lambda done: None) -> None:
         ordered = sorted(layout)
         for (gpa, size), (following, _) in pairwise(ordered):
             if gpa + size > following:
@@ -165,7 +180,7 @@ class GuestMemory:
         self._dirty: list[Any] = []
         try:
             for gpa, size in ordered:
-                self.regions.append(Region(gpa, SharedMemory("guest-ram", size)))
+                self.regions.append(Region(gpa, SharedMemory("guest-ram", size, progress)))
         except BaseException:
             self.close()
             raise

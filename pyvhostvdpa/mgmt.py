@@ -150,6 +150,33 @@ def vendor_statistics(chardev: str | os.PathLike[str], queue: int) -> dict[str, 
     return {key: value for key, value in shown.items() if isinstance(value, int)}
 
 
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """What is known of the driver that made a device.
+
+    ``pinned`` tells whether it works on pinned pages; no ioctl tells, so it
+    follows from the driver: vdpa_sim has a parameter for it (``use_va``),
+    VDUSE never pins, every other parent does. ``max_iotlb_entries`` is how
+    many entries an address space may hold, the smaller of vhost_vdpa's and
+    the parent's parameter, None where the kernel has none.
+    """
+
+    module: str | None
+    pinned: bool
+    max_iotlb_entries: int | None
+
+
+def _parent_module(name: str) -> str | None:
+    """Return the parent's kernel module; vdpa_sim's devices have no parent in sysfs, so netlink is asked then."""
+    driver = (SYSFS_DEVICES / name).resolve().parent / "driver" / "module"
+    if driver.exists():
+        return driver.resolve().name
+    mgmtdev = str(vdpa_json("dev", "show", name).get("dev", {}).get(name, {}).get("mgmtdev", ""))
+    if mgmtdev.startswith("vdpasim"):
+        return "vdpa_sim"
+    return mgmtdev.partition("/")[0] or None
+
+
 def _parameter(module: str, name: str) -> str | None:
     try:
         return Path(f"/sys/module/{module}/parameters/{name}").read_text().strip()
@@ -157,38 +184,11 @@ def _parameter(module: str, name: str) -> str | None:
         return None
 
 
-def parent_module(chardev: str | os.PathLike[str]) -> str | None:
-    """Return the kernel module of the parent driver, as far as sysfs tells (``mlx5_vdpa`` shows as ``mlx5_core``)."""
+def parent_of(chardev: str | os.PathLike[str]) -> Parent:
+    """Return what sysfs and netlink tell of a chardev's parent driver."""
     name = name_of(chardev)
-    if name is None:
-        return None
-    parent = (SYSFS_DEVICES / name).resolve().parent
-    if parent.name.startswith("vdpasim"):
-        return "vdpa_sim"
-    if "vduse" in parent.parts:
-        return "vduse"
-    module = parent / "driver" / "module"
-    return module.resolve().name if module.exists() else None
-
-
-def uses_user_addresses(chardev: str | os.PathLike[str]) -> bool:
-    """Whether the parent translates to user addresses (``use_va``) and pins nothing.
-
-    No ioctl tells. vdpa_sim has a parameter for it, VDUSE always does, every
-    other parent works on pinned pages.
-    """
-    module = parent_module(chardev)
-    if module == "vdpa_sim":
-        return _parameter("vdpa_sim", "use_va") == "Y"
-    return module == "vduse"
-
-
-def max_iotlb_entries(chardev: str | os.PathLike[str]) -> int | None:
-    """Return how many entries an address space may hold, None where no limit is known.
-
-    vhost_vdpa and some parents each have a module parameter; the smaller one counts.
-    """
-    modules = ["vhost_vdpa", parent_module(chardev)]
-    limits = [_parameter(module, "max_iotlb_entries") for module in modules if module]
+    module = _parent_module(name) if name else None
+    pinned = module != "vduse" and not (module == "vdpa_sim" and _parameter("vdpa_sim", "use_va") == "Y")
+    limits = [_parameter(each, "max_iotlb_entries") for each in ("vhost_vdpa", module) if each]
     values = [int(limit) for limit in limits if limit and limit.isdigit() and int(limit) > 0]
-    return min(values, default=None)
+    return Parent(module, pinned, min(values, default=None))

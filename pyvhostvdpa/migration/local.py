@@ -28,10 +28,11 @@ from .downtime import DT1, DT2, PHASES, PhaseCost, cost, interval, milliseconds
 from .report import Part, Report, environment
 
 Observer = Callable[[str], None]
-"""Called with the name of each part of a migration as it begins."""
+"""Called with the name of each part of a migration as it begins, and with words of progress in long ones."""
 
 _DRAIN_SECONDS = 10.0
 _CHECK_SECONDS = 0.05
+_TELL_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,8 @@ class _Migration:
         self.source = stack.enter_context(VdpaNetDevice(source, self.trace, options.use))
         self.destination = stack.enter_context(VdpaNetDevice(destination, self.trace, options.use))
         self._check_devices()
-        self.memory = stack.enter_context(GuestMemory([(DEFAULT_GPA, options.memory)]))
+        self._memory_done, self._memory_told = 0, time.monotonic()
+        self.memory = stack.enter_context(GuestMemory([(DEFAULT_GPA, options.memory)], self._allocated))
         self.nic = GuestNic(self.memory, ring_size=options.ring_size, frame_size=options.frame_size)
         stack.callback(self.nic.close)
         # devices must let go of the memory before it goes: a second close is none
@@ -104,6 +106,13 @@ class _Migration:
         self.traffic = Traffic(self.nic)
         stack.callback(self.traffic.pause)
         self.book = _Bookkeeping()
+
+    def _allocated(self, step: int) -> None:
+        self._memory_done += step
+        now = time.monotonic()
+        if now - self._memory_told > _TELL_SECONDS:
+            self._memory_told = now
+            self.observe(f"allocated {self._memory_done >> 20} of {self.options.memory >> 20} MiB of guest memory")
 
     def _check_devices(self) -> None:
         if BackendFeature.SUSPEND not in self.source.backend_features:

@@ -27,9 +27,10 @@ _REASONS = {
     "SVQ_BAD_ORDER": "guest: device-readable descriptor after a device-writable one",
     "SVQ_BAD_ADDRESS": "guest: buffer outside guest memory",
     "SVQ_ZERO_LENGTH": "guest: descriptor of length 0",
-    "SVQ_INDIRECT": "guest: indirect descriptor, which was not negotiated",
+    "SVQ_BAD_INDIRECT": "guest: indirect table that was not negotiated, is nested, chained or misshapen",
     "SVQ_BAD_USED_IDX": "device: used.idx moved by more than the ring size",
     "SVQ_BAD_USED_ID": "device: used id that it was not given",
+    "SVQ_BAD_EVENTFD": "an eventfd of the queue was closed under the relay",
 }
 
 _SLICE_NS = 500_000_000
@@ -60,13 +61,13 @@ class ShadowVirtqueue:
         self._memory = memory
         self._segments = ffi.new("struct svq_segment[]", queue.num)
         self._elements = ffi.new("struct svq_element[]", queue.num)
-        self._scratch = ffi.new("struct vring_desc[]", queue.num)
+        self._pieces = ffi.new("struct svq_piece[]", queue.num)
         q: Any = ffi.new("struct svq *")
         self.c = q
         map_queue(q.guest, queue, memory)
         fill_vring(q.device, queue.num, area, area + layout.avail_offset, area + layout.driver_area)
         q.memory = memory.c_map
-        q.segments, q.elements, q.scratch = self._segments, self._elements, self._scratch
+        q.segments, q.elements, q.pieces = self._segments, self._elements, self._pieces
         q.guest_kick, q.guest_call = queue.kick, queue.call
         q.device_kick, q.device_call = self.kick, self.call
         q.avail_gpa, q.used_gpa = queue.avail, queue.used

@@ -129,7 +129,7 @@ HOSTILE_GUEST = {
     "address that wraps": ("SVQ_BAD_ADDRESS", lambda m: _one(m, (1 << 64) - 4, 8, 0, 0)),
     "length of 4 GiB": ("SVQ_BAD_ADDRESS", lambda m: _one(m, DATA, 0xFFFFFFFF, WRITE, 0)),
     "zero length": ("SVQ_ZERO_LENGTH", lambda m: _one(m, DATA, 0, 0, 0)),
-    "indirect, not negotiated": ("SVQ_INDIRECT", lambda m: _one(m, DATA, 64, INDIRECT, 0)),
+    "indirect, not negotiated": ("SVQ_BAD_INDIRECT", lambda m: _one(m, DATA, 64, INDIRECT, 0)),
     "readable after writable": ("SVQ_BAD_ORDER", lambda m: _two(m, Segment(DATA, 8, True), Segment(DATA, 8))),
 }
 

@@ -109,7 +109,6 @@ def building(target: Path) -> Iterator[Path]:
             str(error),
             "free some space and run the same command again" if error.errno == 28 else "run the same command again",
         ) from error
-    os.sync()
     remove(target)
     partial.rename(target)
 

@@ -168,9 +168,9 @@ class Builder:
         self.progress.call(title, chroot.argv(["sh", "-ec", "\n".join(lines)]), self.cache.log(log))
 
     def _keep_image(self, partial: Path, work: Path, choice: KernelChoice) -> None:
-        compressed = work / f"image/boot/vmlinuz-{choice.release}"
-        shutil.copy(compressed, partial / "vmlinuz")
-        shutil.copy(work / f"image/boot/config-{choice.release}", partial / "config")
+        compressed = partial / "vmlinuz"
+        shutil.copy(_part_of_image(work / "image", "vmlinuz", choice.release), compressed)
+        shutil.copy(_part_of_image(work / "image", "config", choice.release), partial / "config")
         kind, payload = kernel_payload(compressed.read_bytes())
         plain = partial / "vmlinux"
         if kind == "xz":
@@ -236,6 +236,19 @@ def build_modules(
     chroot = tree.chroot(layers=(headers,), binds={source: "/lab/source", symbols: "/lab/symbols"})
     log = tree.cache.log(f"build-{source.name}")
     tree.progress.call(f"building the modules of {source.name}", chroot.argv(argv), log)
+
+
+def _part_of_image(image: Path, name: str, release: str) -> Path:
+    """Return a file of an unpacked kernel package; newer packages keep it beside the modules."""
+    places = (image / f"boot/{name}-{release}", image / f"usr/lib/modules/{release}/{name}")
+    for place in places:
+        if place.exists():
+            return place
+    raise LabError(
+        f"the packages of kernel {release} hold no {name}",
+        f"Looked for {' and '.join(str(place.relative_to(image)) for place in places)}.",
+        "tools/lab setup --kernel 6.12",
+    )
 
 
 def kernel_payload(image: bytes) -> tuple[str, bytes]:

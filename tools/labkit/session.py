@@ -110,7 +110,7 @@ class Session:
             cpus=request.cpus,
             memory=request.memory,
             shares=[PROJECT, *request.shares],
-            environment={**passed, **request.environment},
+            environment={"PYVHOSTVDPA_LAB_ACCEL": mode, **passed, **request.environment},
             timeout=request.timeout,
             name=name,
         )

@@ -1,5 +1,6 @@
 """`tools/lab test`: checks and tests without a device in the tree, tests on the device in a VM, one report."""
 
+import os
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ CHECKS = (
 )
 NO_TESTS = 5
 LIMIT_S = 3600.0
+KEPT_RESULTS = 5
 
 
 class Selection:
@@ -51,7 +53,7 @@ class Run:
         self.session = session
         self.request = request
         self.selection = Selection(arguments)
-        self.results = session.cache.results
+        self.results = session.cache.results / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self.parts: list[Part] = []
 
     def execute(self) -> int:
@@ -59,8 +61,9 @@ class Run:
         begin = time.monotonic()
         self.session.set_up(self.request.kernel, "test")
         self.parts.append(Part("set-up", time.monotonic() - begin))
-        remove(self.results)
         self.results.mkdir(parents=True)
+        for old in sorted(self.session.cache.results.iterdir())[:-KEPT_RESULTS]:
+            remove(old)
         with self.session.using():
             if self.selection.whole:
                 self._checks()
@@ -146,4 +149,4 @@ class Run:
 
 
 def _tool_settings() -> dict[str, str]:
-    return {"HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis", "MYPYPATH": "tools"}
+    return {"HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis"}

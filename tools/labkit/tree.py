@@ -23,9 +23,11 @@ PACKAGES = (
     *("python3-cffi", "python3-psutil"),
     *("python3-pytest", "python3-pytest-benchmark", "python3-hypothesis", "mypy"),
     *("gcc", "make", "libc6-dev", "bc", "pahole", "libelf1t64", "libssl3t64"),
-    *("iproute2", "kmod", "mount", "busybox-static", "procps", "strace"),
+    *("iproute2", "iputils-ping", "kmod", "mount", "e2fsprogs", "busybox-static", "procps", "strace"),
     *("xz-utils", "zstd", "ca-certificates"),
 )
+# One tree for this recipe and one for another branch or version of the project.
+KEPT = 2
 LOCK = Path(__file__).with_name("pypi.lock")
 NEEDED_BYTES = 2_500_000_000
 KEPT_APT = (
@@ -66,9 +68,9 @@ class Tree:
             self._bootstrap(partial / "root")
             self._python_packages(partial)
             make_image(self.cache, self.progress, partial / "root", partial / "root.img", "writing the tree's image")
-        for other in self.cache.trees.iterdir():
-            if other != self.folder:
-                remove(other)
+        trees = sorted(self.cache.trees.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+        for old in trees[KEPT:]:
+            remove(old)
 
     def _bootstrap(self, root: Path) -> None:
         options = [*KEPT_APT, *host.acquire_options()]

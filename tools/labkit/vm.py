@@ -20,7 +20,10 @@ from labkit.images import Cpio
 GUEST = Path(__file__).with_name("guest")
 BOOT_LIMIT_S = {"kvm": 60.0, "tcg": 180.0, "icount": 400.0}
 SHOWN_CONSOLE_LINES = 25
-DRAIN_S = 5.0
+PANIC = "Kernel panic - not syncing"
+# The VM tells how many bytes its command wrote; if it cannot (a process left behind holds the output open), no more
+# is expected after this long without any.
+DRAIN_S = 2.0
 
 Sink = Callable[[bytes], None]
 
@@ -87,7 +90,8 @@ def configuration(spec: Spec) -> str:
     command = f"cd {shlex.quote(str(spec.folder))} && exec {shlex.join(words)}"
     return "\n".join(
         [
-            f"LAB_NAME={shlex.quote(spec.name)} LAB_DEVICES={spec.devices.count} LAB_SHELL={int(spec.shell)}",
+            f"LAB_NAME={shlex.quote(spec.name)} LAB_DEVICES={spec.devices.count} LAB_SHELL={int(spec.shell)} "
+            f"LAB_PATIENCE={20 if spec.mode == 'icount' else 1}",
             *(_function("lab_mounts", mounts)),
             *(_function("lab_modules", loads)),
             *(_function("lab_devices", additions)),
@@ -133,7 +137,7 @@ class Machine:
         self._shell: socket.socket | None = None
         self._closed: set[int] = set()
         self._control = b""
-        self._begin = time.monotonic()
+        self._begin = self._last_data = time.monotonic()
         self._ended_at: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -222,6 +226,7 @@ class Machine:
                 self._report(line.decode(errors="replace").strip())
         else:
             self._received[port] += len(data)
+            self._last_data = time.monotonic()
             self._sinks[port](data)
 
     def _report(self, line: str) -> None:
@@ -241,8 +246,9 @@ class Machine:
         """Whether the command has ended and all of its output is here."""
         if self.status is None or self._ended_at is None:
             return False
-        complete = all(self._received[port] >= count >= 0 for port, count in self._expected.items())
-        return complete or time.monotonic() - self._ended_at > DRAIN_S
+        if all(self._received[port] >= count >= 0 for port, count in self._expected.items()):
+            return True
+        return time.monotonic() - max(self._ended_at, self._last_data) > DRAIN_S
 
     def check(self) -> None:
         """Raise when the VM has died, hangs, or its time is over."""
@@ -273,7 +279,7 @@ class Machine:
         assert self._process.stdout is not None
         said = self._process.stdout.read().decode(errors="replace").strip()
         console = self._console()
-        if "Kernel panic" in console or "Kernel panic" in said:
+        if PANIC in console:
             what = "the VM's kernel panicked before the command ended"
         elif self.started_after is None:
             what = f"the VM ended before its command started (QEMU's status {self._process.returncode})"
@@ -286,7 +292,10 @@ class Machine:
             lines = self.spec.console_log.read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return ""
-        return "\n".join(f"| {line.rstrip()}" for line in lines[-SHOWN_CONSOLE_LINES:] if line.strip())
+        lines = [line.rstrip() for line in lines if line.strip()]
+        panic = next((number for number, line in enumerate(lines) if PANIC in line), None)
+        first = len(lines) - SHOWN_CONSOLE_LINES if panic is None else panic
+        return "\n".join(f"| {line}" for line in lines[max(0, first) :][:SHOWN_CONSOLE_LINES])
 
     def _look(self) -> str:
         return f"less {self.spec.console_log}   (the kernel's whole console)"

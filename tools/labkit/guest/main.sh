@@ -1,11 +1,12 @@
 # The VM's only "service": makes the devices, runs the command, reports how it ended.
-# config.sh (written for each run) brings: lab_mounts, lab_modules, lab_devices, lab_command, LAB_DEVICES, LAB_SHELL.
+# config.sh (written for each run) brings: lab_mounts, lab_modules, lab_devices, lab_command, LAB_NAME, LAB_DEVICES,
+# LAB_SHELL, and LAB_PATIENCE: with virtual time a sleep takes none, so that there have to be more of them.
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export PATH
 . /run/lab/config.sh
 
 await() {
-    tries=200
+    tries=$((200 * LAB_PATIENCE))
     until [ -e $1 ]; do
         tries=$((tries - 1))
         [ $tries -gt 0 ] || return 1
@@ -17,8 +18,10 @@ say() {
     echo "$*" >&3
 }
 
+# Wait for the lab to end the VM: powering off could lose what is still on its way out. The port's end means that
+# there is no lab any more.
 end() {
-    busybox sleep 20
+    while read -r line <&3; do :; done
     busybox poweroff -f
 }
 
@@ -77,7 +80,7 @@ say started
 status=$?
 
 # All output is out when both copiers have seen the end; something left in the background may hold it open.
-tries=100
+tries=$((100 * LAB_PATIENCE))
 while [ -e /proc/$out/fd/0 ] || [ -e /proc/$err/fd/0 ]; do
     tries=$((tries - 1))
     [ $tries -gt 0 ] || break

@@ -1,0 +1,61 @@
+"""The report over all parts of a test run."""
+
+import pytest
+
+from labkit import report
+from labkit.errors import LabError
+from labkit.report import Case, Part
+from labkit.testing import KERNEL, UNIT, Selection
+
+JUNIT = """<?xml version="1.0"?><testsuites><testsuite name="pytest">
+<testcase classname="tests.unit.test_a" name="test_good" time="0.5"/>
+<testcase classname="tests.unit.test_a" name="test_bad" time="1.5">
+<failure message="m">assert 1 == 2</failure></testcase>
+<testcase classname="tests.unit.test_a" name="test_broken" time="0"><error message="set-up failed"/></testcase>
+<testcase classname="tests.unit.test_a" name="test_out" time="0"><skipped message="no time"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_all_parts_in_one_sum(tmp_path):
+    path = tmp_path / "unit.xml"
+    path.write_text(JUNIT)
+    parts = [
+        Part("set-up", 2.0),
+        Part("unit", 3.0, report.read_junit(path)),
+        Part("vm", 9.0, [Case("x", "passed", 4.0)]),
+    ]
+    text = report.render(parts)
+    assert text.splitlines()[-1] == "2 passed, 2 failed, 1 skipped"
+    assert "assert 1 == 2" in text
+    assert "set-up failed" in text
+    assert text.index("4.00 s  x") < text.index("1.50 s")
+
+
+@pytest.mark.parametrize(
+    ("results", "expected"), [(["passed"], True), (["passed", "skipped"], False), (["failed"], False), ([], False)]
+)
+def test_a_skip_is_not_clean(results, expected):
+    assert report.clean([Part("p", cases=[Case("x", result) for result in results])]) is expected
+
+
+def test_everything_without_arguments():
+    selection = Selection([])
+    assert selection.parts == [UNIT, KERNEL]
+    assert selection.whole
+
+
+def test_a_path_selects_its_part():
+    selection = Selection(["tests/kernel/test_a.py::test_b", "-x"])
+    assert selection.parts == [KERNEL]
+    assert selection.pytest(KERNEL, "/r")[3:5] == ["tests/kernel/test_a.py::test_b", "-x"]
+
+
+def test_options_go_to_both_parts():
+    selection = Selection(["-k", "migrate"])
+    assert selection.parts == [UNIT, KERNEL]
+    assert selection.pytest(UNIT, "/r")[3:6] == ["tests/unit", "-k", "migrate"]
+
+
+def test_a_path_elsewhere_is_refused():
+    with pytest.raises(LabError, match="neither"):
+        Selection(["tests/other"])

@@ -1,0 +1,77 @@
+"""A VM's description: its configuration script and QEMU's command line."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from labkit import devices, qemu, vm
+
+
+def spec(**changes):
+    values = {
+        "command": ["echo", "it's", "$HOME"],
+        "folder": Path("/"),
+        "kernel": Path("/k"),
+        "boot_modules": [],
+        "busybox": Path("/bin/busybox"),
+        "disks": [Path("/root,1.img")],
+        "devices": devices.parse(["vdpa_sim_net:1,use_va=0"]),
+        "console_log": Path("/log"),
+    }
+    return vm.Spec(**{**values, **changes})
+
+
+def test_command_reaches_the_vm_as_it_was_given():
+    script = vm.configuration(spec()) + "\nlab_command"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "it's $HOME\n"
+
+
+def test_environment_of_the_command():
+    script = vm.configuration(spec(command=["env"], environment={"TERM": "x y"})) + "\nlab_command"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+    assert "TERM=x y" in done.stdout.splitlines()
+    assert "PYVHOSTVDPA_LAB=1" in done.stdout.splitlines()
+    assert f"PATH={vm.INSIDE}/bin:" in done.stdout
+
+
+def test_devices_of_the_vm():
+    lines = vm.configuration(spec()).splitlines()
+    loads = [line.strip() for line in lines if "modprobe" in line]
+    assert loads == ["must modprobe vhost_vdpa", "must modprobe vdpa_sim use_va=0", "must modprobe vdpa_sim_net"]
+    assert any("vdpa dev add name vdpa0 mgmtdev vdpasim_net" in line for line in lines)
+
+
+def hardware(**changes):
+    values = {
+        "kernel": Path("/k"),
+        "initrd_fd": 9,
+        "disks": [Path("/root,1.img")],
+        "shares": [qemu.Share(Path("/p"), "share0")],
+        "ports": {1: 11, 2: 12, 3: 13},
+        "console_log": Path("/log"),
+    }
+    return qemu.Hardware(**{**values, **changes})
+
+
+def test_disks_are_read_only_and_commas_are_kept():
+    argv = qemu.command_line(hardware())
+    assert "if=none,id=disk0,file=/root,,1.img,format=raw,readonly=on" in argv
+
+
+@pytest.mark.parametrize(("mode", "accelerator"), [("kvm", "kvm"), ("tcg", "tcg,thread=multi")])
+def test_accelerator(mode, accelerator):
+    argv = qemu.command_line(hardware(mode=mode))
+    assert argv[argv.index("-accel") + 1] == accelerator
+    assert "-icount" not in argv
+
+
+def test_virtual_time():
+    argv = qemu.command_line(hardware(mode="icount"))
+    assert argv[argv.index("-icount") + 1] == "shift=0,sleep=off"
+
+
+@pytest.mark.parametrize("name", ["init.sh", "main.sh"])
+def test_scripts_of_the_vm_are_well_formed(name):
+    subprocess.run(["sh", "-n", str(vm.GUEST / name)], check=True)
