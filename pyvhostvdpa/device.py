@@ -62,7 +62,7 @@ class VdpaNetDevice:
         try:
             self.chardev = VhostVdpa(path, trace)
         except DeviceBusy as e:
-            raise _busy(os.fspath(path), e) from e
+            raise mgmt.busy(path) from e
         self.state = State.RESET
         self.memory: GuestMemory | None = None
         self.shadows: list[ShadowVirtqueue] = []
@@ -362,13 +362,3 @@ class VdpaNetDevice:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _busy(path: str, error: DeviceBusy) -> DeviceBusy:
-    held_by = ", ".join(str(holder) for holder in mgmt.holders(path))
-    return DeviceBusy(
-        error.errno or 0,
-        f"open {path}",
-        cause=f"held by {held_by}" if held_by else "held by a process that is not visible from here",
-        hint="close it there first; a vhost-vdpa device has one user at a time",
-    )

@@ -8,6 +8,7 @@ nothing here does.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from .errors import DeviceBusy, MissingFeature
 
 SYSFS_DEVICES = Path("/sys/bus/vdpa/devices")
 _VDPA_TIMEOUT = 10.0
@@ -100,6 +103,17 @@ def holders(chardev: str | os.PathLike[str]) -> tuple[Holder, ...]:
     return tuple(found)
 
 
+def busy(chardev: str | os.PathLike[str], hint: str = "") -> DeviceBusy:
+    """Return the error for a chardev that cannot be opened because somebody has it, naming who."""
+    held_by = ", ".join(str(holder) for holder in holders(chardev))
+    return DeviceBusy(
+        errno.EBUSY,
+        f"open {os.fspath(chardev)}",
+        cause=f"held by {held_by}" if held_by else "held by a process that is not visible from here",
+        hint=hint or "close it there first; a vhost-vdpa device has one user at a time",
+    )
+
+
 def _chardev(device: Path) -> str | None:
     for entry in device.glob("vhost-vdpa-*"):
         return f"/dev/{entry.name}"
@@ -130,6 +144,22 @@ def list_devices() -> list[VdpaDevice]:
             )
         )
     return devices
+
+
+def chardev_of(device: str | os.PathLike[str] | None) -> str:
+    """Return the chardev that ``device`` means: a path, a vDPA name, or None for the only one there is.
+
+    Raises :class:`~pyvhostvdpa.errors.MissingFeature` telling what there is instead.
+    """
+    known = list_devices() if device is None or os.sep not in os.fspath(device) else []
+    nodes = [d.chardev for d in known if d.chardev and device in (None, d.name, Path(d.chardev).name)]
+    if len(nodes) == 1:
+        return nodes[0]
+    if device is not None and not known:
+        return os.fspath(device)
+    there = ", ".join(f"{d.name} ({d.chardev or f'no chardev, driver {d.driver}'})" for d in known) or "none"
+    what = f"no vDPA device {os.fspath(device)} with a chardev" if device else "which device?"
+    raise MissingFeature(f"{what}; this machine has: {there}", hint="vhost-vdpa doctor" if not nodes else "name one")
 
 
 def name_of(chardev: str | os.PathLike[str]) -> str | None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from ..errors import VhostVdpaError
 from . import list as list_command
 from . import migrate as migrate_command
+from . import probe as probe_command
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     list_command.register(commands)
+    probe_command.register(commands)
     migrate_command.register(commands)
     return parser
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: MIT
+"""``vhost-vdpa probe``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from .. import mgmt
+from ..probe import Probe, look, probe
+from ..uapi import BackendFeature, names
+from .table import table
+
+DESCRIPTION = """\
+Tell what a device is and can do: queues, groups, address spaces, features, and what they make possible for a live
+migration. Opening a device resets it, so one that is in use is refused; --no-open tells what can be told of it all the
+same. --verify proves each backend feature with real descriptors: maps that a frame goes through, a suspend after which
+nothing moves. It sends a few broadcast frames (EtherType 0x88b5). Afterwards the device is reset."""
+EPILOG = "exit status: 0, or 1 when something failed, or when --verify found a feature that does not do what it says"
+
+
+def register(commands: Any) -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser(
+        "probe", help="what a device can do, and whether a guest on it can be migrated", description=DESCRIPTION,
+        epilog=EPILOG,
+    )  # fmt: skip
+    parser.add_argument(
+        "device", metavar="DEV", nargs="?", help="chardev or vDPA name (default: the only device of this machine)"
+    )
+    parser.add_argument("--json", "-j", action="store_true", help="print JSON, schema pyvhostvdpa/probe/1")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--verify", action="store_true", help="prove each feature with real descriptors")
+    mode.add_argument("--no-open", action="store_true", help="tell only what can be told without opening the device")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Probe and print."""
+    path = mgmt.chardev_of(arguments.device)
+    if arguments.no_open:
+        _print_look(look(path), arguments.json)
+        return 0
+    found = probe(path, arguments.verify)
+    lies = found.lies()
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print(_render(found))
+    for lie in lies:
+        print(f"vhost-vdpa: {path} advertises what it does not do: {lie}", file=sys.stderr)
+    return 1 if lies else 0
+
+
+def _print_look(told: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return
+    device = told["device"]
+    rows = [[key, str(device[key] or "-")] for key in ("name", "chardev", "driver", "mgmtdev", "mac")]
+    rows.append(["holders", ", ".join(f"pid {h['pid']} ({h['name']})" for h in device["holders"]) or "none"])
+    rows += [[key, str(told[key] or "-")] for key in ("virtio_id", "vqs_count", "vring_num", "negotiated_features")]
+    print(table(["not opened", ""], rows))
+    print("\nBackend features, groups and address spaces are told only by the opened device.")
+
+
+def _render(found: Probe) -> str:
+    return "\n\n".join([_facts(found), _features(found), _backend(found), _enables(found), _verdict(found)])
+
+
+def _facts(found: Probe) -> str:
+    config = found.config
+    first, last = found.iova_range
+    sizes = f"at most {found.vring_num}" if found.vring_sizes is None else " ".join(map(str, found.vring_sizes))
+    rows = [
+        ["device", f"{found.device.name} {found.device.chardev}"],
+        ["parent", f"{found.parent.module or '-'}, {'pins memory' if found.parent.pinned else 'user addresses'}"],
+        ["virtio id", str(found.virtio_id)],
+        ["status after opening", names(found.status)],
+        ["MAC, MTU, link", f"{config.mac or '-'}, {config.mtu or '-'}, {_link(config.link_up)}"],
+        ["virtqueues", f"{found.vqs_count}, control queue {_or_none(found.control_queue)}; ring size {sizes}"],
+        ["groups", f"{found.group_num}; by queue: {_or_none(found.vring_groups)}"],
+        ["descriptor groups", _or_none(found.vring_desc_groups)],
+        ["address spaces", f"{found.as_num}; IOVA {first:#x}-{last:#x}"],
+        ["IOTLB entries", f"at most {found.parent.max_iotlb_entries or '?'} per address space"],
+    ]
+    return "\n".join(f"{name:<21} {text}" for name, text in rows)
+
+
+def _link(up: bool | None) -> str:
+    return "-" if up is None else "up" if up else "down"
+
+
+def _or_none(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+def _features(found: Probe) -> str:
+    lines = [f"{'device features':<21} {found.features:#x} {names(found.features)}"]
+    if refused := found.features & ~found.accepted:
+        lines.append(f"{'not accepted':<21} {names(refused)}")
+    return "\n".join(lines)
+
+
+def _backend(found: Probe) -> str:
+    backend = found.backend
+    rows = []
+    for feature in BackendFeature:
+        name = feature.name or ""
+        usable = feature in backend.usable
+        proved = "-" if backend.proved is None or not usable else "yes" if feature in backend.proved else "NO"
+        advertised = feature in backend.advertised
+        rows.append([name, _yes(advertised), _yes(usable), proved, backend.why.get(name, "")])
+    return table(["BACKEND FEATURE", "ADVERTISED", "USABLE", "PROVED", "WHY"], rows)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _enables(found: Probe) -> str:
+    rows = [[name, _yes(answer.yes), answer.why] for name, answer in found.enables().items()]
+    return table(["FOR A MIGRATION", "", "WHY"], rows)
+
+
+def _verdict(found: Probe) -> str:
+    blockers = found.blockers()
+    if not blockers:
+        return "migratable: yes" + (
+            "" if found.backend.proved is not None else ", by what it advertises (try --verify)"
+        )
+    return "\n".join(["migratable: no", *(f"  - {blocker}" for blocker in blockers)])
