@@ -22,6 +22,8 @@ PACKAGES = (
     *("python3", "python3-dev", "python3-pip", "python3-setuptools", "python3-wheel"),
     *("python3-cffi", "python3-psutil"),
     *("python3-pytest", "python3-pytest-benchmark", "python3-hypothesis", "mypy"),
+    # the newest headers there are: what uapi.py knows is compared with them
+    "linux-libc-dev/trixie-backports",
     *("gcc", "make", "libc6-dev", "bc", "pahole", "libelf1t64", "libssl3t64"),
     *("iproute2", "iputils-ping", "kmod", "mount", "e2fsprogs", "busybox-static", "procps", "strace"),
     *("xz-utils", "zstd", "ca-certificates"),
