@@ -83,6 +83,10 @@ class MissingFeature(VhostVdpaError):
     """The device or kernel lacks what the request needs."""
 
 
+class ManagementFailed(VhostVdpaError):
+    """iproute2's ``vdpa`` could not do what it was told; the message has its words."""
+
+
 class MigrationRefused(VhostVdpaError):
     """A migration that cannot work was refused before anything was touched."""
 

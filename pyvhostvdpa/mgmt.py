@@ -19,7 +19,8 @@ from typing import Any
 
 import psutil
 
-from .errors import DeviceBusy, MissingFeature
+from .chardev import VhostVdpa
+from .errors import DeviceBusy, ManagementFailed, MissingFeature, VhostVdpaError
 
 SYSFS_DEVICES = Path("/sys/bus/vdpa/devices")
 _VDPA_TIMEOUT = 10.0
@@ -76,6 +77,70 @@ def vdpa_json(*arguments: str) -> dict[str, Any]:
         # device is closed (drivers/vdpa/vdpa.c); everybody else waits
         return {}
     return parsed if isinstance(parsed, dict) else {}
+
+
+_REFUSALS = {
+    "Operation not permitted": "run as root: it takes CAP_NET_ADMIN in the first network namespace",
+    "Operation not supported": "vdpa mgmtdev show tells which attributes and features a management device takes",
+    "No such device": "vdpa mgmtdev show lists the management devices",
+    "File exists": "vhost-vdpa list shows the names that are taken",
+    "Invalid argument": "an attribute needs its feature in device_features as well",
+}
+
+
+def _vdpa(*arguments: str) -> None:
+    """Run iproute2's ``vdpa``; :class:`~pyvhostvdpa.errors.ManagementFailed` with its words and the next step if it fails."""
+    tool = shutil.which("vdpa")
+    command = " ".join(["vdpa", *arguments])
+    if tool is None:
+        raise ManagementFailed(f"{command}: there is no 'vdpa' command", hint="apt-get install iproute2")
+    try:
+        done = subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=_VDPA_TIMEOUT, check=False)
+    except subprocess.TimeoutExpired as e:
+        raise ManagementFailed(
+            f"{command}: no answer within {_VDPA_TIMEOUT:g} s; a deletion that waits for an open device holds the lock",
+            hint="vhost-vdpa doctor names the holder",
+        ) from e
+    if done.returncode:
+        said = done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}"
+        hint = next((hint for words, hint in _REFUSALS.items() if words in said), "vhost-vdpa doctor")
+        raise ManagementFailed(f"{command}: {said}", hint=hint)
+
+
+def add_device(name: str, mgmtdev: str, *attributes: str) -> None:
+    """Create a device by iproute2's ``vdpa dev add``; ``attributes`` in its words: ``"mac", "52:54:…"``."""
+    _vdpa("dev", "add", "name", name, "mgmtdev", mgmtdev, *attributes)
+
+
+def delete_device(name: str) -> None:
+    """Delete a device that nobody has open.
+
+    Deleting an open one would not fail but wait in the kernel, unkillable and
+    with a lock that every other ``vdpa`` command needs
+    (drivers/vhost/vdpa.c:vhost_vdpa_remove). So its holder is looked up, and
+    the chardev is opened to see whether somebody out of sight has it: that
+    resets the device, which is to go anyway. Raises
+    :class:`~pyvhostvdpa.errors.DeviceBusy`,
+    :class:`~pyvhostvdpa.errors.ManagementFailed`.
+    """
+    chardev = _chardev((SYSFS_DEVICES / name).resolve())
+    if chardev is not None and (holders(chardev) or not _can_be_opened(chardev)):
+        raise busy(
+            chardev,
+            f"end that process, then delete {name}: deleting an open device hangs every 'vdpa' command until then",
+        )
+    _vdpa("dev", "del", name)
+
+
+def _can_be_opened(chardev: str) -> bool:
+    try:
+        VhostVdpa(chardev).close()
+    except DeviceBusy:
+        return False
+    except VhostVdpaError:
+        # no node, no permission: the kernel will have the last word
+        return True
+    return True
 
 
 def device_number(path: str | os.PathLike[str]) -> int | None:

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import VhostVdpaError
+from . import dev as dev_command
+from . import doctor as doctor_command
 from . import list as list_command
 from . import migrate as migrate_command
 from . import probe as probe_command
@@ -28,6 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     list_command.register(commands)
+    doctor_command.register(commands)
+    dev_command.register(commands)
     probe_command.register(commands)
     migrate_command.register(commands)
     return parser

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""What a check says, and what all of them share."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..drivers import DRIVERS, Driver
+from ..machine import Machine
+from ..mgmt import Parent, VdpaDevice
+
+DEFAULT_MEMORY = 1 << 30
+"""Guest memory in bytes to reckon with unless told otherwise: what ``vhost-vdpa migrate`` takes by default."""
+
+
+class Level(enum.Enum):
+    """How bad it is. Only FAIL makes the exit status 1; WARN does with ``--strict``."""
+
+    PASS = "PASS"
+    INFO = "INFO"
+    WARN = "WARN"
+    FAIL = "FAIL"
+    SKIP = "SKIP"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found. ``next`` is a command or a thing to change, "" if nothing is to be done."""
+
+    id: str
+    level: Level
+    what: str
+    why: str = ""
+    next: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the fields for JSON."""
+        return {"id": self.id, "level": self.level.value, "what": self.what, "why": self.why, "next": self.next}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be done on this machine: a guest of ``memory`` bytes."""
+
+    memory: int = DEFAULT_MEMORY
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a check says; its id is added by the table."""
+
+    level: Level
+    what: str
+    why: str = ""
+    next: str = ""
+
+
+Check = Callable[[Machine, Plan], Iterator[Told]]
+CREATE = "vdpa mgmtdev show; vdpa dev add name vdpa0 mgmtdev NAME"
+NO_DEVICE = Told(Level.SKIP, "no vDPA device to look at", next=CREATE)
+PROBE = "vhost-vdpa probe {}"
+
+
+def mebibytes(size: int) -> str:
+    """Return a size in bytes for people."""
+    return f"{size >> 20} MiB"
+
+
+def named(machine: Machine) -> Iterator[tuple[VdpaDevice, Parent]]:
+    """Yield the devices that vhost_vdpa has, with their parents."""
+    for device in machine.devices:
+        if device.chardev:
+            yield device, machine.parents.get(device.name, Parent(None, True, None))
+
+
+def driver_of(parent: Parent) -> Driver | None:
+    """Return what is known of a parent driver, None for an unknown one."""
+    return DRIVERS.get(parent.module or "")
