@@ -34,7 +34,7 @@ static const struct memory_region *search_region(const struct memory_map *m,
 	uint32_t low = 0, high = m->count;
 
 	while (low < high) {
-		uint32_t middle = low + (high - low) / 2;
+		uint32_t middle = (low + high) / 2;
 		const struct memory_region *r = &m->regions[middle];
 
 		if (gpa < r->gpa) {
@@ -115,7 +115,7 @@ void svq_start(struct svq *q)
 	memset(q->device.used, 0,
 	       sizeof(*q->device.used) + num * sizeof(q->device.used->ring[0]) + 2);
 	for (i = 0; i < num; i++) {
-		q->segments[i].next = (uint16_t)(i + 1);
+		q->next[i] = (uint16_t)(i + 1);
 		q->elements[i].segments = 0;
 	}
 	q->free_head = 0;
@@ -162,29 +162,30 @@ static inline int add_buffer(struct svq *q, struct chain *c,
 	if (c->order & ~write)
 		return SVQ_BAD_ORDER;
 	c->order = write;
-	while (left) {
+	c->writable += write ? left : 0;
+	for (;;) {
 		const struct memory_region *r =
 			find_region(q->memory, &q->last_region, gpa);
-		struct svq_piece *p = &q->pieces[c->pieces];
-		uint64_t room;
+		uint64_t at, room;
 
 		if (!r)
 			return SVQ_BAD_ADDRESS;
 		if (c->pieces == q->device.num)
 			return SVQ_BAD_CHAIN;
-		room = r->size - (gpa - r->gpa);
-		p->gpa = gpa;
-		p->iova = r->iova + (gpa - r->gpa);
-		p->len = left < room ? left : (uint32_t)room;
-		p->region = q->last_region;
-		p->flags = write;
-		if (write)
-			c->writable += p->len;
-		left -= p->len;
-		gpa += p->len;
-		c->pieces++;
+		at = gpa - r->gpa;
+		room = r->size - at;
+		q->pieces[c->pieces++] = (struct svq_piece){
+			.gpa = gpa,
+			.iova = r->iova + at,
+			.len = left <= room ? left : (uint32_t)room,
+			.region = q->last_region * 2 + write / VRING_DESC_F_WRITE,
+			.flags = write,
+		};
+		if (left <= room)
+			return SVQ_OK;
+		left -= (uint32_t)room;
+		gpa += room;
 	}
-	return SVQ_OK;
 }
 
 /* The chain in an indirect table, which is guest memory like any other. */
@@ -222,7 +223,7 @@ static int add_indirect(struct svq *q, struct chain *c, uint64_t table,
 }
 
 /* Copy and check one guest chain into pieces; 0, or why not. */
-static inline int read_chain(struct svq *q, uint16_t head, struct chain *c)
+static int read_chain(struct svq *q, uint16_t head, struct chain *c)
 {
 	uint16_t i = head, steps;
 	int bad;
@@ -248,42 +249,103 @@ static inline int read_chain(struct svq *q, uint16_t head, struct chain *c)
 	return SVQ_BAD_CHAIN;
 }
 
-/* Put the checked chain into free shadow descriptors. */
-static inline void write_chain(struct svq *q, uint16_t guest_head,
-			       const struct chain *c)
+/*
+ * What a burst moves, apart from the queue: the compiler must think that any
+ * store into a ring could change the queue's own fields.
+ */
+struct forward {
+	struct vring_desc *desc;
+	uint16_t *ring;
+	struct svq_segment *segments;
+	struct svq_element *elements;
+	const uint16_t *next;
+	uint16_t mask;
+	uint16_t avail;
+	uint16_t free_head;
+	uint16_t free_count;
+	uint32_t given;
+};
+
+static inline void write_piece(const struct forward *f, uint16_t i,
+			       const struct svq_piece *p, uint16_t more)
 {
-	const uint16_t head = q->free_head;
-	uint16_t i = head, tail = head, k;
+	f->desc[i] = (struct vring_desc){
+		.addr = htole64(p->iova),
+		.len = htole32(p->len),
+		.flags = htole16(p->flags | more),
+		.next = htole16(f->next[i]),
+	};
+	f->segments[i] = (struct svq_segment){
+		.gpa = p->gpa,
+		.len = p->len,
+		.region = p->region,
+	};
+}
 
-	for (k = 0; k < c->pieces; k++) {
-		const struct svq_piece *p = &q->pieces[k];
-		struct vring_desc *d = &q->device.desc[i];
-		struct svq_segment *s = &q->segments[i];
-		const int last = k + 1 == c->pieces;
+static inline void write_element(struct forward *f, uint16_t tail,
+				 uint16_t guest_head, const struct chain *c)
+{
+	const uint16_t head = f->free_head;
 
-		d->addr = htole64(p->iova);
-		d->len = htole32(p->len);
-		d->flags = htole16(p->flags | (last ? 0 : VRING_DESC_F_NEXT));
-		d->next = htole16(last ? 0 : s->next);
-		s->gpa = p->gpa;
-		s->len = p->len;
-		s->region = p->region;
-		s->writable = p->flags;
-		tail = i;
-		i = s->next;
-	}
-	q->free_head = i;
-	q->free_count -= c->pieces;
-	q->elements[head] = (struct svq_element){
+	f->elements[head] = (struct svq_element){
 		.segments = c->pieces,
 		.tail = tail,
 		.guest_head = guest_head,
 		.writable = c->writable,
-		.order = q->given++,
+		.order = f->given++,
 	};
-	q->device.avail->ring[q->device_avail & (q->device.num - 1)] =
-		htole16(head);
-	q->device_avail++;
+	f->ring[f->avail++ & f->mask] = htole16(head);
+	f->free_head = f->next[tail];
+	f->free_count -= c->pieces;
+}
+
+/*
+ * Most elements are one descriptor within one region, and need no pieces laid
+ * aside. Whatever is not that, or wrong, is left to read_chain.
+ */
+static inline int forward_single(struct svq *q, struct forward *f, uint16_t head)
+{
+	const struct vring_desc d = read_desc(&q->guest.desc[head]);
+	const struct memory_region *r;
+	uint16_t write;
+	uint64_t at;
+
+	if (d.flags & (VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT) || !d.len ||
+	    !f->free_count)
+		return 0;
+	r = find_region(q->memory, &q->last_region, d.addr);
+	if (!r)
+		return 0;
+	at = d.addr - r->gpa;
+	if (d.len > r->size - at)
+		return 0;
+	write = d.flags & VRING_DESC_F_WRITE;
+	write_piece(f, f->free_head,
+		    &(struct svq_piece){
+			    .gpa = d.addr,
+			    .iova = r->iova + at,
+			    .len = d.len,
+			    .region = q->last_region * 2 +
+				      write / VRING_DESC_F_WRITE,
+			    .flags = write,
+		    },
+		    0);
+	write_element(f, f->free_head, head,
+		      &(struct chain){ .pieces = 1,
+				       .writable = write ? d.len : 0 });
+	return 1;
+}
+
+/* Put the checked chain into free shadow descriptors. */
+static inline void write_chain(struct forward *f, const struct svq_piece *p,
+			       uint16_t guest_head, const struct chain *c)
+{
+	uint16_t i = f->free_head, left;
+
+	for (left = c->pieces; left > 1; left--, p++, i = f->next[i])
+		write_piece(f, i, p, VRING_DESC_F_NEXT);
+	write_piece(f, i, p, 0);
+	write_element(f, i, guest_head, c);
 }
 
 static void kick_device(struct svq *q, uint16_t old)
@@ -301,11 +363,55 @@ static void kick_device(struct svq *q, uint16_t old)
 	q->kicks++;
 }
 
+static uint32_t forward_burst(struct svq *q, struct forward *f, uint16_t pending)
+{
+	const uint16_t num = q->guest.num;
+	const uint16_t *const ring = q->guest.avail->ring;
+	struct svq_piece *const pieces = q->pieces;
+	uint16_t last = q->last_avail;
+	uint32_t done = 0;
+
+	for (; done < pending; done++, last++) {
+		const uint16_t head = load_once16(&ring[last & (num - 1)]);
+		struct chain c;
+		int bad;
+
+		if (head < num && forward_single(q, f, head))
+			continue;
+		c = (struct chain){ 0 };
+		bad = head < num ? read_chain(q, head, &c) : SVQ_BAD_HEAD;
+		if (bad) {
+			q->broken = bad;
+			break;
+		}
+		if (c.pieces > f->free_count) {
+			/* last_avail stays: the chain is read anew once
+			 * the device has returned some */
+			q->stalled = 1;
+			q->stalls++;
+			break;
+		}
+		write_chain(f, pieces, head, &c);
+	}
+	q->last_avail = last;
+	return done;
+}
+
 uint32_t svq_forward(struct svq *q)
 {
-	const uint16_t mask = q->guest.num - 1;
-	const uint16_t old = q->device_avail;
-	uint32_t done = 0;
+	struct forward f = {
+		.desc = q->device.desc,
+		.ring = q->device.avail->ring,
+		.segments = q->segments,
+		.elements = q->elements,
+		.next = q->next,
+		.mask = q->device.num - 1,
+		.avail = q->device_avail,
+		.free_head = q->free_head,
+		.free_count = q->free_count,
+		.given = q->given,
+	};
+	uint32_t done;
 	uint16_t pending;
 
 	if (q->broken)
@@ -316,29 +422,16 @@ uint32_t svq_forward(struct svq *q)
 		return 0;
 	}
 	q->stalled = 0;
-	while (done < pending) {
-		struct chain c = { 0 };
-		uint16_t head = load_once16(
-			&q->guest.avail->ring[q->last_avail & mask]);
-
-		q->broken = head < q->guest.num ? read_chain(q, head, &c) :
-						  SVQ_BAD_HEAD;
-		if (q->broken)
-			break;
-		if (c.pieces > q->free_count) {
-			/* last_avail stays: the chain is read anew once
-			 * the device has returned some */
-			q->stalled = 1;
-			q->stalls++;
-			break;
-		}
-		write_chain(q, head, &c);
-		q->last_avail++;
-		done++;
-	}
+	done = forward_burst(q, &f, pending);
 	if (done) {
-		store_index(&q->device.avail->idx, q->device_avail);
+		uint16_t old = q->device_avail;
+
+		q->device_avail = f.avail;
+		q->free_head = f.free_head;
+		q->free_count = f.free_count;
+		q->given = f.given;
 		q->forwarded += done;
+		store_index(&q->device.avail->idx, f.avail);
 		kick_device(q, old);
 	}
 	return done;
@@ -348,41 +441,17 @@ uint32_t svq_forward(struct svq *q)
 /* Device to guest                                                         */
 
 /* All that the device could have written is marked, whatever it claims. */
-static inline void mark_element(struct svq *q, uint16_t head)
+static inline void mark_element(const struct svq *q, uint16_t head, uint16_t left)
 {
-	const struct svq_element *e = &q->elements[head];
-	uint16_t i = head, k;
+	uint16_t i = head;
 
-	for (k = 0; k < e->segments; k++) {
+	for (; left; left--, i = q->next[i]) {
 		const struct svq_segment *s = &q->segments[i];
-		const struct memory_region *r = &q->memory->regions[s->region];
+		const struct memory_region *r = &q->memory->regions[s->region / 2];
 
-		if (s->writable && r->dirty)
+		if (s->region & 1 && r->dirty)
 			mark_region(r, s->gpa, s->len);
-		i = s->next;
 	}
-}
-
-static inline void give_back(struct svq *q, uint16_t head, uint32_t len)
-{
-	struct svq_element *e = &q->elements[head];
-	struct vring_used_elem *u =
-		&q->guest.used->ring[q->used_idx & (q->guest.num - 1)];
-
-	if (e->writable)
-		mark_element(q, head);
-	if (len > e->writable) {
-		/* a device must not claim more than it was lent */
-		len = e->writable;
-		q->clamped++;
-	}
-	u->id = htole32(e->guest_head);
-	u->len = htole32(len);
-	q->used_idx++;
-	q->segments[e->tail].next = q->free_head;
-	q->free_head = head;
-	q->free_count += e->segments;
-	e->segments = 0;
 }
 
 static void mark_used(struct svq *q, uint16_t first, uint32_t count)
@@ -413,11 +482,53 @@ static void call_guest(struct svq *q, uint16_t old)
 	q->calls++;
 }
 
+static uint32_t return_burst(struct svq *q, uint16_t pending)
+{
+	const struct vring_used_elem *const from = q->device.used->ring;
+	struct vring_used_elem *const to = q->guest.used->ring;
+	struct svq_element *const elements = q->elements;
+	uint16_t *const next = q->next;
+	const uint16_t num = q->device.num, mask = q->guest.num - 1;
+	uint16_t taken = q->device_used, used = q->used_idx;
+	uint16_t free_head = q->free_head, free_count = q->free_count;
+	uint32_t done = 0;
+
+	for (; done < pending; done++, taken++, used++) {
+		const struct vring_used_elem *u = &from[taken & (num - 1)];
+		const uint32_t id = load_once32(&u->id);
+		uint32_t len = load_once32(&u->len);
+		struct svq_element *e = &elements[id];
+
+		if (id >= num || !e->segments) {
+			q->broken = SVQ_BAD_USED_ID;
+			break;
+		}
+		if (e->writable)
+			mark_element(q, (uint16_t)id, e->segments);
+		if (len > e->writable) {
+			/* a device must not claim more than it was lent */
+			len = e->writable;
+			q->clamped++;
+		}
+		to[used & mask] = (struct vring_used_elem){
+			htole32(e->guest_head), htole32(len)
+		};
+		next[e->tail] = free_head;
+		free_head = (uint16_t)id;
+		free_count += e->segments;
+		e->segments = 0;
+	}
+	q->device_used = taken;
+	q->used_idx = used;
+	q->free_head = free_head;
+	q->free_count = free_count;
+	return done;
+}
+
 uint32_t svq_return(struct svq *q)
 {
-	const uint16_t mask = q->device.num - 1;
 	const uint16_t old = q->used_idx;
-	uint32_t done = 0;
+	uint32_t done;
 	uint16_t pending;
 
 	if (q->broken)
@@ -427,19 +538,7 @@ uint32_t svq_return(struct svq *q)
 		q->broken = SVQ_BAD_USED_IDX;
 		return 0;
 	}
-	while (done < pending) {
-		const struct vring_used_elem *u =
-			&q->device.used->ring[q->device_used & mask];
-		uint32_t id = load_once32(&u->id);
-
-		if (id >= q->device.num || !q->elements[id].segments) {
-			q->broken = SVQ_BAD_USED_ID;
-			break;
-		}
-		give_back(q, (uint16_t)id, load_once32(&u->len));
-		q->device_used++;
-		done++;
-	}
+	done = return_burst(q, pending);
 	if (done) {
 		store_index(&q->guest.used->idx, q->used_idx);
 		mark_used(q, old, done);
@@ -474,10 +573,10 @@ void svq_want_notifications(struct svq *q, int on)
 static int by_order(const void *a, const void *b, void *elements)
 {
 	const struct svq_element *e = elements;
-	uint64_t x = e[*(const uint16_t *)a].order;
-	uint64_t y = e[*(const uint16_t *)b].order;
+	int32_t apart = (int32_t)(e[*(const uint16_t *)a].order -
+				  e[*(const uint16_t *)b].order);
 
-	return (x > y) - (x < y);
+	return (apart > 0) - (apart < 0);
 }
 
 /*

@@ -58,17 +58,16 @@ struct svq_piece {
 	uint64_t gpa;
 	uint64_t iova;
 	uint32_t len;
-	uint32_t region;
-	uint16_t flags;
+	uint32_t region;	/* as in svq_segment */
+	uint32_t flags;
+	uint32_t unused;
 };
 
 /* What the SVQ remembers of a descriptor it gave to the device. */
 struct svq_segment {
 	uint64_t gpa;
 	uint32_t len;
-	uint32_t region;
-	uint16_t next;		/* the free chain; never read from shared memory */
-	uint16_t writable;
+	uint32_t region;	/* its index, doubled; odd if the device may write */
 };
 
 /* A guest chain in flight, indexed by its head in the shadow ring. */
@@ -76,8 +75,9 @@ struct svq_element {
 	uint16_t segments;	/* 0: not in flight */
 	uint16_t tail;
 	uint16_t guest_head;
+	uint16_t unused;
 	uint32_t writable;	/* bytes */
-	uint64_t order;		/* how many elements went to the device before it */
+	uint32_t order;		/* how many elements went to the device before it, mod 2^32 */
 };
 
 struct svq {
@@ -87,6 +87,7 @@ struct svq {
 	struct svq_segment *segments;	/* device.num */
 	struct svq_element *elements;	/* device.num */
 	struct svq_piece *pieces;	/* device.num: a chain while it is checked */
+	uint16_t *next;			/* device.num: the free chain; never read from shared memory */
 	int guest_kick, guest_call;	/* eventfds shared with the guest */
 	int device_kick, device_call;	/* eventfds shared with the device */
 	uint32_t features;		/* SVQ_F_... */
@@ -96,7 +97,7 @@ struct svq {
 	uint16_t device_used;		/* next shadow used entry to take */
 	uint16_t free_head;
 	uint16_t free_count;
-	uint64_t given;			/* elements given to the device so far */
+	uint32_t given;			/* elements given to the device so far, mod 2^32 */
 	uint32_t last_region;		/* where the previous translation hit */
 	uint64_t avail_gpa, used_gpa;	/* of the guest's rings, for the dirty bitmap */
 	int broken;			/* SVQ_... */

@@ -62,12 +62,13 @@ class ShadowVirtqueue:
         self._segments = ffi.new("struct svq_segment[]", queue.num)
         self._elements = ffi.new("struct svq_element[]", queue.num)
         self._pieces = ffi.new("struct svq_piece[]", queue.num)
+        self._next = ffi.new("uint16_t[]", queue.num)
         q: Any = ffi.new("struct svq *")
         self.c = q
         map_queue(q.guest, queue, memory)
         fill_vring(q.device, queue.num, area, area + layout.avail_offset, area + layout.driver_area)
         q.memory = memory.c_map
-        q.segments, q.elements, q.pieces = self._segments, self._elements, self._pieces
+        q.segments, q.elements, q.pieces, q.next = self._segments, self._elements, self._pieces, self._next
         q.guest_kick, q.guest_call = queue.kick, queue.call
         q.device_kick, q.device_call = self.kick, self.call
         q.avail_gpa, q.used_gpa = queue.avail, queue.used

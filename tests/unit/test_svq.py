@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ring_model import BASE, INDIRECT, NEXT, WRITE, Model, Segment
 
-from pyvhostvdpa._cdefs import lib
+from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.errors import QueueBroken
 from pyvhostvdpa.memory import PAGE_SIZE
 
@@ -241,3 +241,109 @@ def _run_schedule(m: Model, data: st.DataObject) -> None:
         assert q.free_count + sum(e.segments for e in q.elements[0 : m.num]) == m.num
         assert len(m.svq.in_flight) == (q.last_avail - q.used_idx) & 0xFFFF
     assert published - returned == len(lent)
+
+
+def _indirect(m: Model, head: int, table: int, segments: list[Segment]) -> None:
+    """Describe a chain in an indirect table, as the driver writes it."""
+    entries = ffi.cast("struct vring_desc *", m.memory.hva(table, 16 * len(segments)))
+    for k, segment in enumerate(segments):
+        last = k + 1 == len(segments)
+        entries[k].addr, entries[k].len = segment.gpa, segment.size
+        entries[k].flags = (WRITE if segment.writable else 0) | (0 if last else NEXT)
+        entries[k].next = 0 if last else k + 1
+    d = m.ring.desc[head]
+    d.addr, d.len, d.flags, d.next = table, 16 * len(segments), INDIRECT, 0
+    m.publish(head)
+
+
+def test_an_indirect_table_is_flattened(model: Make) -> None:
+    m = model()
+    m.svq.c.features = lib.SVQ_F_INDIRECT
+    chain = [Segment(DATA, 12), Segment(DATA + 4096, 100), Segment(DATA + 8192, 50, True)]
+    _indirect(m, 4, BASE + 0x80000, chain)
+    assert m.forward() == 1
+    [(head, segments)] = m.fetch()
+    assert segments == chain
+    m.complete(head, 50)
+    m.give_back()
+    assert m.used() == [(4, 50)]
+
+
+def test_an_indirect_table_need_not_be_aligned_nor_in_one_region(model: Make) -> None:
+    m = model(regions=2)
+    m.svq.c.features = lib.SVQ_F_INDIRECT
+    chain = [Segment(DATA, 12), Segment(DATA + 4096, 100, True)]
+    _indirect(m, 0, BASE + 0x80003, chain)
+    assert m.forward() == 1
+    assert m.fetch()[0][1] == chain
+
+
+HOSTILE_TABLES = {
+    "no entries": (0, 0, "SVQ_BAD_INDIRECT"),
+    "half an entry": (8, 0, "SVQ_BAD_INDIRECT"),
+    "one and a half": (24, 0, "SVQ_BAD_INDIRECT"),
+    "table with a next": (16, NEXT, "SVQ_BAD_INDIRECT"),
+    "longer than the ring": (16 * 9, 0, "SVQ_BAD_CHAIN"),
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE_TABLES)
+def test_a_misshapen_indirect_table_breaks_the_queue(model: Make, attack: str) -> None:
+    size, flags, code = HOSTILE_TABLES[attack]
+    m = model(num=8)
+    m.svq.c.features = lib.SVQ_F_INDIRECT
+    _indirect(m, 0, BASE + 0x80000, [Segment(DATA, 8)] * 9)
+    m.ring.desc[0].len, m.ring.desc[0].flags = size, INDIRECT | flags
+    assert m.forward() == 0
+    assert m.svq.c.broken == getattr(lib, code)
+
+
+def test_an_indirect_table_within_one_breaks_the_queue(model: Make) -> None:
+    m = model()
+    m.svq.c.features = lib.SVQ_F_INDIRECT
+    _indirect(m, 0, BASE + 0x80000, [Segment(BASE + 0x80000, 16)])
+    ffi.cast("struct vring_desc *", m.memory.hva(BASE + 0x80000, 16)).flags = INDIRECT
+    assert m.forward() == 0
+    assert m.svq.c.broken == lib.SVQ_BAD_INDIRECT
+
+
+def test_event_idx_spares_the_guest_interrupts_it_did_not_ask_for(model: Make) -> None:
+    m = model()
+    m.svq.c.features = lib.SVQ_F_EVENT_IDX
+    for slot in range(3):
+        m.describe(slot, [Segment(DATA, 8)])
+        m.publish(slot)
+    m.ring.avail.ring[m.num] = 1  # used_event: tell me when the second is done
+    m.forward()
+    heads = [head for head, _ in m.fetch()]
+    for head, calls in zip(heads, (0, 1, 1), strict=True):
+        m.complete(head)
+        m.give_back()
+        assert m.svq.statistics()["calls"] == calls
+
+
+def test_event_idx_spares_the_device_kicks_it_did_not_ask_for(model: Make) -> None:
+    m = model()
+    m.svq.c.features = lib.SVQ_F_EVENT_IDX
+    avail_event = ffi.cast("uint16_t *", ffi.addressof(m.svq.c.device.used.ring, m.num))
+    avail_event[0] = 1
+    for slot, kicks in zip(range(3), (0, 1, 1), strict=True):
+        m.describe(slot, [Segment(DATA, 8)])
+        m.publish(slot)
+        m.forward()
+        assert m.svq.statistics()["kicks"] == kicks
+
+
+def test_asking_for_notifications_moves_both_events(model: Make) -> None:
+    m = model(start_idx=40)
+    m.svq.c.features = lib.SVQ_F_EVENT_IDX
+    for slot in range(2):
+        m.describe(slot, [Segment(DATA, 8)])
+        m.publish(slot)
+    m.forward()
+    m.complete(m.fetch()[0][0])
+    m.give_back()
+    lib.svq_want_notifications(m.svq.c, 1)
+    guest_avail_event = ffi.cast("uint16_t *", ffi.addressof(m.ring.used.ring, m.num))[0]
+    assert guest_avail_event == 42
+    assert m.svq.c.device.avail.ring[m.num] == 1

@@ -128,7 +128,7 @@ class Builder:
         modules = work / "image/usr/lib/modules"
         self._prepare_modules(partial, modules / choice.release, choice.release)
         make_image(self.cache, self.progress, modules, partial / "modules.img", "writing the modules' image")
-        shutil.copytree(work / "headers", partial / "headers", symlinks=True)
+        (work / "headers").rename(partial / "headers")
         shutil.rmtree(work)
         (partial / "kernel.json").write_text(json.dumps({"release": choice.release, "version": choice.version}) + "\n")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from labkit import accelerator, console, devices, host, kernel, output, vm
+from labkit import accelerator, console, devices, host, kernel, modules, output, vm
 from labkit.cache import Cache, leftovers, remove
 from labkit.environment import Environment
 from labkit.errors import LabError
@@ -96,6 +96,7 @@ class Session:
         disks = [self.tree.image, chosen.modules_image]
         if self.environment.ready:
             disks.append(self.environment.image)
+        plan = devices.parse(request.devices)
         passed = {variable: os.environ[variable] for variable in PASSED_ON if variable in os.environ}
         return vm.Spec(
             command=request.command,
@@ -104,7 +105,8 @@ class Session:
             boot_modules=chosen.boot_modules(),
             busybox=self.tree.root / "usr/bin/busybox",
             disks=disks,
-            devices=devices.parse(request.devices),
+            devices=plan,
+            modules=modules.build_own(self.tree, chosen, PROJECT, plan),
             console_log=self.cache.log(f"console-{name}-{os.getpid()}"),
             mode=mode,
             cpus=request.cpus,

@@ -16,7 +16,8 @@ from labkit.progress import seconds
 from labkit.report import Case, Part
 from labkit.session import PROJECT, Request, Session
 
-UNIT, KERNEL = "tests/unit", "tests/kernel"
+UNIT, BENCHMARKS, KERNEL = "tests/unit", "tests/benchmarks", "tests/kernel"
+PARTS = (UNIT, BENCHMARKS, KERNEL)
 CHECKS = (
     ("ruff check", ("ruff", "check", "--no-cache", ".")),
     ("ruff format", ("ruff", "format", "--check", "--no-cache", ".")),
@@ -33,12 +34,12 @@ class Selection:
     def __init__(self, arguments: Sequence[str]) -> None:
         paths = [word for word in arguments if word.startswith("tests") and not word.startswith("-")]
         self.other = [word for word in arguments if word not in paths]
-        self.paths = {part: [word for word in paths if word.startswith(part)] for part in (UNIT, KERNEL)}
+        self.paths = {part: [word for word in paths if word.startswith(part)] for part in PARTS}
         self.whole = not arguments
-        self.parts = [part for part in (UNIT, KERNEL) if not paths or self.paths[part]]
-        stray = [word for word in paths if not word.startswith((UNIT, KERNEL))]
+        self.parts = [part for part in PARTS if not paths or self.paths[part]]
+        stray = [word for word in paths if not word.startswith(PARTS)]
         if stray:
-            raise LabError(f"{stray[0]} is neither in {UNIT} nor in {KERNEL}", "", f"tools/lab test {KERNEL}")
+            raise LabError(f"{stray[0]} is in none of {', '.join(PARTS)}", "", f"tools/lab test {KERNEL}")
 
     def pytest(self, part: str, results: str) -> list[str]:
         """Return pytest's command line for a part."""
@@ -67,8 +68,9 @@ class Run:
         with self.session.using():
             if self.selection.whole:
                 self._checks()
-            if UNIT in self.selection.parts:
-                self._part(UNIT, f"{UNIT} (no device)", self._in_tree)
+            for part in (UNIT, BENCHMARKS):
+                if part in self.selection.parts:
+                    self._part(part, f"{part} (no device)", self._in_tree)
             if KERNEL in self.selection.parts:
                 self._part(KERNEL, f"{KERNEL} (VM)", self._in_vm)
         print(report.render(self.parts), flush=True)

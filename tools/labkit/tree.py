@@ -26,12 +26,14 @@ PACKAGES = (
     "linux-libc-dev/trixie-backports",
     *("gcc", "make", "libc6-dev", "bc", "pahole", "libelf1t64", "libssl3t64"),
     *("iproute2", "iputils-ping", "kmod", "mount", "e2fsprogs", "busybox-static", "procps", "strace"),
-    *("xz-utils", "zstd", "ca-certificates"),
+    *("xz-utils", "zstd", "ca-certificates", "valgrind"),
+    # real clients, written elsewhere, that tests run against our devices
+    *("ethtool", "iperf3", "dnsmasq-base", "dpdk", "qemu-system-x86", "ipxe-qemu"),
 )
 # One tree for this recipe and one for another branch or version of the project.
 KEPT = 2
 LOCK = Path(__file__).with_name("pypi.lock")
-NEEDED_BYTES = 2_500_000_000
+NEEDED_BYTES = 3_500_000_000
 KEPT_APT = (
     'APT::Install-Recommends "false";',
     'Acquire::Languages "none";',

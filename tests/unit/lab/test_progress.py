@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from labkit.errors import LabError
-from labkit.progress import Progress, diagnose
+from labkit.progress import Progress, diagnose, seconds
 
 
 def test_output_goes_to_the_log_and_lines_to_stderr(tmp_path, capfd):
@@ -80,3 +80,10 @@ def test_interrupted_step_leaves_no_process(tmp_path):
         time.sleep(0.02)
     os.kill(pid, 9)
     pytest.fail("the step's process outlived it")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.26, "1.3 s"), (59.6, "60 s"), (163.4, "2 min 43 s"), (179.9, "3 min 0 s")]
+)
+def test_durations(value, text):
+    assert seconds(value) == text

@@ -1,0 +1,243 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Arbitrary guests and devices against the shadow virtqueue, to be built with
+ * ASan and UBSan. Each input is a program of a few bytes an instruction; after
+ * each step the queue's account must add up, and nothing may have been given
+ * to the device that is not the guest's memory.
+ *
+ *   svq_fuzz FILE...          replay inputs
+ *   svq_fuzz -r COUNT [SEED]  random ones
+ *
+ * With clang's -fsanitize=fuzzer and -DLIBFUZZER it is a libFuzzer target.
+ */
+/* small, since each input starts on fresh memory */
+#define MODEL_REGION 0x8000ULL
+#define MODEL_USED 0x2000
+#include "svq_model.h"
+
+#define CHECK(condition)                                                     \
+	do {                                                                 \
+		if (!(condition)) {                                          \
+			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__,   \
+				#condition);                                 \
+			abort();                                             \
+		}                                                            \
+	} while (0)
+
+#define REGIONS 3
+
+struct input {
+	const uint8_t *data;
+	size_t left;
+};
+
+static uint32_t take(struct input *in, unsigned int bytes)
+{
+	uint32_t v = 0;
+
+	while (bytes-- && in->left) {
+		v = v << 8 | *in->data++;
+		in->left--;
+	}
+	return v;
+}
+
+static void check_given(const struct model *m, uint16_t head)
+{
+	const struct svq *q = &m->q;
+	uint16_t i = head, steps;
+
+	for (steps = 0; steps < q->device.num; steps++) {
+		const struct vring_desc *d = &q->device.desc[i];
+		uint64_t at = d->addr - MODEL_BASE;
+
+		CHECK(d->len);
+		CHECK(at / MODEL_STRIDE < REGIONS);
+		CHECK(at % MODEL_STRIDE + d->len <= MODEL_REGION);
+		CHECK(!(d->flags & VRING_DESC_F_INDIRECT));
+		if (!(d->flags & VRING_DESC_F_NEXT))
+			return;
+		CHECK(d->next < q->device.num);
+		i = d->next;
+	}
+	CHECK(!"a chain given to the device does not end");
+}
+
+static void check(const struct model *m)
+{
+	const struct svq *q = &m->q;
+	uint16_t heads[256], num = q->device.num;
+	uint32_t open = 0, elements = 0, i;
+
+	for (i = 0; i < num; i++) {
+		open += q->elements[i].segments;
+		elements += !!q->elements[i].segments;
+		if (q->elements[i].segments)
+			check_given(m, (uint16_t)i);
+	}
+	CHECK(open + q->free_count == num);
+	CHECK(svq_in_flight(q, heads) == elements);
+	CHECK(elements == (uint16_t)(q->last_avail - q->used_idx));
+	CHECK(q->forwarded - q->returned == elements);
+}
+
+static uint64_t some_address(struct input *in)
+{
+	uint32_t v = take(in, 3);
+
+	/* mostly in or around the regions, sometimes anywhere */
+	if (v & 0x800000)
+		return (uint64_t)take(in, 4) << 16 | v;
+	return MODEL_BASE + (v & 3) * MODEL_STRIDE + (v >> 2 & 0xffff) -
+	       0x4000;
+}
+
+static void write_desc(struct model *m, struct input *in)
+{
+	struct svq *q = &m->q;
+	uint16_t num = q->guest.num;
+	struct vring_desc d = {
+		.addr = some_address(in),
+		.len = take(in, 2) * (take(in, 1) & 1 ? 1 : 4099),
+		.flags = (uint16_t)take(in, 1) & 7,
+		.next = (uint16_t)take(in, 1) % (num + 1),
+	};
+	uint32_t slot = take(in, 1);
+
+	if (slot & 0x80) /* where an indirect table may be */
+		memcpy(m->regions[1].hva + (slot & 0x7f) * 16, &d, sizeof(d));
+	else
+		q->guest.desc[slot % num] = d;
+}
+
+static void step(struct model *m, struct input *in)
+{
+	struct svq *q = &m->q;
+	uint16_t num = q->guest.num;
+	uint32_t op = take(in, 1);
+
+	switch (op % 12) {
+	case 0:
+	case 1:
+	case 2:
+		write_desc(m, in);
+		break;
+	case 3:
+	case 4: /* a guest that publishes */
+		q->guest.avail->ring[q->guest.avail->idx % num] =
+			(uint16_t)take(in, 1) % (num + 1);
+		q->guest.avail->idx++;
+		break;
+	case 5: /* and one that does as it likes */
+		q->guest.avail->idx = (uint16_t)take(in, 2);
+		break;
+	case 6:
+	case 7:
+		svq_forward(q);
+		break;
+	case 8: /* a device that completes what it was given */
+		q->device.used->ring[q->device.used->idx % num] =
+			(struct vring_used_elem){
+				q->device.avail->ring[take(in, 1) % num],
+				take(in, 3)
+			};
+		q->device.used->idx++;
+		break;
+	case 9:
+		if (op & 0x40) /* or what it was not */
+			q->device.used->idx = (uint16_t)take(in, 2);
+		q->device.used->ring[take(in, 1) % num].id = take(in, 2);
+		break;
+	case 10:
+		svq_return(q);
+		break;
+	default:
+		svq_want_notifications(q, op & 0x10);
+		q->guest.avail->ring[num] = (uint16_t)take(in, 2);
+	}
+}
+
+static void finish(struct model *m)
+{
+	struct svq *q = &m->q;
+	uint16_t heads[256], n = svq_in_flight(q, heads), k;
+	uint16_t base = svq_republish(q);
+
+	CHECK(base == q->used_idx);
+	for (k = 0; k < n; k++)
+		CHECK(q->guest.avail->ring[(uint16_t)(base + k) % q->guest.num] ==
+		      heads[k]);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	struct input in = { data, size };
+	uint32_t kind = take(&in, 1);
+	struct model m;
+
+	model_init(&m, (uint16_t)(2 << (kind & 3)), REGIONS, kind >> 2 & 3);
+	m.q.guest.avail->idx = m.q.guest.used->idx = kind & 0x80 ? 0xfffe : 0;
+	svq_start(&m.q);
+	while (in.left) {
+		step(&m, &in);
+		check(&m);
+	}
+	finish(&m);
+	model_free(&m);
+	return 0;
+}
+
+#ifndef LIBFUZZER
+static int replay(const char *path)
+{
+	static uint8_t data[1 << 16];
+	FILE *f = fopen(path, "rb");
+	size_t size;
+
+	if (!f) {
+		perror(path);
+		return 1;
+	}
+	size = fread(data, 1, sizeof(data), f);
+	fclose(f);
+	return LLVMFuzzerTestOneInput(data, size);
+}
+
+static uint64_t xorshift(uint64_t *state)
+{
+	*state ^= *state << 13;
+	*state ^= *state >> 7;
+	*state ^= *state << 17;
+	return *state;
+}
+
+static int random_inputs(uint64_t count, uint64_t seed)
+{
+	static uint8_t data[512];
+	uint64_t i, k;
+
+	for (i = 0; i < count; i++) {
+		uint64_t state = (seed + i) * 0x9e3779b97f4a7c15ULL | 1;
+
+		for (k = 0; k < sizeof(data); k++)
+			data[k] = (uint8_t)(xorshift(&state) >> 24);
+		LLVMFuzzerTestOneInput(data, sizeof(data));
+	}
+	printf("%llu inputs from seed %llu\n", (unsigned long long)count,
+	       (unsigned long long)seed);
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	int i, bad = 0;
+
+	if (argc > 2 && !strcmp(argv[1], "-r"))
+		return random_inputs(strtoull(argv[2], NULL, 0),
+				     argc > 3 ? strtoull(argv[3], NULL, 0) : 1);
+	for (i = 1; i < argc; i++)
+		bad |= replay(argv[i]);
+	return bad;
+}
+#endif

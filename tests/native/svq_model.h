@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A shadow virtqueue with a guest and a device in plain memory, for programs
+ * that count its instructions or throw arbitrary bytes at it.
+ */
+#ifndef SVQ_MODEL_H
+#define SVQ_MODEL_H
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cdefs.h"
+
+#define MODEL_BASE 0x40000000ULL
+#define MODEL_STRIDE 0x200000ULL
+#ifndef MODEL_REGION
+#define MODEL_REGION 0x100000ULL
+#define MODEL_USED 0x90000
+#endif
+
+struct model {
+	struct memory_region *regions;
+	struct memory_map map;
+	struct svq q;
+	void *shadow;
+};
+
+static inline void *model_alloc(size_t size)
+{
+	void *p = aligned_alloc(4096, (size + 4095) & ~4095UL);
+
+	if (!p)
+		abort();
+	memset(p, 0, size);
+	return p;
+}
+
+/* Guest rings at the start of region 0, region i at BASE + i * STRIDE. */
+static inline void model_init(struct model *m, uint16_t num, uint32_t regions,
+			      uint32_t features)
+{
+	struct svq *q = &m->q;
+	uint8_t *rings, *shadow;
+	uint32_t i;
+
+	memset(m, 0, sizeof(*m));
+	m->regions = model_alloc(regions * sizeof(*m->regions));
+	for (i = 0; i < regions; i++)
+		m->regions[i] = (struct memory_region){
+			.gpa = MODEL_BASE + i * MODEL_STRIDE,
+			.size = MODEL_REGION,
+			.iova = MODEL_BASE + i * MODEL_STRIDE,
+			.hva = model_alloc(MODEL_REGION),
+			.dirty = model_alloc(MODEL_REGION / 4096 / 8),
+		};
+	m->map = (struct memory_map){ regions, m->regions };
+	rings = m->regions[0].hva;
+	shadow = m->shadow = model_alloc(16 * num + 8192 + 8 * num + 6 + 4096);
+	q->guest = (struct vring){ num, (void *)rings,
+				   (void *)(rings + 16 * num),
+				   (void *)(rings + MODEL_USED) };
+	q->device = (struct vring){ num, (void *)shadow,
+				    (void *)(shadow + 16 * num),
+				    (void *)(shadow + ((18 * num + 4096) & ~4095)) };
+	q->memory = &m->map;
+	q->segments = model_alloc(num * sizeof(*q->segments));
+	q->elements = model_alloc(num * sizeof(*q->elements));
+	q->pieces = model_alloc(num * sizeof(*q->pieces));
+	q->next = model_alloc(num * sizeof(*q->next));
+	q->features = features;
+	q->guest_kick = q->guest_call = q->device_kick = q->device_call = -1;
+	q->avail_gpa = MODEL_BASE + 16 * num;
+	q->used_gpa = MODEL_BASE + MODEL_USED;
+	svq_start(q);
+}
+
+static inline void model_free(struct model *m)
+{
+	uint32_t i;
+
+	for (i = 0; i < m->map.count; i++) {
+		free(m->regions[i].hva);
+		free(m->regions[i].dirty);
+	}
+	free(m->regions);
+	free(m->shadow);
+	free(m->q.segments);
+	free(m->q.elements);
+	free(m->q.pieces);
+	free(m->q.next);
+}
+
+#endif

@@ -1,0 +1,49 @@
+"""The C core built on its own: under sanitizers with arbitrary input, and by instruction count."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NATIVE = ROOT / "tests" / "native"
+CORPUS = sorted((NATIVE / "corpus").iterdir())
+INPUTS = int(os.environ.get("PYVHOSTVDPA_FUZZ_INPUTS", "5000"))
+"""Each is a program of about 150 steps."""
+
+SANITIZED = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+BUDGET = {1: 200, 4: 250, 64: 300}
+"""Instructions per element relayed both ways, by memory regions."""
+
+
+def build(tmp_path: Path, name: str, *flags: str) -> Path:
+    program = tmp_path / name
+    sources = [NATIVE / f"{name}.c", ROOT / "cdefs" / "svq.c"]
+    includes = [f"-I{ROOT / 'cdefs'}", f"-I{NATIVE}"]
+    subprocess.run(["cc", "-std=gnu11", "-Wall", "-Wextra", *flags, *includes, *sources, "-o", program], check=True)
+    return program
+
+
+def test_arbitrary_guests_and_devices_under_sanitizers(tmp_path: Path) -> None:
+    fuzz = build(tmp_path, "svq_fuzz", *SANITIZED)
+    subprocess.run([fuzz, *CORPUS], check=True)
+    done = subprocess.run([fuzz, "-r", str(INPUTS), "1"], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith(f"{INPUTS} inputs")
+
+
+@pytest.mark.parametrize("regions", BUDGET)
+def test_an_element_costs_few_instructions(tmp_path: Path, regions: int, capsys: pytest.CaptureFixture[str]) -> None:
+    program = build(tmp_path, "relay_bench", "-O2")
+    tool = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={tmp_path / 'callgrind.out'}"]
+    tool += ["--toggle-collect=relay_forward", "--toggle-collect=relay_return"]
+    done = subprocess.run([*tool, program, str(regions), "500"], check=True, capture_output=True, text=True)
+    collected = re.search(r"Collected : (\d+)", done.stderr)
+    assert collected, done.stderr
+    instructions = int(collected[1]) / int(done.stdout)
+    with capsys.disabled():
+        print(f"\n{instructions:.1f} instructions per element both ways, {regions} regions, bursts of 64")
+    assert instructions <= BUDGET[regions]

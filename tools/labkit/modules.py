@@ -1,0 +1,64 @@
+"""Kernel modules of the project's own, built when a run asks for a kind of device that needs them."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+from labkit.cache import building, remove
+from labkit.devices import Kind, Plan
+from labkit.errors import LabError
+from labkit.kernel import Kernel, build_modules
+from labkit.tree import Tree
+
+SOURCES = {".c", ".h", ""}
+KEPT = 4
+
+
+def own_kinds(plan: Plan) -> list[Kind]:
+    """Return the kinds whose module is the project's own."""
+    return list({group.kind.name: group.kind for group in plan.groups if group.kind.source}.values())
+
+
+def build_own(tree: Tree, kernel: Kernel, project: Path, plan: Plan) -> dict[str, Path]:
+    """Return the project's own modules that a plan needs, by name; build those that are not built."""
+    result: dict[str, Path] = {}
+    for kind in own_kinds(plan):
+        folder = _built(tree, kernel, kind, project)
+        result |= {path.stem: path for path in sorted(folder.glob("*.ko"))}
+    return result
+
+
+def _sources(kind: Kind, project: Path) -> list[Path]:
+    folder = kind.project_source(project)
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in SOURCES and path.is_file()] if folder else []
+    if not paths:
+        raise LabError(f"the sources of the module for {kind.name} are not there", f"Looked in {folder}.", "git status")
+    return paths
+
+
+def _built(tree: Tree, kernel: Kernel, kind: Kind, project: Path) -> Path:
+    sources = _sources(kind, project)
+    digest = hashlib.sha256()
+    for path in sources:
+        data = path.read_bytes()
+        digest.update(f"{path.name}\0{len(data)}\0".encode() + data)
+    target = kernel.folder / "own" / f"{kind.name}-{digest.hexdigest()[:12]}"
+    if target.exists():
+        return target
+    with tree.cache.setting_up(), building(target) as partial:
+        source = partial / kind.name
+        source.mkdir()
+        for path in sources:
+            shutil.copyfile(path, source / path.name)
+        build_modules(tree, (kernel.headers, kernel.symbols, kernel.release), source)
+        script = "cd /lab/source && strip --strip-debug *.ko"
+        chroot = tree.chroot(binds={source: "/lab/source"})
+        log = tree.cache.log(f"strip-{kind.name}")
+        tree.progress.call("stripping it", chroot.argv(["sh", "-c", script]), log)
+        for path in source.glob("*.ko"):
+            path.rename(partial / path.name)
+        shutil.rmtree(source)
+    builds = sorted(target.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    for old in builds[KEPT:]:
+        remove(old)
+    return target
