@@ -118,3 +118,8 @@ def explain(call: str, number: int) -> Cause:
         return Cause(f"this kernel lacks {call} (in mainline since {row.since})", "use a newer kernel, or do without")
     general = {errno.EPERM: _OWNER, errno.ENOBUFS: _NO_QUEUE, errno.EFAULT: _POINTER}
     return general.get(number, Cause("", _PROBE))
+
+
+def explain_all() -> list[tuple[str, int, Cause]]:
+    """Return every row: the call, the errno, and what is known."""
+    return [(call, number, cause) for (call, number), cause in sorted(_CAUSES.items())]

@@ -89,7 +89,7 @@ _REFUSALS = {
 
 
 def _vdpa(*arguments: str) -> None:
-    """Run iproute2's ``vdpa``; :class:`~pyvhostvdpa.errors.ManagementFailed` with its words and the next step if it fails."""
+    """Run iproute2's ``vdpa``; :class:`~pyvhostvdpa.errors.ManagementFailed` has its words if it fails."""
     tool = shutil.which("vdpa")
     command = " ".join(["vdpa", *arguments])
     if tool is None:

@@ -8,7 +8,8 @@
 It needs the kernel's `vduse` module and nothing else. One RX and one TX
 queue, no control queue (VDUSE allows none for net), no suspend: what a
 vhost-vdpa tool meets on a device of the lesser sort. A frame waits in the TX
-queue until there is an RX buffer for it, so none is lost.
+queue until there is an RX buffer for it, so none is lost. SIGUSR1 pulls the
+link's plug, or puts it back, with a configuration interrupt.
 
 The rings are touched from Python, which has no memory barriers: it runs on
 x86 only, where loads and stores keep their order but for a store before a
@@ -30,6 +31,7 @@ from dataclasses import dataclass, field
 CREATE_DEV, DESTROY_DEV = 0x41508102, 0x41008103
 SET_API_VERSION = 0x40088101
 IOTLB_GET_FD = 0xC0208110
+SET_CONFIG, INJECT_CONFIG_IRQ = 0x40088112, 0x8113
 VQ_SETUP, VQ_GET_INFO, VQ_SETUP_KICKFD, VQ_INJECT_IRQ = 0x40208114, 0xC0308115, 0x40088116, 0x40048117
 GET_VQ_STATE, SET_STATUS, UPDATE_IOTLB = range(3)
 DRIVER_OK = 4
@@ -137,6 +139,14 @@ class Device:
         self.memory = Memory(self.fd)
         self.queues: list[Queue | None] = [None, None]
         self.running = False
+        self.link = 1
+
+    def toggle_link(self) -> None:
+        """Change the link's status and tell the driver, if there is one."""
+        self.link ^= 1
+        fcntl.ioctl(self.fd, SET_CONFIG, struct.pack("=IIH", 6, 2, self.link))
+        if self.running:
+            fcntl.ioctl(self.fd, INJECT_CONFIG_IRQ)
 
     def answer(self) -> None:
         """Read one message of the kernel and answer it."""
@@ -270,6 +280,7 @@ def main() -> int:
     if options.background:
         _background()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGUSR1, lambda *_: [device.toggle_link() for device in devices] and None)
     try:
         serve(devices)
     finally:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from ..errors import VhostVdpaError
 from . import dev as dev_command
 from . import doctor as doctor_command
+from . import help as help_command
 from . import list as list_command
 from . import migrate as migrate_command
 from . import probe as probe_command
@@ -26,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vhost-vdpa",
         description="Look at, drive and migrate vDPA devices behind /dev/vhost-vdpa-N.",
-        epilog="Opening a device resets it. Every table has --json.",
+        epilog="Opening a device resets it. Every table has --json. New here: vhost-vdpa help start",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     list_command.register(commands)
@@ -34,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     dev_command.register(commands)
     probe_command.register(commands)
     migrate_command.register(commands)
+    help_command.register(commands)
     return parser
 
 

@@ -1,7 +1,7 @@
 """Kinds of devices that the lab can make, and the reading of `--devices KIND:N[,option=value…]`."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,11 @@ VDPA_ATTRIBUTES = frozenset({"mac", "mtu", "max_vqp", "device_features"})
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of vDPA device: the modules that make it, and how one is added."""
+    """A kind of vDPA device: the modules that make it, and how one is added.
+
+    `daemon` is a script of the project that plays the devices, given NAME=MAC for each, before they are added; it
+    returns once they can be.
+    """
 
     name: str
     modules: tuple[str, ...]
@@ -23,6 +27,7 @@ class Kind:
     attributes: frozenset[str] = VDPA_ATTRIBUTES
     has_mac: bool = False
     source: str = ""
+    daemon: str = ""
 
     def project_source(self, project: Path) -> Path | None:
         """Return the folder of the project that holds the module, if it is one of ours."""
@@ -41,6 +46,7 @@ KINDS = {
             {**_SIM, "shared_backend": "vdpa_sim_blk"},
             frozenset({"device_features"}),
         ),
+        Kind("vduse", ("vduse",), "vduse", {}, frozenset({"mac"}), has_mac=True, daemon="tools/vduse_net.py"),
     )
 }
 
@@ -80,21 +86,35 @@ class Plan:
     def additions(self) -> list[list[str]]:
         """Return the arguments of `vdpa dev add`, one list a device."""
         result: list[list[str]] = []
-        mac = FIRST_MAC
+        for name, group, mac in self._named():
+            words = ["name", name, "mgmtdev", group.kind.management_device]
+            if not group.kind.daemon:
+                words += ["mac", mac] if mac else []
+                words += [word for key, value in group.attributes.items() if key != "mac" for word in (key, value)]
+            result.append(words)
+        return result
+
+    def daemons(self) -> list[list[str]]:
+        """Return the commands that play devices, each with NAME=MAC of those that it plays."""
+        played: dict[str, list[str]] = {}
+        for name, group, mac in self._named():
+            if group.kind.daemon:
+                played.setdefault(group.kind.daemon, []).append(f"{name}={mac}")
+        return [["python3", script, "--background", *words] for script, words in played.items()]
+
+    def _named(self) -> Iterator[tuple[str, Group, str]]:
+        """Yield each device's name, group, and MAC address, "" for one that has none."""
+        number, mac = 0, FIRST_MAC
         for group in self.groups:
             own_mac = parse_mac(group.attributes["mac"]) if "mac" in group.attributes else None
             for position in range(group.count):
-                words = ["name", f"vdpa{len(result)}", "mgmtdev", group.kind.management_device]
                 if own_mac is not None:
-                    words += ["mac", format_mac(own_mac + position)]
-                elif group.kind.has_mac:
-                    words += ["mac", format_mac(mac)]
-                    mac += 1
-                for name, value in group.attributes.items():
-                    if name != "mac":
-                        words += [name, value]
-                result.append(words)
-        return result
+                    text = format_mac(own_mac + position)
+                else:
+                    text = format_mac(mac) if group.kind.has_mac else ""
+                    mac += group.kind.has_mac
+                yield f"vdpa{number}", group, text
+                number += 1
 
 
 def _agree(module: str, name: str, first: str, second: str) -> None:

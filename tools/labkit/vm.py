@@ -84,7 +84,9 @@ def configuration(spec: Spec) -> str:
             loads.append(shlex.join(["must", "insmod", f"/run/lab/modules/{module}.ko", *parameters]))
         else:
             loads.append(shlex.join(["must", "modprobe", module, *parameters]))
-    additions = [shlex.join(["must", "vdpa", "dev", "add", *words]) for words in spec.devices.additions()]
+    additions = [f"cd {shlex.quote(str(spec.folder))}"] if spec.devices.daemons() else []
+    additions += [shlex.join(["must", *words]) for words in spec.devices.daemons()]
+    additions += [shlex.join(["must", "vdpa", "dev", "add", *words]) for words in spec.devices.additions()]
     variables = {**default_environment(), **spec.environment}
     words = ["env", "-i", *(f"{name}={value}" for name, value in variables.items()), *spec.command]
     command = f"cd {shlex.quote(str(spec.folder))} && exec {shlex.join(words)}"

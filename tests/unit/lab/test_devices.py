@@ -38,6 +38,14 @@ def test_default_macs_have_no_zero_byte():
     assert all("00" not in words[5].split(":") for words in plan.additions())
 
 
+def test_a_daemon_is_given_what_the_management_device_does_not_take():
+    plan = devices.parse(["vdpa_sim_net", "vduse:2"])
+    assert plan.modules()[-1] == ("vduse", [])
+    assert plan.additions()[1:] == [["name", f"vdpa{n}", "mgmtdev", "vduse"] for n in (1, 2)]
+    macs = ["vdpa1=52:54:91:a1:b2:c2", "vdpa2=52:54:91:a1:b2:c3"]
+    assert plan.daemons() == [["python3", "tools/vduse_net.py", "--background", *macs]]
+
+
 def test_none_means_no_devices():
     assert devices.parse(["none"]).count == 0
 
