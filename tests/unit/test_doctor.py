@@ -1,0 +1,262 @@
+"""The doctor's rules, on machines that the lab cannot be: facts in, findings out."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pyvhostvdpa.doctor import CHECKS, Level, Plan, examine, healthy, to_dict
+from pyvhostvdpa.doctor.finding import Finding
+from pyvhostvdpa.machine import Firmware, Machine, Nic, Node, gather
+from pyvhostvdpa.mgmt import Holder, Parent, VdpaDevice
+
+GIB = 1 << 30
+DEVICE = VdpaDevice("vdpa0", "/dev/vhost-vdpa-0", "vhost_vdpa", "pci/0000:01:00.2", 1, "52:54:91:a1:b2:c1", ())
+SOUND = Machine(
+    release="6.12",
+    installed=frozenset({"vhost_vdpa", "mlx5_vdpa"}),
+    loaded=frozenset({"vhost_vdpa", "mlx5_vdpa"}),
+    bus=True,
+    tool=True,
+    management={"pci/0000:01:00.2": {"dev_features": ["VERSION_1", "ACCESS_PLATFORM"]}},
+    devices=(DEVICE,),
+    parents={"vdpa0": Parent("mlx5_core", True, 2048)},
+    net={"vdpa0": {"mtu": 1500}},
+    nodes={"/dev/vhost-vdpa-0": Node(0o600, 0, 0, True)},
+    shmem_huge="advise",
+)
+
+
+def found(machine: Machine, check: str, memory: int = GIB) -> list[Finding]:
+    return [finding for finding in examine(machine, Plan(memory)) if finding.id == check]
+
+
+def only(machine: Machine, check: str, memory: int = GIB) -> Finding:
+    [finding] = found(machine, check, memory)
+    return finding
+
+
+def parent(module: str, pinned: bool = True, entries: int | None = 2048) -> dict[str, Parent]:
+    return {"vdpa0": Parent(module, pinned, entries)}
+
+
+def test_there_are_twenty_checks_and_each_says_something_anywhere() -> None:
+    assert len(CHECKS) == 20
+    for machine in (Machine(), SOUND, replace(SOUND, uid=1000)):
+        assert {finding.id for finding in examine(machine)} == set(CHECKS)
+
+
+def test_a_sound_machine_is_healthy() -> None:
+    assert healthy(examine(SOUND))
+
+
+def test_every_complaint_has_a_reason_and_a_next_step() -> None:
+    broken = replace(
+        SOUND,
+        devices=(replace(DEVICE, holders=(Holder(7, "qemu"),)),),
+        nodes={"/dev/vhost-vdpa-0": None},
+        tool=False,
+        memlock=64 << 10,
+        uid=1000,
+        shmem_huge="never",
+    )
+    complaints = [f for f in examine(broken) if f.level in (Level.WARN, Level.FAIL)]
+    assert len(complaints) >= 5
+    assert all(complaint.why and complaint.next for complaint in complaints)
+
+
+def test_warnings_count_only_when_asked_for() -> None:
+    warned = replace(SOUND, tool=False)
+    assert healthy(examine(warned))
+    assert not healthy(examine(warned), strict=True)
+    assert to_dict(examine(warned))["schema"] == "pyvhostvdpa/doctor/1"
+
+
+PAINS = {
+    "K01 the kernel has no vhost_vdpa": (
+        replace(SOUND, installed=frozenset(), loaded=frozenset(), config={}, config_source="/boot/config-6.12"),
+        Level.FAIL,
+        "CONFIG_VHOST_VDPA is not set (/boot/config-6.12)",
+    ),
+    "K01 a container that sees no modules": (
+        replace(SOUND, installed=None, loaded=frozenset(), devices=()),
+        Level.WARN,
+        "not to be seen from here",
+    ),
+    "K01 vhost_vdpa and nothing that makes devices": (
+        replace(SOUND, installed=frozenset({"vhost_vdpa"}), loaded=frozenset(), devices=()),
+        Level.FAIL,
+        "no driver that makes a vDPA device",
+    ),
+    "D02 iproute2 without vdpa": (replace(SOUND, tool=False), Level.WARN, "no 'vdpa' command"),
+    "D02 no management device": (replace(SOUND, management={}), Level.WARN, "lists nothing"),
+    "D02 a deletion that hangs": (replace(SOUND, stuck=(4711,)), Level.FAIL, "pid 4711"),
+    "D03 a NIC with a vDPA driver": (
+        replace(SOUND, nics=(Nic("0000:01:00.0", "15b3:101d", "mlx5_core", 0, 8),)),
+        Level.INFO,
+        "ConnectX-6 Dx: mlx5_vdpa; suspend yes, resume by firmware",
+    ),
+    "D03 a NIC without": (
+        replace(SOUND, nics=(Nic("0000:00:03.0", "8086:100e", "e1000", 0, 0),)),
+        Level.INFO,
+        "8086:100e",
+    ),
+    "D04 firmware and its board": (
+        replace(SOUND, firmware=(Firmware("mlx5_0", "22.38.1002", "DEL0000000027"),)),
+        Level.INFO,
+        "firmware 22.38.1002, board DEL0000000027",
+    ),
+    "D04 modules of two builds": (
+        replace(SOUND, vendor_modules={"mlx5_core": "24.10-1.1.4"}),
+        Level.WARN,
+        "mlx5_core 24.10-1.1.4 is not the kernel's own build",
+    ),
+    "M05 a small memlock limit": (
+        replace(SOUND, memlock=8 << 20, uid=1000),
+        Level.FAIL,
+        "RLIMIT_MEMLOCK is 8192 KiB, pinning the guest takes 1024 MiB",
+    ),
+    "M06 scattered memory": (replace(SOUND, shmem_huge="never"), Level.WARN, "at most 2048 IOTLB entries"),
+    "M07 user addresses": (replace(SOUND, parents=parent("vdpa_sim", False)), Level.WARN, "maps shared memory only"),
+    "M08 silent batches": (SOUND, Level.INFO, "does not report a batch"),
+    "O09 the IOMMU is off": (replace(SOUND, parents=parent("vp_vdpa")), Level.FAIL, "the IOMMU is off"),
+    "O09 an IOMMU that is not coherent": (
+        replace(SOUND, parents=parent("ifcvf"), iommu_groups=9, incoherent_iommus=("dmar1",)),
+        Level.FAIL,
+        "dmar1 cannot enforce cache coherency",
+    ),
+    "O10 held by a VMM": (
+        replace(SOUND, devices=(replace(DEVICE, holders=(Holder(4711, "qemu-system-x86"),)),)),
+        Level.FAIL,
+        "held by pid 4711 (qemu-system-x86)",
+    ),
+    "O10 bound to virtio_vdpa": (
+        replace(SOUND, devices=(replace(DEVICE, driver="virtio_vdpa", chardev=None),), parents={}, nodes={}),
+        Level.FAIL,
+        "bound to virtio_vdpa",
+    ),
+    "O11 which chardev is which": (SOUND, Level.INFO, "/dev/vhost-vdpa-0 is vdpa0"),
+    "O12 not root": (
+        replace(SOUND, nodes={"/dev/vhost-vdpa-0": Node(0o600, 0, 0, False)}, uid=1000),
+        Level.FAIL,
+        "mode 0600, owner 0:0; you are uid 1000",
+    ),
+    "O12 a container without the node": (
+        replace(SOUND, nodes={"/dev/vhost-vdpa-0": None}),
+        Level.FAIL,
+        "not there though the kernel has the device",
+    ),
+    "G13 a parent that cannot suspend": (
+        replace(SOUND, parents=parent("vduse", False)),
+        Level.WARN,
+        "cannot suspend, so its guest cannot be migrated",
+    ),
+    "G13 a parent that nobody knows": (replace(SOUND, parents=parent("acme_vdpa")), Level.INFO, "nothing is known"),
+    "G14 a base that is the used index": (SOUND, Level.WARN, "reports the used index"),
+    "G15 resume by firmware": (SOUND, Level.WARN, "resumes by firmware"),
+    "G16 a guest in small pages": (replace(SOUND, shmem_huge="never"), Level.WARN, "262144 contiguous runs"),
+    "G17 slow calls": (SOUND, Level.INFO, "15 firmware commands"),
+    "A18 addresses": (SOUND, Level.INFO, "ring addresses are IOVAs"),
+    "F19 not offered": (
+        replace(SOUND, management={"pci/0000:01:00.2": {"dev_features": ["VERSION_1"]}}),
+        Level.FAIL,
+        "offers no ACCESS_PLATFORM",
+    ),
+    "F19 not taken": (
+        replace(SOUND, net={"vdpa0": {"negotiated_features": ["VERSION_1"]}}),
+        Level.WARN,
+        "did not take ACCESS_PLATFORM",
+    ),
+    "D20 no MAC address": (
+        replace(SOUND, devices=(replace(DEVICE, mac="00:00:00:00:00:00"),)),
+        Level.WARN,
+        "created with MAC 00:00:00:00:00:00",
+    ),
+}
+
+
+@pytest.mark.parametrize("pain", PAINS)
+def test_a_pain_is_found(pain: str) -> None:
+    machine, level, what = PAINS[pain]
+    findings = found(machine, pain.partition(" ")[0])
+    assert any(finding.level is level and what in finding.what for finding in findings), findings
+
+
+def test_each_of_the_twenty_pains_is_among_the_tests() -> None:
+    assert {pain.partition(" ")[0] for pain in PAINS} == set(CHECKS)
+
+
+def test_memlock_is_counted_once_per_pinning_device() -> None:
+    two = replace(
+        SOUND,
+        devices=(DEVICE, replace(DEVICE, name="vdpa1", chardev="/dev/vhost-vdpa-1")),
+        parents={name: Parent("mlx5_core", True, 2048) for name in ("vdpa0", "vdpa1")},
+        memlock=int(1.5 * GIB),
+        uid=1000,
+    )
+    assert only(two, "M05").level is Level.FAIL
+    assert only(two, "M05", memory=GIB // 2).level is Level.PASS
+
+
+def test_root_is_told_that_the_limit_is_raised_for_him() -> None:
+    assert "raises its own limit" in only(replace(SOUND, memlock=8 << 20), "M05").what
+
+
+# -- gathering -------------------------------------------------------------------------
+
+
+def put(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_facts_are_read_below_a_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = "9.9-test"
+    monkeypatch.setattr("pyvhostvdpa.machine.os.uname", lambda: type("uname", (), {"release": release}))
+    nic = "sys/bus/pci/devices/0000:01:00.0"
+    put(
+        tmp_path,
+        {
+            f"boot/config-{release}": "CONFIG_VHOST_VDPA=m\n# CONFIG_VDPA_SIM is not set\n",
+            f"lib/modules/{release}/modules.dep": "kernel/drivers/vhost/vhost_vdpa.ko.xz: kernel/a.ko\n",
+            f"lib/modules/{release}/modules.builtin": "kernel/drivers/vdpa/mlx5/mlx5-vdpa.ko\n",
+            f"{nic}/class": "0x020000\n",
+            f"{nic}/vendor": "0x15b3\n",
+            f"{nic}/device": "0x101d\n",
+            f"{nic}/sriov_totalvfs": "8\n",
+            "sys/bus/pci/devices/0000:02:00.0/class": "0x010802\n",
+            "sys/class/infiniband/mlx5_0/fw_ver": "22.38.1002\n",
+            "sys/class/infiniband/mlx5_0/board_id": "MT_0000000359\n",
+            "sys/module/mlx5_core/version": "24.10-1.1.4\n",
+            "sys/class/iommu/dmar0/intel-iommu/ecap": "f020df\n",
+            "sys/class/iommu/dmar1/intel-iommu/ecap": "f0205f\n",
+            "sys/kernel/mm/transparent_hugepage/shmem_enabled": "always within_size [advise] never deny force\n",
+        },
+    )
+    machine = gather(tmp_path)
+    assert machine.config == {"VHOST_VDPA": "m"}
+    assert machine.installed == {"vhost_vdpa", "mlx5_vdpa"}
+    assert machine.nics == (Nic("0000:01:00.0", "15b3:101d", None, 0, 8),)
+    assert machine.firmware == (Firmware("mlx5_0", "22.38.1002", "MT_0000000359"),)
+    assert machine.vendor_modules == {"mlx5_core": "24.10-1.1.4"}
+    assert machine.incoherent_iommus == ("dmar1",)
+    assert machine.shmem_huge == "advise"
+
+
+def test_the_running_kernels_own_configuration_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/config.gz").write_bytes(gzip.compress(b"CONFIG_VDPA=y\n"))
+    machine = gather(tmp_path)
+    assert machine.config == {"VDPA": "y"}
+    assert machine.config_source.endswith("proc/config.gz")
+
+
+def test_an_empty_root_is_no_error(tmp_path: Path) -> None:
+    machine = gather(tmp_path)
+    assert (machine.config, machine.installed, machine.nics) == (None, None, ())
+    assert {finding.id for finding in examine(machine)} == set(CHECKS)
