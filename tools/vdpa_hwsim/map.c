@@ -198,10 +198,8 @@ int hwsim_set_map(struct vdpa_device *vdpa, unsigned int asid, struct vhost_iotl
 	heavy.id = HWSIM_OP_SET_MAP_HEAVY;
 	hwsim_cost_set_map(dev, &dev->as[asid], iotlb, &cost);
 
-	/* The real device forwards while pages are (un)pinned and the new MR is made. */
-	hwsim_op_charge(&op, cost.pin + cost.build);
+	/* As when an MR cannot be made: the former one stays (set_map_data()). */
 	if (hwsim_fail(dev, HWSIM_FAIL_SET_MAP)) {
-		/* As when an MR cannot be made: the former one stays (set_map_data()). */
 		err = -EIO;
 		goto out;
 	}
@@ -210,7 +208,9 @@ int hwsim_set_map(struct vdpa_device *vdpa, unsigned int asid, struct vhost_iotl
 		err = -ENOMEM;
 		goto out;
 	}
-	/* And does not while its queues change over (mlx5_vdpa_change_map()). */
+	/* The real device forwards while pages are (un)pinned and the new MR is made... */
+	hwsim_op_charge(&op, cost.pin + cost.build);
+	/* ...and does not while its queues change over (mlx5_vdpa_change_map()). */
 	if (cost.swap) {
 		hwsim_freeze(dev, true);
 		hwsim_op_charge(&op, cost.swap);
