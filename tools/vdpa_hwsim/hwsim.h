@@ -216,7 +216,7 @@ struct hwsim_chain {
 };
 
 struct hwsim_vq {
-	struct mutex rx_lock;
+	struct mutex rx_lock;	/* see Locking, 5 */
 	u16 index;
 	bool ready;
 	bool signalled;		/* at least once since the queue was set up */
@@ -274,8 +274,8 @@ struct hwsim_dev {
 	struct hwsim_options opt;
 	struct list_head node;
 	struct workqueue_struct *wq;
-	struct mutex ctl;
-	struct rw_semaphore dp;
+	struct mutex ctl;		/* see Locking, 2 */
+	struct rw_semaphore dp;		/* see Locking, 4 */
 
 	u64 features, driver_features;
 	u32 generation;
@@ -308,7 +308,7 @@ struct hwsim_dev {
 
 	struct hwsim_op_counter op[HWSIM_NOPS];
 	atomic64_t counter[HWSIM_NCOUNTERS];
-	spinlock_t fault_lock;
+	spinlock_t fault_lock;		/* .fault */
 	char fault[HWSIM_FAULT_TEXT];
 	struct dentry *debugfs;
 };

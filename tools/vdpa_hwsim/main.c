@@ -53,7 +53,7 @@ HWSIM_PARAM(ring_max, uint, "Largest ring (default 256, at most 32768)");
 HWSIM_PARAM(doorbell_us, uint, "Doorbell pages, polled this often (default 0: none)");
 HWSIM_PARAM(base_avail, bool, "A ring's base is its avail index, not its used index");
 HWSIM_PARAM(inflight, uint, "Descriptors held back on each data queue (default 0, at most 256)");
-HWSIM_PARAM(inflight_us, uint, "How long they are held back while nothing follows them (default 20000)");
+HWSIM_PARAM(inflight_us, uint, "How long they are held back if nothing follows (default 20000)");
 HWSIM_PARAM(reorder, bool, "Take held descriptors out of order");
 HWSIM_PARAM(resume_cvq, bool, "RESUME makes the control queue ready again (mlx5_vdpa's does not)");
 HWSIM_PARAM(indirect_in_data, bool, "Indirect tables are reached through the data group");

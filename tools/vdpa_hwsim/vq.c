@@ -18,7 +18,7 @@ static struct hwsim_vq *to_vq(struct vdpa_device *vdpa, u16 index)
 }
 
 int hwsim_set_vq_address(struct vdpa_device *vdpa, u16 index, u64 desc, u64 driver,
-				u64 device)
+			 u64 device)
 {
 	struct hwsim_dev *dev = hwsim_from(vdpa);
 	struct hwsim_vq *vq = to_vq(vdpa, index);
@@ -91,7 +91,7 @@ bool hwsim_get_vq_ready(struct vdpa_device *vdpa, u16 index)
 }
 
 int hwsim_set_vq_state(struct vdpa_device *vdpa, u16 index,
-			      const struct vdpa_vq_state *state)
+		       const struct vdpa_vq_state *state)
 {
 	struct hwsim_dev *dev = hwsim_from(vdpa);
 	struct hwsim_vq *vq = to_vq(vdpa, index);
@@ -180,8 +180,7 @@ int hwsim_set_group_asid(struct vdpa_device *vdpa, unsigned int group, unsigned 
 	return 0;
 }
 
-struct vdpa_notification_area hwsim_get_vq_notification(struct vdpa_device *vdpa,
-							       u16 index)
+struct vdpa_notification_area hwsim_get_vq_notification(struct vdpa_device *vdpa, u16 index)
 {
 	return (struct vdpa_notification_area) {
 		.addr = virt_to_phys(to_vq(vdpa, index)->doorbell),
