@@ -150,6 +150,18 @@ static bool set_pairs(struct hwsim_dev *dev, u16 pairs)
 	return true;
 }
 
+static bool ctrl_pairs(struct hwsim_dev *dev, struct reader *r)
+{
+	u16 pairs;
+
+	if (!hwsim_has(dev, VIRTIO_NET_F_MQ) || !get_u16(r, &pairs) || r->left ||
+	    !set_pairs(dev, pairs))
+		return false;
+	/* Whoever wants this many pairs, and nothing else, has done with RSS. */
+	dev->ctrl.rss.table_len = 0;
+	return true;
+}
+
 static bool get_rss_key(struct reader *r, struct hwsim_rss *rss)
 {
 	const u8 *key;
@@ -196,12 +208,9 @@ static bool ctrl_hash(struct hwsim_dev *dev, struct reader *r)
 
 static bool ctrl_mq(struct hwsim_dev *dev, u8 cmd, struct reader *r)
 {
-	u16 pairs;
-
 	switch (cmd) {
 	case VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET:
-		return hwsim_has(dev, VIRTIO_NET_F_MQ) && get_u16(r, &pairs) && !r->left &&
-		       set_pairs(dev, pairs);
+		return ctrl_pairs(dev, r);
 	case VIRTIO_NET_CTRL_MQ_RSS_CONFIG:
 		return ctrl_rss(dev, r);
 	case VIRTIO_NET_CTRL_MQ_HASH_CONFIG:

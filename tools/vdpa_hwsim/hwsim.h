@@ -399,6 +399,7 @@ void hwsim_reset_vq(struct hwsim_dev *dev, struct hwsim_vq *vq);
 int hwsim_as_init(struct hwsim_dev *dev);
 void hwsim_as_free(struct hwsim_dev *dev);
 void hwsim_as_clean(struct hwsim_dev *dev);
+void hwsim_as_forget(struct hwsim_dev *dev);
 int hwsim_set_map(struct vdpa_device *vdpa, unsigned int asid, struct vhost_iotlb *iotlb);
 int hwsim_dma_map(struct vdpa_device *vdpa, unsigned int asid, u64 iova, u64 size,
 		  u64 pa, u32 perm, void *opaque);
@@ -428,8 +429,18 @@ void hwsim_vq_signal(struct hwsim_dev *dev, struct hwsim_vq *vq);
 int hwsim_net_init(struct hwsim_dev *dev);
 void hwsim_net_free(struct hwsim_dev *dev);
 size_t hwsim_hdr_len(const struct hwsim_dev *dev);
-int hwsim_receive(struct hwsim_dev *dev, unsigned int pair, const void *frame, size_t len,
-		  bool csum_ok, bool signal);
+void hwsim_receive(struct hwsim_dev *dev, unsigned int pair, const void *frame, size_t len,
+		   bool csum_ok, const struct hwsim_vq *own);
+
+/* rss.c */
+struct hwsim_hash {
+	u32 value;
+	u16 type;		/* VIRTIO_NET_HASH_REPORT_* */
+};
+
+struct hwsim_hash hwsim_hash(const struct hwsim_dev *dev, const void *frame, size_t len);
+unsigned int hwsim_steer(const struct hwsim_dev *dev, unsigned int pair,
+			 const struct hwsim_hash *hash);
 
 /* wire.c */
 void hwsim_wire_add(struct hwsim_dev *dev);

@@ -90,8 +90,9 @@ static int check_options(const struct hwsim_options *opt)
 {
 	if (!opt->nas || opt->nas > HWSIM_MAX_NAS || opt->inflight > HWSIM_MAX_INFLIGHT ||
 	    !is_power_of_2(opt->ring_max) || opt->ring_max > HWSIM_MAX_RING ||
-	    !opt->mem_scale || opt->mem_scale > SZ_4K) {
-		pr_err("nas, inflight, ring_max or mem_scale out of range\n");
+	    !opt->mem_scale || opt->mem_scale > SZ_4K ||
+	    opt->doorbell_us > USEC_PER_SEC) {
+		pr_err("a parameter is out of range\n");
 		return -EINVAL;
 	}
 	return 0;

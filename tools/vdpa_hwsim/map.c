@@ -181,6 +181,15 @@ void hwsim_as_clean(struct hwsim_dev *dev)
 		clean_as(dev, i);
 }
 
+/* Another user than the one whose trees were given before. */
+void hwsim_as_forget(struct hwsim_dev *dev)
+{
+	unsigned int i;
+
+	for (i = 0; i < dev->opt.nas; i++)
+		dev->as[i].given = 0;
+}
+
 int hwsim_set_map(struct vdpa_device *vdpa, unsigned int asid, struct vhost_iotlb *iotlb)
 {
 	struct hwsim_dev *dev = hwsim_from(vdpa);
@@ -228,11 +237,29 @@ out:
 	return err;
 }
 
+/* vhost-vdpa has seen to it that nothing overlaps, but does not know of our default. */
+static int add_entry(struct vhost_iotlb *map, u64 iova, u64 size, u64 pa, u32 perm)
+{
+	struct vhost_iotlb_map *entry = first_entry(map);
+	int err;
+
+	while (entry && entry->opaque != HWSIM_REFS) {
+		drop_entry(map, entry);
+		entry = first_entry(map);
+	}
+	err = vhost_iotlb_add_range(map, iova, iova + size - 1, pa, perm);
+	if (err)
+		return err;
+	entry = vhost_iotlb_itree_first(map, iova, iova + size - 1);
+	entry_refs(entry, true);
+	entry->opaque = HWSIM_REFS;
+	return 0;
+}
+
 int hwsim_dma_map(struct vdpa_device *vdpa, unsigned int asid, u64 iova, u64 size,
 		  u64 pa, u32 perm, void *opaque)
 {
 	struct hwsim_dev *dev = hwsim_from(vdpa);
-	struct vhost_iotlb_map *entry;
 	struct hwsim_op op;
 	int err;
 
@@ -250,12 +277,7 @@ int hwsim_dma_map(struct vdpa_device *vdpa, unsigned int asid, u64 iova, u64 siz
 	if (hwsim_fail(dev, HWSIM_FAIL_SET_MAP))
 		err = -EIO;
 	else
-		err = vhost_iotlb_add_range(dev->as[asid].map, iova, iova + size - 1, pa, perm);
-	if (!err) {
-		entry = vhost_iotlb_itree_first(dev->as[asid].map, iova, iova + size - 1);
-		entry_refs(entry, true);
-		entry->opaque = HWSIM_REFS;
-	}
+		err = add_entry(dev->as[asid].map, iova, size, pa, perm);
 	up_write(&dev->dp);
 
 	hwsim_op_end(&op, err);

@@ -12,6 +12,7 @@
  */
 #include <linux/mm.h>
 #include <linux/slab.h>
+#include <linux/unaligned.h>
 #include <net/checksum.h>
 
 #include "hwsim.h"
@@ -68,21 +69,42 @@ static int collect_bufs(struct hwsim_dev *dev, struct hwsim_vq *rx, size_t need,
 	return bufs->chain.in < need ? -EMSGSIZE : 0;
 }
 
-static int fill_bufs(struct hwsim_dev *dev, struct hwsim_vq *rx, struct rx_bufs *bufs,
-		     const void *frame, size_t len, bool csum_ok)
+/* A frame on its way to a receive queue. */
+struct arrival {
+	const void *frame;
+	size_t len;
+	bool csum_ok;
+	struct hwsim_hash hash;
+};
+
+/* The hash's fields have other names in other kernels, but always this place. */
+static void fill_hdr(struct hwsim_dev *dev, const struct arrival *arrival, unsigned int bufs,
+		     u8 *buf)
 {
-	struct virtio_net_hdr_v1_hash hdr = {};
+	struct virtio_net_hdr_v1 *hdr = (struct virtio_net_hdr_v1 *)buf;
+
+	memset(buf, 0, HWSIM_MAX_HDR);
+	hdr->num_buffers = (__force __virtio16)cpu_to_le16(bufs);
+	if (arrival->csum_ok && (dev->ctrl.offloads & BIT_ULL(VIRTIO_NET_F_GUEST_CSUM)))
+		hdr->flags = VIRTIO_NET_HDR_F_DATA_VALID;
+	put_unaligned_le32(arrival->hash.value, buf + sizeof(*hdr));
+	put_unaligned_le16(arrival->hash.type, buf + sizeof(*hdr) + sizeof(u32));
+}
+
+static int fill_bufs(struct hwsim_dev *dev, struct hwsim_vq *rx, struct rx_bufs *bufs,
+		     const struct arrival *arrival)
+{
+	u8 hdr[HWSIM_MAX_HDR] __aligned(8);
 	size_t hdr_len = hwsim_hdr_len(dev);
-	size_t left = hdr_len + len;
+	size_t left = hdr_len + arrival->len;
 	unsigned int i;
 	int ret;
 
-	hdr.hdr.num_buffers = (__force __virtio16)cpu_to_le16(bufs->n);
-	if (csum_ok && (dev->ctrl.offloads & BIT_ULL(VIRTIO_NET_F_GUEST_CSUM)))
-		hdr.hdr.flags = VIRTIO_NET_HDR_F_DATA_VALID;
-	ret = hwsim_chain_write(dev, rx, &bufs->chain, 0, &hdr, hdr_len);
+	fill_hdr(dev, arrival, bufs->n, hdr);
+	ret = hwsim_chain_write(dev, rx, &bufs->chain, 0, hdr, hdr_len);
 	if (!ret)
-		ret = hwsim_chain_write(dev, rx, &bufs->chain, hdr_len, frame, len);
+		ret = hwsim_chain_write(dev, rx, &bufs->chain, hdr_len, arrival->frame,
+					arrival->len);
 	for (i = 0; !ret && i < bufs->n; i++) {
 		u32 used = min_t(size_t, left, bufs->size[i]);
 
@@ -92,50 +114,54 @@ static int fill_bufs(struct hwsim_dev *dev, struct hwsim_vq *rx, struct rx_bufs 
 	return ret ? ret : hwsim_vq_publish(dev, rx);
 }
 
-static int receive_locked(struct hwsim_dev *dev, struct hwsim_vq *rx, const void *frame,
-			  size_t len, bool csum_ok)
+static int receive_locked(struct hwsim_dev *dev, struct hwsim_vq *rx,
+			  const struct arrival *arrival)
 {
 	struct rx_bufs bufs;
 	int ret;
 
-	ret = collect_bufs(dev, rx, hwsim_hdr_len(dev) + len, &bufs);
+	ret = collect_bufs(dev, rx, hwsim_hdr_len(dev) + arrival->len, &bufs);
 	if (ret) {
 		/* Nothing was written to them: they wait for the next frame. */
 		hwsim_vq_put_back(rx, bufs.head, bufs.n);
 		hwsim_vq_count(rx, ret == -ENOBUFS ? HWSIM_VQ_OVERRUNS : HWSIM_VQ_ERRORS, 1);
 		return ret;
 	}
-	ret = fill_bufs(dev, rx, &bufs, frame, len, csum_ok);
+	ret = fill_bufs(dev, rx, &bufs, arrival);
 	if (ret) {
 		hwsim_vq_count(rx, HWSIM_VQ_ERRORS, 1);
 		return ret;
 	}
 	hwsim_vq_count(rx, HWSIM_VQ_PACKETS, 1);
-	hwsim_vq_count(rx, HWSIM_VQ_BYTES, len);
+	hwsim_vq_count(rx, HWSIM_VQ_BYTES, arrival->len);
 	return 0;
 }
 
-/* A frame arrives; dp held. Errors are for the sender not to care about. */
-int hwsim_receive(struct hwsim_dev *dev, unsigned int pair, const void *frame, size_t len,
-		  bool csum_ok, bool signal)
+/*
+ * A frame arrives; dp held. The sender does not care what becomes of it, but
+ * whether it has to interrupt for receive queue @own itself, at the end of its
+ * burst; for other queues that is done here.
+ */
+void hwsim_receive(struct hwsim_dev *dev, unsigned int pair, const void *frame, size_t len,
+		   bool csum_ok, const struct hwsim_vq *own)
 {
-	struct hwsim_vq *rx = hwsim_rx(dev, pair % max_t(u16, dev->ctrl.pairs, 1));
-	int ret;
+	struct arrival arrival = { .frame = frame, .len = len, .csum_ok = csum_ok };
+	struct hwsim_vq *rx;
 
+	arrival.hash = hwsim_hash(dev, frame, len);
+	rx = hwsim_rx(dev, hwsim_steer(dev, pair, &arrival.hash));
 	if (!hwsim_live(dev) || !rx->ready || hwsim_flawed(dev, HWSIM_FLAW_STALL)) {
 		hwsim_vq_count(rx, HWSIM_VQ_DOWN, 1);
-		return -ENETDOWN;
+		return;
 	}
 	if (dev->opt.filter && !hwsim_accepts(dev, frame, len)) {
 		hwsim_vq_count(rx, HWSIM_VQ_FILTERED, 1);
-		return 0;
+		return;
 	}
 	mutex_lock(&rx->rx_lock);
-	ret = receive_locked(dev, rx, frame, len, csum_ok);
-	if (signal)
+	if (!receive_locked(dev, rx, &arrival) && rx != own)
 		hwsim_vq_signal(dev, rx);
 	mutex_unlock(&rx->rx_lock);
-	return ret;
 }
 
 /* Do what the driver left to us with NEEDS_CSUM (virtio 1.3, 5.1.6.2). */
@@ -207,7 +233,8 @@ static int deliver(struct hwsim_pair *pair, struct hwsim_vq *tx, u16 head, size_
 	int ret;
 
 	if (!READ_ONCE(dev->wired)) {
-		hwsim_receive(dev, pair->index, frame, len, csum_ok, false);
+		hwsim_receive(dev, pair->index, frame, len, csum_ok,
+			      hwsim_rx(dev, pair->index));
 		/* If that stopped the device, the frame was not sent. */
 		return hwsim_live(dev) ? finish(dev, tx, head) : -EIO;
 	}

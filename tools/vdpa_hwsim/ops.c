@@ -221,6 +221,12 @@ static int hwsim_compat_reset(struct vdpa_device *vdpa, u32 flags)
 	reset_state(dev);
 	if (clean || hwsim_flawed(dev, HWSIM_LIE_PERSIST))
 		hwsim_as_clean(dev);
+	/*
+	 * reset_map() tells when vhost-vdpa is closed. A device without it has no
+	 * PERSIST either, so that a reset without CLEAN_MAP is that of the next open().
+	 */
+	if (!clean && !dev->opt.persist && dev->opt.clean_map)
+		hwsim_as_forget(dev);
 	/* A device that was not started is as good as reset (needs_vqs_reset()). */
 	if (used)
 		hwsim_op_charge(&op, dev->cost[HWSIM_COST_RESET]);

@@ -97,7 +97,7 @@ bool hwsim_wire_send(struct hwsim_dev *dev, unsigned int pair, const void *frame
 	peer = dev->peer;
 	if (peer) {
 		down_read(&peer->dp);
-		hwsim_receive(peer, pair, frame, len, csum_ok, true);
+		hwsim_receive(peer, pair, frame, len, csum_ok, NULL);
 		up_read(&peer->dp);
 	}
 	up_read(&hwsim_wire);
