@@ -240,6 +240,7 @@ struct hwsim_pair {
 	struct work_struct work;
 	struct delayed_work release_work;
 	u8 *buf;		/* one frame and its header */
+	u8 *seg;		/* a part of it, made a frame of its own */
 };
 
 struct hwsim_op_counter {
@@ -441,6 +442,18 @@ struct hwsim_hash {
 struct hwsim_hash hwsim_hash(const struct hwsim_dev *dev, const void *frame, size_t len);
 unsigned int hwsim_steer(const struct hwsim_dev *dev, unsigned int pair,
 			 const struct hwsim_hash *hash);
+
+/* tso.c */
+struct hwsim_tso {
+	size_t l3, l4, headers, payload;	/* where they begin; lengths */
+	u16 size;
+	bool v6;
+	unsigned int segs;
+};
+
+bool hwsim_tso_parse(const struct hwsim_dev *dev, const struct virtio_net_hdr *hdr,
+		     const u8 *frame, size_t len, struct hwsim_tso *tso);
+size_t hwsim_tso_segment(const struct hwsim_tso *tso, const u8 *frame, unsigned int i, u8 *out);
 
 /* wire.c */
 void hwsim_wire_add(struct hwsim_dev *dev);

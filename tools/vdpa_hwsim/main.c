@@ -66,9 +66,10 @@ MODULE_PARM_DESC(cost_profile, "none (default), series-2023 or mlx5-2025");
 module_param(extra_features, ulong, 0644);
 MODULE_PARM_DESC(extra_features, "Feature bits to offer beside those mlx5_vdpa offers");
 
-/* What mlx5_vdpa offers on a ConnectX-6 Dx, less segmentation (get_supported_features()). */
+/* What mlx5_vdpa offers on a ConnectX-6 Dx (get_supported_features()). */
 #define HWSIM_FEATURES \
 	(BIT_ULL(VIRTIO_NET_F_CSUM) | BIT_ULL(VIRTIO_NET_F_GUEST_CSUM) | \
+	 BIT_ULL(VIRTIO_NET_F_HOST_TSO4) | BIT_ULL(VIRTIO_NET_F_HOST_TSO6) | \
 	 BIT_ULL(VIRTIO_NET_F_MTU) | BIT_ULL(VIRTIO_NET_F_MAC) | \
 	 BIT_ULL(VIRTIO_NET_F_STATUS) | BIT_ULL(VIRTIO_NET_F_CTRL_VQ) | \
 	 BIT_ULL(VIRTIO_NET_F_CTRL_VLAN) | BIT_ULL(VIRTIO_NET_F_MQ) | \

@@ -178,35 +178,51 @@ static bool checksum(u8 *frame, size_t len, const struct virtio_net_hdr *hdr)
 	return true;
 }
 
+/* A frame on its way from a transmit queue; with .tso.segs it is several. */
+struct departure {
+	u8 *frame;
+	size_t len;
+	bool csum_ok;
+	struct hwsim_tso tso;
+};
+
+/* Whether a NIC would send that. */
+static bool check_frame(struct hwsim_dev *dev, const struct virtio_net_hdr *hdr,
+			struct departure *dep)
+{
+	dep->csum_ok = hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM;
+	if (hdr->gso_type != VIRTIO_NET_HDR_GSO_NONE)
+		return hwsim_tso_parse(dev, hdr, dep->frame, dep->len, &dep->tso) &&
+		       dep->tso.headers + dep->tso.size <= max_frame(dev);
+	if (dep->len > max_frame(dev))
+		return false;
+	return !dep->csum_ok ||
+	       (hwsim_has(dev, VIRTIO_NET_F_CSUM) && checksum(dep->frame, dep->len, hdr));
+}
+
 /*
- * Read the frame of @head into the pair's buffer. Returns its length, 0 if it
- * is one that no NIC would send, or an error after hwsim_fault().
+ * Read the frame of @head into the pair's buffer. Returns 1, 0 if it is one that
+ * no NIC would send, or an error after hwsim_fault().
  */
-static ssize_t read_frame(struct hwsim_pair *pair, struct hwsim_vq *tx, u16 head, bool *csum_ok)
+static int read_frame(struct hwsim_pair *pair, struct hwsim_vq *tx, u16 head,
+		      struct departure *dep)
 {
 	struct hwsim_dev *dev = pair->dev;
-	struct virtio_net_hdr *hdr = (struct virtio_net_hdr *)pair->buf;
 	size_t hdr_len = hwsim_hdr_len(dev);
 	struct hwsim_chain chain = {};
-	size_t len;
 	int ret;
 
 	ret = hwsim_chain_add(dev, tx, head, &chain);
 	if (ret)
 		return ret;
-	if (chain.out < hdr_len + ETH_HLEN || chain.out > hdr_len + max_frame(dev))
+	if (chain.out < hdr_len + ETH_HLEN || chain.out > hdr_len + HWSIM_MAX_FRAME)
 		return 0;
 	ret = hwsim_chain_read(dev, tx, &chain, pair->buf, chain.out);
 	if (ret)
 		return ret;
 
-	len = chain.out - hdr_len;
-	*csum_ok = hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM;
-	if (*csum_ok && (!hwsim_has(dev, VIRTIO_NET_F_CSUM) ||
-			 !checksum(pair->buf + hdr_len, len, hdr)))
-		return 0;
-	/* Segmentation is not offered. */
-	return hdr->gso_type == VIRTIO_NET_HDR_GSO_NONE ? len : 0;
+	*dep = (struct departure){ .frame = pair->buf + hdr_len, .len = chain.out - hdr_len };
+	return check_frame(dev, (struct virtio_net_hdr *)pair->buf, dep);
 }
 
 static int finish(struct hwsim_dev *dev, struct hwsim_vq *tx, u16 head)
@@ -224,17 +240,39 @@ static bool pair_live(const struct hwsim_pair *pair)
 	       hwsim_tx(dev, pair->index)->ready && !hwsim_flawed(dev, HWSIM_FLAW_STALL);
 }
 
-/* dp held, but let go of for a moment if there is a wire. */
-static int deliver(struct hwsim_pair *pair, struct hwsim_vq *tx, u16 head, size_t len,
-		   bool csum_ok)
+/* dp held, but not if there is a wire. */
+static void emit(struct hwsim_pair *pair, const void *frame, size_t len, bool csum_ok, bool wired)
 {
 	struct hwsim_dev *dev = pair->dev;
-	u8 *frame = pair->buf + hwsim_hdr_len(dev);
+
+	if (!wired)
+		hwsim_receive(dev, pair->index, frame, len, csum_ok, hwsim_rx(dev, pair->index));
+	else if (!hwsim_wire_send(dev, pair->index, frame, len, csum_ok))
+		hwsim_vq_count(hwsim_tx(dev, pair->index), HWSIM_VQ_DOWN, 1);
+}
+
+static void emit_all(struct hwsim_pair *pair, const struct departure *dep, bool wired)
+{
+	unsigned int i;
+
+	if (!dep->tso.segs)
+		emit(pair, dep->frame, dep->len, dep->csum_ok, wired);
+	for (i = 0; i < dep->tso.segs; i++) {
+		size_t len = hwsim_tso_segment(&dep->tso, dep->frame, i, pair->seg);
+
+		emit(pair, pair->seg, len, true, wired);
+	}
+}
+
+/* dp held, but let go of for a moment if there is a wire. */
+static int deliver(struct hwsim_pair *pair, struct hwsim_vq *tx, u16 head,
+		   const struct departure *dep)
+{
+	struct hwsim_dev *dev = pair->dev;
 	int ret;
 
 	if (!READ_ONCE(dev->wired)) {
-		hwsim_receive(dev, pair->index, frame, len, csum_ok,
-			      hwsim_rx(dev, pair->index));
+		emit_all(pair, dep, false);
 		/* If that stopped the device, the frame was not sent. */
 		return hwsim_live(dev) ? finish(dev, tx, head) : -EIO;
 	}
@@ -242,8 +280,7 @@ static int deliver(struct hwsim_pair *pair, struct hwsim_vq *tx, u16 head, size_
 	if (ret)
 		return ret;
 	up_read(&dev->dp);
-	if (!hwsim_wire_send(dev, pair->index, frame, len, csum_ok))
-		hwsim_vq_count(tx, HWSIM_VQ_DOWN, 1);
+	emit_all(pair, dep, true);
 	down_read(&dev->dp);
 	return 0;
 }
@@ -254,8 +291,7 @@ static int send_one(struct hwsim_pair *pair, bool release)
 	struct hwsim_dev *dev = pair->dev;
 	struct hwsim_vq *tx = hwsim_tx(dev, pair->index);
 	unsigned int hold = release ? 0 : dev->opt.inflight;
-	bool csum_ok;
-	ssize_t len;
+	struct departure dep;
 	int ret;
 	u16 head;
 
@@ -267,14 +303,14 @@ static int send_one(struct hwsim_pair *pair, bool release)
 	if (ret <= hold)
 		return 0;
 	head = hwsim_vq_take(dev, tx);
-	len = read_frame(pair, tx, head, &csum_ok);
-	if (len > 0) {
-		hwsim_vq_count(tx, HWSIM_VQ_PACKETS, 1);
-		hwsim_vq_count(tx, HWSIM_VQ_BYTES, len);
-		ret = deliver(pair, tx, head, len, csum_ok);
+	ret = read_frame(pair, tx, head, &dep);
+	if (ret > 0) {
+		hwsim_vq_count(tx, HWSIM_VQ_PACKETS, dep.tso.segs ?: 1);
+		hwsim_vq_count(tx, HWSIM_VQ_BYTES, dep.len);
+		ret = deliver(pair, tx, head, &dep);
 	} else {
 		hwsim_vq_count(tx, HWSIM_VQ_ERRORS, 1);
-		ret = len ? len : finish(dev, tx, head);
+		ret = ret ? ret : finish(dev, tx, head);
 	}
 	return ret ? ret : 1;
 }
@@ -342,7 +378,8 @@ int hwsim_net_init(struct hwsim_dev *dev)
 		INIT_WORK(&pair->work, pair_work);
 		INIT_DELAYED_WORK(&pair->release_work, release_work);
 		pair->buf = kvmalloc(HWSIM_MAX_HDR + HWSIM_MAX_FRAME, GFP_KERNEL);
-		if (!pair->buf)
+		pair->seg = kvmalloc(HWSIM_MAX_FRAME, GFP_KERNEL);
+		if (!pair->buf || !pair->seg)
 			return -ENOMEM;
 	}
 	return 0;
@@ -363,7 +400,9 @@ void hwsim_net_free(struct hwsim_dev *dev)
 	}
 	if (dev->wq)
 		destroy_workqueue(dev->wq);
-	for (i = 0; dev->pairs && i < dev->npairs; i++)
+	for (i = 0; dev->pairs && i < dev->npairs; i++) {
 		kvfree(dev->pairs[i].buf);
+		kvfree(dev->pairs[i].seg);
+	}
 	kfree(dev->pairs);
 }

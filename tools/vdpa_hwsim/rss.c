@@ -76,7 +76,7 @@ static bool parse(struct flow *flow, const u8 *frame, size_t len)
 	return false;
 }
 
-/* For every bit set in the input, the 32 bits of the key that begin there (virtio 1.3, 5.1.6.4.3). */
+/* For each bit set in the input, the 32 key bits that begin there (virtio 1.3, 5.1.6.4.3). */
 static u32 toeplitz(const struct hwsim_rss *rss, const u8 *input, size_t len)
 {
 	u32 window = get_unaligned_be32(rss->key), hash = 0;
