@@ -109,17 +109,29 @@ static void post_rx(struct nic_pair *p, uint16_t slot)
 	p->rx_avail++;
 }
 
-static void kick(const struct vring *ring, int fd)
+/* virtio 1.3, 2.7.10 */
+static void kick(const struct nic_pair *p, const struct vring *ring, int fd,
+		 uint16_t new, uint16_t old)
 {
 	full_barrier();
-	if (!(load_once16(&ring->used->flags) & VRING_USED_F_NO_NOTIFY))
-		eventfd_raise(fd);
+	if (p->features & SVQ_F_EVENT_IDX) {
+		const uint16_t *event =
+			(const uint16_t *)&ring->used->ring[ring->num];
+
+		if ((uint16_t)(new - load_once16(event) - 1) >=
+		    (uint16_t)(new - old))
+			return;
+	} else if (load_once16(&ring->used->flags) & VRING_USED_F_NO_NOTIFY) {
+		return;
+	}
+	eventfd_raise(fd);
 }
 
 static uint32_t receive(struct nic_pair *p)
 {
 	const uint32_t header = sizeof(struct virtio_net_hdr_v1);
 	uint16_t pending = load_index(&p->rx.used->idx) - p->rx_used, k;
+	uint16_t posted = 0;
 
 	if (!pending)
 		return 0;
@@ -139,9 +151,10 @@ static uint32_t receive(struct nic_pair *p)
 		account(p, p->rx_hva + (uint64_t)id * p->buffer_size + header,
 			len < header ? 0 : len - header);
 		post_rx(p, (uint16_t)id);
+		posted++;
 	}
 	store_index(&p->rx.avail->idx, p->rx_avail);
-	kick(&p->rx, p->rx_kick);
+	kick(p, &p->rx, p->rx_kick, p->rx_avail, p->rx_avail - posted);
 	return pending;
 }
 
@@ -186,7 +199,7 @@ static uint32_t transmit(struct nic_pair *p)
 	}
 	if (n) {
 		store_index(&p->tx.avail->idx, p->tx_avail);
-		kick(&p->tx, p->tx_kick);
+		kick(p, &p->tx, p->tx_kick, p->tx_avail, p->tx_avail - (uint16_t)n);
 	}
 	return n;
 }
@@ -197,7 +210,15 @@ static void set_tx_slot(struct nic_pair *p, uint16_t head)
 	uint64_t gpa = p->tx_gpa + (uint64_t)head * p->buffer_size;
 	struct vring_desc *d = &p->tx.desc[head];
 
-	if (p->tx_descs == 1) {
+	if (p->features & SVQ_F_INDIRECT) {
+		*d = (struct vring_desc){
+			.addr = htole64(p->tx_table_gpa + 32ULL * head),
+			.len = htole32(32),
+			.flags = htole16(VRING_DESC_F_INDIRECT),
+		};
+		d = &p->tx_tables[2 * head];
+		head = 0; /* an index within the table */
+	} else if (p->tx_descs == 1) {
 		*d = (struct vring_desc){
 			.addr = htole64(gpa),
 			.len = htole32(header + p->frame_size),
@@ -266,8 +287,13 @@ static void want_interrupts(struct nic_pair *p, int on)
 {
 	uint16_t flags = on ? 0 : VRING_AVAIL_F_NO_INTERRUPT;
 
-	store_once16(&p->rx.avail->flags, flags);
-	store_once16(&p->tx.avail->flags, flags);
+	if (!(p->features & SVQ_F_EVENT_IDX)) {
+		store_once16(&p->rx.avail->flags, flags);
+		store_once16(&p->tx.avail->flags, flags);
+	} else if (on) {
+		store_once16(&p->rx.avail->ring[p->rx.num], p->rx_used);
+		store_once16(&p->tx.avail->ring[p->tx.num], p->tx_used);
+	}
 	full_barrier();
 }
 

@@ -146,6 +146,56 @@ struct relay {
 int relay_run(struct relay *r, int64_t deadline);
 
 /* ---------------------------------------------------------------------- */
+/* Control queue: a few commands, so each is copied whole                  */
+
+/* The guest's control queue, served by us. */
+struct ctrl_guest {
+	struct vring ring;
+	const struct memory_map *memory;
+	uint16_t last_avail;
+	uint16_t used_idx;
+	uint16_t head;		/* the element taken last */
+	uint8_t *ack;		/* where its answer goes */
+	uint64_t ack_gpa, used_gpa;
+	int call;
+	int broken;		/* SVQ_... */
+};
+
+/* Take up the guest's ring at its used index. */
+void ctrl_guest_start(struct ctrl_guest *g);
+/*
+ * Copy the next command, as it is now, into buffer. Returns its length, 0 if
+ * there is none or the queue is broken, more than size if it did not fit.
+ */
+uint32_t ctrl_guest_take(struct ctrl_guest *g, uint8_t *buffer, uint32_t size);
+/* Answer the command taken last. */
+void ctrl_guest_answer(struct ctrl_guest *g, uint8_t ack);
+
+/* A control queue that we drive: a command is one readable and one writable descriptor. */
+struct ctrl_driver {
+	struct vring ring;
+	uint16_t avail_idx, used_idx;
+	uint16_t open;		/* commands without an answer */
+	int kick, call;
+};
+
+void ctrl_driver_start(struct ctrl_driver *d);
+/*
+ * Queue a command of size bytes at address, answered in one byte at ack (both
+ * as the device sees them). Returns its slot, or -1 if the ring is full.
+ */
+int ctrl_driver_add(struct ctrl_driver *d, uint64_t address, uint32_t size,
+		    uint64_t ack);
+/* Publish what was added. */
+void ctrl_driver_kick(struct ctrl_driver *d);
+/*
+ * Wait until every command is answered or deadline (CLOCK_MONOTONIC, ns) has
+ * passed. Returns the commands still open, or -1 if the device used what it
+ * was not given.
+ */
+int ctrl_driver_wait(struct ctrl_driver *d, int64_t deadline);
+
+/* ---------------------------------------------------------------------- */
 /* The guest's NIC: driver side of one RX/TX pair, with its traffic        */
 
 #define NIC_WINDOW 65536	/* sequence numbers that are told apart */
@@ -163,6 +213,9 @@ struct nic_pair {
 	uint16_t tx_free_count;
 	uint16_t *tx_free;		/* slots that carry no frame */
 	uint16_t tx_descs;		/* descriptors per TX frame: 1, or 2 (header apart) */
+	uint32_t features;		/* SVQ_F_... the driver negotiated */
+	uint64_t tx_table_gpa;		/* with SVQ_F_INDIRECT: 32 bytes a slot */
+	struct vring_desc *tx_tables;
 	uint64_t rx_gpa, tx_gpa;	/* buffers, buffer_size each */
 	uint8_t *rx_hva, *tx_hva;
 	uint32_t buffer_size;

@@ -18,18 +18,22 @@ from typing import Self
 from . import mgmt
 from .chardev import VhostVdpa
 from .errors import DeviceBusy, KernelError, MissingFeature, QueueBroken, VhostVdpaError
+from .groups import probe_groups
 from .iotlb import Iotlb, Layout, Limits
 from .memory import HUGE_PAGE, GuestMemory, IovaAllocator, SharedMemory
-from .net.features import Feature, negotiate
+from .net.control_queue import ControlArea, ControlQueue, GuestControl
+from .net.features import SUPPORTED, Feature, negotiate, ring_bits
 from .trace import DeviceTrace, Trace
 from .uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, Access, BackendFeature, Status, names
-from .virtqueue.layout import GuestQueue, indices
+from .virtqueue.layout import GuestQueue, SplitLayout, indices
 from .virtqueue.shadow import Relay, ShadowVirtqueue
 
 log = logging.getLogger(__name__)
 
 GUEST_ASID = 0
 """The address space in which guest memory is mapped, IOVA = GPA."""
+OWN_ASID = 1
+"""The address space of what is ours: the control queue, and shadow rings where descriptors have their own group."""
 
 
 class State(enum.Enum):
@@ -47,7 +51,8 @@ class State(enum.Enum):
 class VdpaNetDevice:
     """An opened device that this process owns, with guest memory to attach to it.
 
-    ``use`` masks the backend features to acknowledge of those advertised.
+    ``use`` masks the backend features to acknowledge of those advertised,
+    ``wanted`` the virtio features that the guest takes of those offered.
     Raises :class:`~pyvhostvdpa.errors.DeviceBusy` naming the holder,
     :class:`~pyvhostvdpa.errors.NotVhostVdpa`,
     :class:`~pyvhostvdpa.errors.MissingFeature` if it is not a net device.
@@ -58,6 +63,7 @@ class VdpaNetDevice:
         path: str | os.PathLike[str],
         trace: Trace | None = None,
         use: BackendFeature = ALL_BACKEND_FEATURES,
+        wanted: Feature = SUPPORTED,
     ) -> None:
         try:
             self.chardev = VhostVdpa(path, trace)
@@ -68,20 +74,23 @@ class VdpaNetDevice:
         self.shadows: list[ShadowVirtqueue] = []
         self._relay: Relay | None = None
         self._rings: SharedMemory | None = None
+        self._control: ControlQueue | None = None
+        self._ours: list[tuple[int, int]] = []
+        """(ASID, IOVA) of each map of our own memory."""
         self._queues: tuple[GuestQueue, ...] = ()
         self._holes: IovaAllocator | None = None
         self._translation_lost = False
         try:
-            self._inspect(use)
+            self._inspect(use, wanted)
         except BaseException:
             self.chardev.close()
             raise
 
-    def _inspect(self, use: BackendFeature) -> None:
+    def _inspect(self, use: BackendFeature, wanted: Feature) -> None:
         c = self.chardev
         if c.get_device_id() != VIRTIO_ID_NET:
             raise MissingFeature(f"{c.path} is not a virtio-net device (virtio id {c.get_device_id()})")
-        self.features: Feature = negotiate(c.get_features())
+        self.features: Feature = negotiate(c.get_features(), wanted)
         self.advertised = c.get_backend_features()
         self.backend_features = self.advertised & use & ALL_BACKEND_FEATURES
         c.set_backend_features(self.backend_features)
@@ -98,6 +107,7 @@ class VdpaNetDevice:
             entries=parent.max_iotlb_entries,
         )
         self.iotlb = Iotlb(c, limits)
+        self.groups = probe_groups(c, self.features, self.vqs_count)
 
     @property
     def path(self) -> str:
@@ -137,34 +147,52 @@ class VdpaNetDevice:
 
     # -- start ----------------------------------------------------------------
 
-    def start_passthrough(self, queues: Sequence[GuestQueue]) -> None:
+    @property
+    def ring_asid(self) -> int:
+        """Where shadow rings are mapped: apart from guest memory if the device can fetch descriptors from there."""
+        apart = (
+            BackendFeature.DESC_ASID in self.backend_features
+            and self.groups.descriptors is not None
+            and self.iotlb.limits.as_num > OWN_ASID
+        )
+        return OWN_ASID if apart else GUEST_ASID
+
+    def start_passthrough(self, queues: Sequence[GuestQueue], control: GuestControl | None = None) -> None:
         """Let the device work on the guest's rings, each from its used index on.
 
         That is where :meth:`stop` leaves a ring, and where a device left it
         that finishes in order; what was taken and not used is taken again.
+        The control queue is served by us in either mode, and the guest's
+        state replayed. Raises :class:`MissingFeature` if it cannot be
+        isolated, :class:`~pyvhostvdpa.net.control_queue.ControlFailed` if the
+        device refuses the state.
         """
-        memory = self._check_startable(queues)
+        memory = self._check_startable(queues, control)
         try:
             self._begin(queues)
+            self._set_up_control(control)
             for queue in queues:
                 _, used = indices(queue, memory)
                 self._set_vring(queue, used, queue.kick, queue.call)
-            self._driver_ok()
+            self._go()
         except BaseException:
             self._abandon()
             raise
         self.state = State.PASSTHROUGH
         self._notify()
 
-    def start_shadow(self, queues: Sequence[GuestQueue]) -> None:
+    def start_shadow(self, queues: Sequence[GuestQueue], control: GuestControl | None = None) -> None:
         """Let the device work on shadow rings; the guest's are read on from their used index."""
-        self._check_startable(queues)
+        self._check_startable(queues, control)
         try:
             self._begin(queues)
+            if self.ring_asid == OWN_ASID and self.groups.descriptors is not None:
+                self.chardev.set_group_asid(self.groups.descriptors, OWN_ASID)
+            self._set_up_control(control)
             self._map_shadow_rings(queues)
             for shadow in self.shadows:
                 self._set_vring(shadow.queue, 0, shadow.kick, shadow.call)
-            self._driver_ok()
+            self._go()
             self._relay = Relay(self.shadows)
             self._relay.start()
         except BaseException:
@@ -173,7 +201,7 @@ class VdpaNetDevice:
         self.state = State.SHADOW
         self._notify()
 
-    def _check_startable(self, queues: Sequence[GuestQueue]) -> GuestMemory:
+    def _check_startable(self, queues: Sequence[GuestQueue], control: GuestControl | None) -> GuestMemory:
         memory, _, _ = self._attached()
         if self.state is not State.RESET:
             raise MissingFeature(f"{self.path} is in state {self.state.value}: stop() it first")
@@ -183,6 +211,11 @@ class VdpaNetDevice:
                     f"{self.path} has {self.vqs_count} virtqueues of at most {self.max_ring}; "
                     f"the guest uses queue {queue.index} of {queue.num}"
                 )
+        if control is not None and (self.groups.control is None or self.iotlb.limits.as_num <= OWN_ASID):
+            raise MissingFeature(
+                f"{self.path}: the control queue shares its group or address space with the data queues, "
+                "so its state could not be known"
+            )
         return memory
 
     def _begin(self, queues: Sequence[GuestQueue]) -> None:
@@ -198,40 +231,84 @@ class VdpaNetDevice:
             raise MissingFeature(f"{self.path} refused the features {names(self.features)}")
 
     def _set_vring(self, queue: GuestQueue, base: int, kick: int, call: int) -> None:
-        c, index = self.chardev, queue.index
-        c.set_vring_num(index, queue.num)
-        c.set_vring_base(index, base)
         shadow = next((s for s in self.shadows if s.queue is queue), None)
         if shadow is None:
-            c.set_vring_addr(index, desc=queue.desc, avail=queue.avail, used=queue.used)
+            self._set_ring(queue.index, queue.num, base, (queue.desc, queue.avail, queue.used))
         else:
-            desc, used = self._shadow_iova[index]
-            c.set_vring_addr(index, desc=desc, avail=desc + shadow.layout.avail_offset, used=used)
-        c.set_vring_kick(index, kick)
-        c.set_vring_call(index, call)
-        # before DRIVER_OK: works on every parent, with and without
-        # ENABLE_AFTER_DRIVER_OK (VDUSE looks at its queues at DRIVER_OK)
-        c.set_vring_enable(index, True)
+            desc, used = self._shadow_iova[queue.index]
+            self._set_ring(queue.index, queue.num, base, (desc, desc + shadow.layout.avail_offset, used))
+        self._set_eventfds(queue.index, kick, call)
 
-    def _driver_ok(self) -> None:
-        c = self.chardev
+    def _set_ring(self, index: int, num: int, base: int, addresses: tuple[int, int, int]) -> None:
+        desc, avail, used = addresses
+        self.chardev.set_vring_num(index, num)
+        self.chardev.set_vring_base(index, base)
+        self.chardev.set_vring_addr(index, desc=desc, avail=avail, used=used)
+
+    def _set_eventfds(self, index: int, kick: int, call: int) -> None:
+        self.chardev.set_vring_kick(index, kick)
+        self.chardev.set_vring_call(index, call)
+
+    def _go(self) -> None:
+        """Make the queues ready and set DRIVER_OK.
+
+        Before DRIVER_OK works on every parent (VDUSE looks at its queues
+        then). With a control queue the data queues wait until the guest's
+        state is back, where the parent can be told late.
+        """
+        c, control = self.chardev, self._control
+        late = control is not None and BackendFeature.ENABLE_AFTER_DRIVER_OK in self.backend_features
+        if control is not None:
+            c.set_vring_enable(control.queue.index, True)
+        if not late:
+            self._enable_data_queues()
         c.set_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK)
         if not c.get_status() & Status.DRIVER_OK:
             raise KernelError(5, "VHOST_VDPA_SET_STATUS", "DRIVER_OK", cause=f"{self.path} did not accept it")
+        if control is not None:
+            control.replay()
+        if late:
+            self._enable_data_queues()
+        if control is not None:
+            control.start()
+
+    def _enable_data_queues(self) -> None:
+        for queue in self._queues:
+            self.chardev.set_vring_enable(queue.index, True)
+
+    # -- our own memory in the device -------------------------------------------
+
+    def _set_up_control(self, control: GuestControl | None) -> None:
+        """Place our control queue in its own address space, behind the shadow rings."""
+        if control is None or self.groups.control is None:
+            return
+        memory, rings, holes = self._attached()
+        self.chardev.set_group_asid(self.groups.control, OWN_ASID)
+        layout = SplitLayout(control.queue.num)
+        size = ControlArea(layout, 0, 0).size
+        area = ControlArea(layout, rings.hva + rings.size - size, holes.allocate(size))
+        self._ours.append((OWN_ASID, area.iova))
+        self.iotlb.space(OWN_ASID).map(area.iova, area.hva, size)
+        self._control = ControlQueue(control, memory, area)
+        index, desc = control.queue.index, area.iova
+        addresses = (desc, desc + layout.avail_offset, desc + area.device_area)
+        self._set_ring(index, layout.num, 0, addresses)
+        self._set_eventfds(index, self._control.kick, self._control.call)
 
     def _map_shadow_rings(self, queues: Sequence[GuestQueue]) -> None:
         memory, rings, holes = self._attached()
         self._shadow_iova: dict[int, tuple[int, int]] = {}
         at: int = rings.hva
-        with self.iotlb.space(GUEST_ASID).batch() as batch:
+        with self.iotlb.space(self.ring_asid).batch() as batch:
             for queue in queues:
-                shadow = ShadowVirtqueue(queue, memory, at)
+                layout = SplitLayout(queue.num)
+                if at + layout.size > rings.hva + rings.size // 2:
+                    raise MissingFeature(f"{self.path}: the shadow rings do not fit {rings.size // 2} bytes")
+                shadow = ShadowVirtqueue(queue, memory, at, ring_bits(self.features))
                 self.shadows.append(shadow)
-                layout = shadow.layout
-                if at + layout.size > rings.hva + rings.size:
-                    raise MissingFeature(f"{self.path}: the shadow rings do not fit {rings.size} bytes")
                 desc = holes.allocate(layout.driver_area)
                 used = holes.allocate(layout.device_area)
+                self._ours += [(self.ring_asid, desc), (self.ring_asid, used)]
                 self._shadow_iova[queue.index] = (desc, used)
                 batch.map(desc, at, layout.driver_area, Access.RO)
                 batch.map(used, at + layout.driver_area, layout.device_area, Access.RW)
@@ -291,16 +368,18 @@ class VdpaNetDevice:
                 )
 
     def _take_shadow_queues(self) -> None:
-        self._stop_relay()
+        self._stop_serving()
         for shadow in self.shadows:
             shadow.drain()
         for shadow in self.shadows:
             shadow.republish()
 
-    def _stop_relay(self) -> None:
+    def _stop_serving(self) -> None:
         if self._relay is not None:
             self._relay.stop()
             self._relay = None
+        if self._control is not None:
+            self._control.stop()
 
     def reset(self) -> None:
         """Reset the device and take shadow rings away. Guest memory stays mapped.
@@ -308,26 +387,32 @@ class VdpaNetDevice:
         Without IOTLB_PERSIST the device has forgotten its maps; they are
         renewed at the next start, not here, since there may be none.
         """
-        self._stop_relay()
+        self._stop_serving()
         self.chardev.set_status(Status(0))
         self.state = State.RESET
         self._queues = ()
         if BackendFeature.IOTLB_PERSIST not in self.backend_features:
             self._translation_lost = True
-        self._drop_shadows()
+        self._drop_ours()
 
-    def _drop_shadows(self) -> None:
+    def _drop_ours(self) -> None:
+        """Unmap our own memory, one batch an address space, and let the queues go."""
+        ours, self._ours = self._ours, []
         shadows, self.shadows = self.shadows, []
-        if not shadows or self._holes is None:
-            return
-        mapped = {m.iova: m for m in self.iotlb.space(GUEST_ASID).mappings}
-        with self.iotlb.space(GUEST_ASID).batch() as batch:
-            for shadow in shadows:
-                for iova in self._shadow_iova.pop(shadow.queue.index, ()):
-                    self._holes.free(iova)
-                    if iova in mapped:
-                        batch.unmap(iova, mapped[iova].size)
-                shadow.close()
+        for asid in sorted({asid for asid, _ in ours}):
+            space = self.iotlb.space(asid)
+            mapped = {m.iova: m for m in space.mappings}
+            with space.batch() as batch:
+                for iova in (iova for owner, iova in ours if owner == asid and iova in mapped):
+                    batch.unmap(iova, mapped[iova].size)
+        for _, iova in ours:
+            if self._holes is not None:
+                self._holes.free(iova)
+        for shadow in shadows:
+            shadow.close()
+        if self._control is not None:
+            self._control.close()
+            self._control = None
 
     def _abandon(self) -> None:
         """After a failure: reset as far as that goes, and let the first error be the one that is told."""
@@ -335,13 +420,15 @@ class VdpaNetDevice:
             self.reset()
         except VhostVdpaError as e:
             log.warning("%s could not be reset: %s", self.path, e)
-            self._stop_relay()
+            self._stop_serving()
 
     def check(self) -> None:
-        """Raise :class:`QueueBroken` if a shadow queue was given up."""
+        """Raise :class:`QueueBroken` if a shadow queue or the control queue was given up."""
         for shadow in self.shadows:
             if shadow.broken:
                 raise QueueBroken(f"{self.path} virtqueue {shadow.queue.index}: {shadow.broken}")
+        if self._control is not None and self._control.failed:
+            raise QueueBroken(f"{self.path} control queue: {self._control.failed}")
 
     def close(self) -> None:
         """Reset and close; the kernel drops every map. Twice is no error."""
@@ -351,6 +438,8 @@ class VdpaNetDevice:
         self.state = State.CLOSED
         for shadow in self.shadows:
             shadow.close()
+        if self._control is not None:
+            self._control.close()
         self.chardev.close()
         if self._rings is not None:
             self._rings.close()

@@ -20,7 +20,7 @@ from ..chardev import check_path
 from ..device import State, VdpaNetDevice
 from ..errors import MigrationFailed, MigrationRefused, VhostVdpaError
 from ..memory import DEFAULT_GPA, GuestMemory, check_available
-from ..net.nic import GuestNic
+from ..net.nic import GuestNic, NicOptions
 from ..net.traffic import Traffic
 from ..trace import Trace
 from ..uapi import ALL_BACKEND_FEATURES, BackendFeature, names
@@ -98,7 +98,7 @@ class _Migration:
         self._check_devices()
         self._memory_done, self._memory_told = 0, time.monotonic()
         self.memory = stack.enter_context(GuestMemory([(DEFAULT_GPA, options.memory)], self._allocated))
-        self.nic = GuestNic(self.memory, ring_size=options.ring_size, frame_size=options.frame_size)
+        self.nic = GuestNic(self.memory, NicOptions(ring_size=options.ring_size, frame_size=options.frame_size))
         stack.callback(self.nic.close)
         # devices must let go of the memory before it goes: a second close is none
         stack.callback(self.destination.close)

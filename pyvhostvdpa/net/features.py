@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import enum
 
+from .._cdefs import lib
 from ..errors import MissingFeature
 from ..uapi import names
 
@@ -59,11 +60,39 @@ SUPPORTED = REQUIRED | Feature.MAC | Feature.MTU | Feature.STATUS
 """What the guest of this package negotiates when the device offers it."""
 
 
-def negotiate(offered: int) -> Feature:
+CONTROL = (
+    Feature.CTRL_VQ
+    | Feature.CTRL_RX
+    | Feature.CTRL_RX_EXTRA
+    | Feature.CTRL_VLAN
+    | Feature.CTRL_MAC_ADDR
+    | Feature.CTRL_GUEST_OFFLOADS
+    | Feature.MQ
+    | Feature.RSS
+    | Feature.HASH_REPORT
+)
+"""What brings or needs a control queue."""
+
+RING = Feature.EVENT_IDX | Feature.INDIRECT_DESC
+"""What changes how a ring is used; both the guest's driver and the shadow virtqueue can do it."""
+
+
+def negotiate(offered: int, wanted: Feature = SUPPORTED) -> Feature:
     """Return what the guest takes of a device's features; :class:`MissingFeature` if too little is offered."""
     missing = REQUIRED & ~Feature(offered)
     if missing:
         raise MissingFeature(
             f"the device lacks {names(missing)}", hint="create it with these features: vdpa dev add … device_features"
         )
-    return Feature(offered) & SUPPORTED
+    taken = Feature(offered) & (wanted | REQUIRED)
+    return taken if Feature.CTRL_VQ in taken else taken & ~CONTROL
+
+
+def ring_bits(features: Feature) -> int:
+    """Return the C loops' ``SVQ_F_*`` for the ring features among ``features``."""
+    bits = 0
+    if Feature.EVENT_IDX in features:
+        bits |= lib.SVQ_F_EVENT_IDX
+    if Feature.INDIRECT_DESC in features:
+        bits |= lib.SVQ_F_INDIRECT
+    return bits

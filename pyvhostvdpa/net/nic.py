@@ -15,6 +15,8 @@ from .._cdefs import ffi, lib
 from ..memory import GuestMemory
 from ..virtqueue.driver import GuestArena, place_queue
 from ..virtqueue.layout import GuestQueue, map_queue
+from .control_driver import ControlDriver
+from .features import Feature, ring_bits
 
 BUFFER_SIZE = 2048
 """Bytes per frame buffer, virtio_net_hdr included."""
@@ -22,6 +24,24 @@ MIN_FRAME, MAX_FRAME = 60, BUFFER_SIZE - 12
 
 _BROADCAST = b"\xff" * 6
 _SOURCE = b"\x52\x54\x91\x76\x64\x01"
+
+
+@dataclass(frozen=True, slots=True)
+class NicOptions:
+    """How the guest's driver sets its NIC up.
+
+    ``chained`` sends each frame as two descriptors, header and frame, as
+    drivers without ``VIRTIO_F_ANY_LAYOUT`` do; with ``INDIRECT_DESC`` they
+    are in a table. ``control_index`` is the control queue's index, None for
+    a NIC without.
+    """
+
+    pairs: int = 1
+    ring_size: int = 256
+    frame_size: int = 256
+    chained: bool = True
+    features: Feature = Feature.VERSION_1
+    control_index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +74,8 @@ class NicPair:
     posted, so that a device which drops for want of a buffer has no reason to.
     """
 
-    def __init__(
-        self, memory: GuestMemory, arena: GuestArena, number: int, ring_size: int, frame_size: int, chained: bool
-    ) -> None:
+    def __init__(self, memory: GuestMemory, arena: GuestArena, number: int, options: NicOptions) -> None:
+        ring_size, frame_size = options.ring_size, options.frame_size
         if not MIN_FRAME <= frame_size <= MAX_FRAME:
             raise ValueError(f"frame size {frame_size} is not within {MIN_FRAME}..{MAX_FRAME}")
         self.rx = place_queue(arena, 2 * number, ring_size)
@@ -64,8 +83,9 @@ class NicPair:
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         buffers = ring_size * BUFFER_SIZE
         region = memory.regions[0]
-        # far apart, so that traffic proves the map's middle and end
-        rx_gpa = arena.take(buffers, at=region.gpa + region.size // 2)
+        # spread out, so that traffic proves the map's middle and end
+        spread = region.size // 2 // options.pairs
+        rx_gpa = arena.take(buffers, at=region.gpa + spread * (options.pairs + number))
         tx_gpa = arena.take(buffers)
         self._tx_free = ffi.new("uint16_t[]", ring_size)
         p: Any = ffi.new("struct nic_pair *")
@@ -73,7 +93,13 @@ class NicPair:
         for ring, queue in ((p.rx, self.rx), (p.tx, self.tx)):
             map_queue(ring, queue, memory)
         p.tx_free = self._tx_free
-        p.tx_descs = 2 if chained else 1
+        p.tx_descs = 2 if options.chained else 1
+        p.features = ring_bits(options.features)
+        if Feature.INDIRECT_DESC in options.features:
+            # one slot of the ring, two descriptors in its table
+            p.tx_descs = 1
+            p.tx_table_gpa = arena.take(32 * ring_size)
+            p.tx_tables = ffi.cast("struct vring_desc *", memory.hva(p.tx_table_gpa, 32 * ring_size))
         p.rx_gpa, p.tx_gpa = rx_gpa, tx_gpa
         p.rx_hva = ffi.cast("uint8_t *", memory.hva(rx_gpa, buffers))
         p.tx_hva = ffi.cast("uint8_t *", memory.hva(tx_gpa, buffers))
@@ -115,20 +141,19 @@ class NicPair:
 
 
 class GuestNic:
-    """All pairs of the guest's NIC.
+    """All pairs of the guest's NIC, and its control queue if it negotiated one."""
 
-    ``chained`` sends each frame as a chain of two descriptors, header and
-    frame, as drivers without ``VIRTIO_F_ANY_LAYOUT`` do.
-    """
-
-    def __init__(
-        self, memory: GuestMemory, pairs: int = 1, ring_size: int = 256, frame_size: int = 256, chained: bool = True
-    ) -> None:
+    def __init__(self, memory: GuestMemory, options: NicOptions | None = None) -> None:
+        options = options or NicOptions()
         self.memory = memory
+        self.options = options
         self.pairs: list[NicPair] = []
+        self.control: ControlDriver | None = None
         arena = GuestArena(memory)
-        for number in range(pairs):
-            self.pairs.append(NicPair(memory, arena, number, ring_size, frame_size, chained))
+        if options.control_index is not None:
+            self.control = ControlDriver(memory, arena, options.control_index)
+        for number in range(options.pairs):
+            self.pairs.append(NicPair(memory, arena, number, options))
 
     @property
     def queues(self) -> list[GuestQueue]:
@@ -144,3 +169,6 @@ class GuestNic:
         """Close what the NIC opened; the memory is its owner's."""
         while self.pairs:
             self.pairs.pop().close()
+        if self.control is not None:
+            self.control.close()
+            self.control = None

@@ -50,10 +50,11 @@ class ShadowVirtqueue:
 
     ``area`` is where the shadow ring lies in this process,
     :attr:`SplitLayout.size` bytes. The guest's ring is read on from its used
-    index.
+    index. ``features`` are the ring features negotiated on both
+    faces, as the C loops number them (``SVQ_F_*``).
     """
 
-    def __init__(self, queue: GuestQueue, memory: GuestMemory, area: int) -> None:
+    def __init__(self, queue: GuestQueue, memory: GuestMemory, area: int, features: int = 0) -> None:
         self.queue = queue
         layout = self.layout = SplitLayout(queue.num)
         self.kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -72,6 +73,7 @@ class ShadowVirtqueue:
         q.guest_kick, q.guest_call = queue.kick, queue.call
         q.device_kick, q.device_call = self.kick, self.call
         q.avail_gpa, q.used_gpa = queue.avail, queue.used
+        q.features = features
         lib.svq_start(q)
 
     @property

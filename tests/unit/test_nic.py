@@ -9,7 +9,7 @@ import pytest
 
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory
-from pyvhostvdpa.net.nic import GuestNic, NicPair
+from pyvhostvdpa.net.nic import GuestNic, NicOptions, NicPair
 
 
 class Loopback:
@@ -60,7 +60,7 @@ class Loopback:
 @pytest.fixture(params=[False, True], ids=["one descriptor", "chained"])
 def looped(request: pytest.FixtureRequest) -> Iterator[tuple[NicPair, Loopback]]:
     with GuestMemory([(DEFAULT_GPA, 4 << 20)]) as memory:
-        nic = GuestNic(memory, ring_size=16, frame_size=128, chained=request.param)
+        nic = GuestNic(memory, NicOptions(ring_size=16, frame_size=128, chained=request.param))
         yield nic.pairs[0], Loopback(memory, nic.pairs[0])
         nic.close()
 

@@ -34,7 +34,16 @@ class Kind:
         return project / self.source if self.source else None
 
 
-_SIM = dict.fromkeys(("use_va", "batch_mapping", "max_batch_mapping", "max_iotlb_entries"), "vdpa_sim")
+_SIM = dict.fromkeys(("use_va", "batch_mapping", "max_iotlb_entries"), "vdpa_sim")
+_HWSIM = dict.fromkeys(
+    (
+        *("nas", "single_group", "dma_map", "identity", "suspend", "resume", "enable_after_driver_ok", "desc_asid"),
+        *("persist", "clean_map", "vq_size", "ring_max", "doorbell_us", "base_avail", "inflight", "inflight_us"),
+        *("reorder", "resume_cvq", "indirect_in_data", "filter", "wire", "extra_features", "cost_profile"),
+        *("mem_scale", "heavy_min"),
+    ),
+    "vdpa_hwsim",
+)
 KINDS = {
     kind.name: kind
     for kind in (
@@ -47,6 +56,7 @@ KINDS = {
             frozenset({"device_features"}),
         ),
         Kind("vduse", ("vduse",), "vduse", {}, frozenset({"mac"}), has_mac=True, daemon="tools/vduse_net.py"),
+        Kind("vdpa_hwsim", ("vdpa_hwsim",), "vdpa_hwsim", _HWSIM, has_mac=True, source="tools/vdpa_hwsim"),
     )
 }
 

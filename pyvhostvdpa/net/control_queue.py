@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: MIT
+"""The shadowed control queue: the guest's commands go through us to the device.
+
+So the state they set is known and can be replayed after a reset. Commands
+are copied before they are looked at; the device answers by a deadline or the
+queue is given up. A few commands a minute: Python is fast enough here, the
+rings are C's.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import select
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from .._cdefs import ffi, lib
+from ..errors import QueueBroken
+from ..memory import PAGE_SIZE, GuestMemory
+from ..virtqueue.layout import GuestQueue, SplitLayout, fill_vring, map_queue
+from ..virtqueue.shadow import reason
+from .control import ERR, LARGEST_COMMAND, OK, BadCommand, Class, ControlModel
+
+log = logging.getLogger(__name__)
+
+GUEST_COMMAND_MAX = 1 << 16
+"""A guest's command longer than this is answered with ERR."""
+BUFFER_SIZE = PAGE_SIZE
+DEFAULT_DEADLINE = 1.0
+"""Seconds that the device may take for an answer."""
+
+
+class ControlFailed(QueueBroken):
+    """The device refused a command that it has to accept, or did not answer in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestControl:
+    """A guest's control queue and the state that its commands have set so far."""
+
+    queue: GuestQueue
+    model: ControlModel
+
+
+@dataclass(frozen=True, slots=True)
+class ControlArea:
+    """Where our side of the control queue lies: in this process and for the device.
+
+    Ring, then one page of commands, then one page of answers.
+    """
+
+    layout: SplitLayout
+    hva: int
+    iova: int
+
+    @property
+    def device_area(self) -> int:
+        """Offset of the used ring."""
+        return self.layout.driver_area
+
+    @property
+    def commands(self) -> int:
+        """Offset of the command buffer."""
+        return self.layout.size
+
+    @property
+    def answers(self) -> int:
+        """Offset of the answers."""
+        return self.layout.size + BUFFER_SIZE
+
+    @property
+    def size(self) -> int:
+        """Bytes of everything."""
+        return self.layout.size + 2 * BUFFER_SIZE
+
+
+class ControlQueue:
+    """Serves a guest's control queue and drives the device's."""
+
+    def __init__(
+        self, guest: GuestControl, memory: GuestMemory, area: ControlArea, deadline: float = DEFAULT_DEADLINE
+    ) -> None:
+        self.queue = guest.queue
+        self.model = guest.model
+        self.area = area
+        self.deadline = deadline
+        self.failed = ""
+        self.kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.call = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._memory = memory
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        g: Any = ffi.new("struct ctrl_guest *")
+        map_queue(g.ring, guest.queue, memory)
+        g.memory, g.used_gpa, g.call = memory.c_map, guest.queue.used, guest.queue.call
+        self._guest = g
+        d: Any = ffi.new("struct ctrl_driver *")
+        num = area.layout.num
+        fill_vring(d.ring, num, area.hva, area.hva + area.layout.avail_offset, area.hva + area.device_area)
+        d.kick, d.call = self.kick, self.call
+        self._driver = d
+        self._commands = ffi.buffer(ffi.cast("char *", area.hva + area.commands), BUFFER_SIZE)
+        self._answers = ffi.buffer(ffi.cast("char *", area.hva + area.answers), BUFFER_SIZE)
+        lib.ctrl_guest_start(g)
+        lib.ctrl_driver_start(d)
+
+    # -- the device's side -------------------------------------------------------
+
+    def replay(self) -> None:
+        """Bring the device, just started, to the guest's state; several commands in flight.
+
+        Raises :class:`ControlFailed` if it refuses one or does not answer.
+        """
+        waiting = self.model.replay()
+        while waiting:
+            count, used = 0, 0
+            while count < len(waiting) and used + len(waiting[count]) <= BUFFER_SIZE:
+                if count >= min(self.area.layout.num // 2, BUFFER_SIZE):
+                    break
+                used += len(waiting[count])
+                count += 1
+            self._exchange(waiting[:count])
+            del waiting[:count]
+
+    def _exchange(self, commands: list[bytes]) -> None:
+        answers = self._send(commands)
+        for data, answer in zip(commands, answers, strict=True):
+            if answer != OK:
+                raise ControlFailed(f"the device answered {answer} to control command class {data[0]} number {data[1]}")
+
+    def _send(self, commands: list[bytes]) -> bytes:
+        at = 0
+        for data in commands:
+            self._commands[at : at + len(data)] = data
+            slot = lib.ctrl_driver_add(
+                self._driver,
+                self.area.iova + self.area.commands + at,
+                len(data),
+                self.area.iova + self.area.answers + (self._driver.avail_idx % BUFFER_SIZE),
+            )
+            if slot < 0:
+                raise ControlFailed("the control queue is full of unanswered commands")
+            at += len(data)
+        first = (self._driver.avail_idx - len(commands)) & 0xFFFF
+        places = [(first + k) % BUFFER_SIZE for k in range(len(commands))]
+        for place in places:
+            self._answers[place : place + 1] = b"\xff"
+        lib.ctrl_driver_kick(self._driver)
+        left: int = lib.ctrl_driver_wait(self._driver, time.monotonic_ns() + int(self.deadline * 1e9))
+        if left < 0:
+            raise ControlFailed("the device used a control descriptor that it was not given")
+        if left:
+            raise ControlFailed(f"the device did not answer {left} control commands within {self.deadline} s")
+        return b"".join(self._answers[place : place + 1] for place in places)
+
+    # -- the guest's side --------------------------------------------------------
+
+    def start(self) -> None:
+        """Serve the guest in a thread of its own."""
+        self._thread = threading.Thread(target=self._serve, name="control-queue", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; a command that was not taken stays in the guest's ring."""
+        self._stopping = True
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
+        if self._thread is not None and self._thread.ident is not None:
+            self._thread.join()
+        self._thread = None
+
+    def close(self) -> None:
+        """Stop, and close the eventfds."""
+        self.stop()
+        for fd in (self.kick, self.call, self._wake):
+            if fd >= 0:
+                os.close(fd)
+        self.kick = self.call = self._wake = -1
+
+    def _serve(self) -> None:
+        poll = select.poll()
+        for fd in (self.queue.kick, self._wake):
+            poll.register(fd, select.POLLIN)
+        while not self._stopping:
+            self._serve_pending()
+            for fd, _ in poll.poll():
+                _clear(fd)
+
+    def _serve_pending(self) -> None:
+        buffer = ffi.new("uint8_t[]", GUEST_COMMAND_MAX)
+        while not self._stopping:
+            length: int = lib.ctrl_guest_take(self._guest, buffer, GUEST_COMMAND_MAX)
+            if self._guest.broken and not self.failed:
+                self.failed = reason(self._guest.broken)
+            if not length:
+                return
+            answer = ERR if length > GUEST_COMMAND_MAX else self.handle(bytes(ffi.buffer(buffer, length)))
+            lib.ctrl_guest_answer(self._guest, answer)
+
+    def handle(self, data: bytes) -> int:
+        """Carry out one command of the guest; what it is answered."""
+        if self.failed:
+            return ERR
+        wanted = copy.deepcopy(self.model)
+        try:
+            wanted.apply(data)
+            sent = wanted.for_device(data)
+            if len(sent) > max(LARGEST_COMMAND, 512):
+                return ERR
+            # announcing is ours: the device knows nothing of a migration
+            answer = OK if data[0] == Class.ANNOUNCE else self._send([sent])[0]
+        except BadCommand as e:
+            log.debug("guest's control command refused: %s", e)
+            return ERR
+        except ControlFailed as e:
+            self.failed = str(e)
+            log.warning("control queue given up: %s", e)
+            return ERR
+        if answer != OK:
+            return ERR
+        vars(self.model).update(vars(wanted))
+        return OK
+
+
+def _clear(fd: int) -> None:
+    try:
+        os.eventfd_read(fd)
+    except BlockingIOError:
+        # somebody else's read came first: nothing is lost, the ring is looked at
+        return

@@ -1,0 +1,510 @@
+/* SPDX-License-Identifier: (MIT OR GPL-2.0) */
+/*
+ * vdpa_hwsim: a vDPA network device without hardware, which behaves as
+ * mlx5_vdpa does where user space can tell the difference.
+ *
+ * Locking
+ * =======
+ *
+ * Outermost first; a lock may be taken while those above it are held, never
+ * the other way round.
+ *
+ * 1. vhost_dev.mutex, vdpa_device.cf_lock, the owner's mmap_lock (read): the
+ *    cores' own, held around our operations. mmap_lock is held over set_map()
+ *    and dma_map() when an IOTLB update comes outside of a batch, therefore
+ *    nothing below may fault in user memory.
+ *
+ * 2. hwsim_dev.ctl (mutex): one operation that changes the device at a time.
+ *    Held over the modelled cost as well, and by the control queue's worker
+ *    over one whole command, as mlx5_vdpa holds reslock. That makes suspend()
+ *    and reset() wait for a command under way.
+ *
+ * 3. hwsim_wire (rwsem, global): who is wired to whom. Read by a worker that
+ *    hands a frame to the other end, which therefore cannot go away.
+ *
+ * 4. hwsim_dev.dp (rwsem): the data path. Workers process descriptors with it
+ *    held for reading, one worker for each queue pair, hence on several CPUs
+ *    at a time. Whoever changes what a worker looks at (status, rings,
+ *    translations, filters) takes it for writing, and only for moments: a
+ *    modelled cost during which the device stands still is slept with
+ *    .frozen set, not with this lock held. Releasing it after a change is the
+ *    barrier: no worker acts on the former state from then on.
+ *    Never hold two devices' dp at once (a worker lets go of its own before it
+ *    delivers to the other end of the wire), else two writers could close a
+ *    circle between two devices wired to each other.
+ *
+ * 5. hwsim_vq.rx_lock (mutex): those who deliver into one receive queue. With
+ *    a wire that can be several of the other device's workers. Transmit queues
+ *    and the control queue are touched by their own worker only.
+ *
+ * 6. hwsim_dev.fault_lock (spinlock): the text about the latest fault.
+ *
+ * kick_vq() comes from within an eventfd wake-up, with interrupts off: it may
+ * only count and queue work. Virtqueue and config callbacks are called from
+ * workers only, because eventfd_signal() drops an event that is signalled from
+ * within an eventfd wake-up.
+ */
+#ifndef HWSIM_H
+#define HWSIM_H
+
+#include <linux/atomic.h>
+#include <linux/etherdevice.h>
+#include <linux/ktime.h>
+#include <linux/mutex.h>
+#include <linux/rwsem.h>
+#include <linux/spinlock.h>
+#include <linux/vdpa.h>
+#include <linux/vhost_iotlb.h>
+#include <linux/workqueue.h>
+#include <uapi/linux/virtio_config.h>
+#include <uapi/linux/virtio_net.h>
+#include <uapi/linux/virtio_ring.h>
+
+#define HWSIM_NAME		"vdpa_hwsim"
+#define HWSIM_MAX_PAIRS		16
+#define HWSIM_MAX_NAS		32
+#define HWSIM_MAX_RING		32768
+/* mlx5_vdpa: MLX5_VDPA_MAX_VQ_ENTRIES */
+#define HWSIM_DEF_RING		256
+/* Of one chain, or of the chains of one merged receive buffer; QEMU's limit is the same. */
+#define HWSIM_MAX_SEGS		1024
+#define HWSIM_MAX_MERGE		64
+#define HWSIM_MAX_INFLIGHT	256
+#define HWSIM_MAX_HELD		(HWSIM_MAX_INFLIGHT + HWSIM_MAX_MERGE)
+#define HWSIM_MAX_HDR		sizeof(struct virtio_net_hdr_v1_hash)
+#define HWSIM_MAX_FRAME		(65535 + ETH_HLEN + 8)
+/* More than any command needs: the longest is RSS with a full table and key. */
+#define HWSIM_MAX_CTRL		4096
+#define HWSIM_MAX_MACS		64
+#define HWSIM_RSS_TABLE		128
+#define HWSIM_RSS_KEY		40
+#define HWSIM_FAULT_TEXT	96
+
+/* Numbers as in mlx5_vdpa (mlx5_vdpa.h); the control queue's descriptors are in its own group. */
+enum hwsim_group {
+	HWSIM_GROUP_DATA,
+	HWSIM_GROUP_CVQ,
+	HWSIM_GROUP_DESC,
+	HWSIM_NGROUPS,
+};
+
+enum hwsim_vq_counter {
+	HWSIM_VQ_KICKS,
+	HWSIM_VQ_CALLS,
+	HWSIM_VQ_CHAINS,
+	HWSIM_VQ_PACKETS,
+	HWSIM_VQ_BYTES,
+	HWSIM_VQ_ERRORS,
+	HWSIM_VQ_OVERRUNS,
+	HWSIM_VQ_FILTERED,
+	HWSIM_VQ_DOWN,
+	HWSIM_VQ_NCOUNTERS,
+};
+
+enum hwsim_op_id {
+	HWSIM_OP_SET_MAP,
+	HWSIM_OP_SET_MAP_HEAVY,
+	HWSIM_OP_DMA_MAP,
+	HWSIM_OP_DMA_UNMAP,
+	HWSIM_OP_RESET_MAP,
+	HWSIM_OP_GROUP_ASID,
+	HWSIM_OP_DRIVER_OK,
+	HWSIM_OP_SUSPEND,
+	HWSIM_OP_RESUME,
+	HWSIM_OP_RESET,
+	HWSIM_OP_RESET_CLEAN,
+	HWSIM_OP_VQ_CREATE,
+	HWSIM_OP_VQ_DESTROY,
+	HWSIM_OP_CVQ,
+	HWSIM_OP_CVQ_REFUSED,
+	HWSIM_NOPS,
+};
+
+enum hwsim_counter {
+	HWSIM_MAP_ENTRIES,
+	HWSIM_MAP_PAGES,
+	HWSIM_UNMAP_PAGES,
+	HWSIM_FAULTS,
+	HWSIM_CONFIG_CALLS,
+	HWSIM_NCOUNTERS,
+};
+
+enum hwsim_cost {
+	HWSIM_COST_SET_MAP,
+	HWSIM_COST_SET_MAP_ENTRY,
+	HWSIM_COST_SET_MAP_GIB,
+	HWSIM_COST_SET_MAP_HOLE_GIB,
+	HWSIM_COST_MAP_GIB,
+	HWSIM_COST_UNMAP_GIB,
+	HWSIM_COST_VQ_CREATE,
+	HWSIM_COST_VQ_DESTROY,
+	HWSIM_COST_SUSPEND,
+	HWSIM_COST_SUSPEND_VQ,
+	HWSIM_COST_RESUME,
+	HWSIM_COST_RESUME_VQ,
+	HWSIM_COST_RESET,
+	HWSIM_COST_CVQ,
+	HWSIM_NCOSTS,
+};
+
+/* Countdowns: n hits the n-th event from now, 0 never. */
+enum hwsim_fail {
+	HWSIM_FAIL_SET_MAP,
+	HWSIM_FAIL_SUSPEND,
+	HWSIM_FAIL_RESUME,
+	HWSIM_FAIL_VQ_CREATE,
+	HWSIM_FAIL_USED_ID,
+	HWSIM_FAIL_USED_LEN,
+	HWSIM_NFAILS,
+};
+
+/* Switches: true as long as they are on. A lie is a feature offered but broken. */
+enum hwsim_flaw {
+	HWSIM_FLAW_STALL,
+	HWSIM_FLAW_CVQ_MUTE,
+	HWSIM_LIE_PERSIST,
+	HWSIM_LIE_SUSPEND,
+	HWSIM_LIE_RESUME,
+	HWSIM_LIE_DESC_ASID,
+	HWSIM_LIE_ENABLE,
+	HWSIM_NFLAWS,
+};
+
+/* How a device is made; a copy of the module parameters as they were at dev_add(). */
+struct hwsim_options {
+	unsigned int nas;
+	unsigned int ring_max;
+	unsigned int inflight;
+	unsigned int inflight_us;
+	unsigned int mem_scale;
+	unsigned int doorbell_us;
+	unsigned long heavy_min;
+	bool single_group;
+	bool dma_map;
+	bool identity;
+	bool suspend, resume, enable_after_driver_ok, desc_asid, persist;
+	bool clean_map;
+	bool vq_size;
+	bool base_avail;
+	bool reorder;
+	bool resume_cvq;
+	bool indirect_in_data;
+	bool filter;
+	bool wire;
+};
+
+struct hwsim_as {
+	struct vhost_iotlb *map;
+	/*
+	 * Bytes in the tree of the latest set_map(). A reset does not touch
+	 * vhost-vdpa's tree and its pinned pages, so it does not touch this.
+	 */
+	u64 given;
+};
+
+struct hwsim_seg {
+	u64 addr;
+	u32 len;
+	bool write;
+};
+
+/* The buffers of one descriptor chain, or of several that receive one frame. */
+struct hwsim_chain {
+	unsigned int nsegs;
+	u64 out;
+	u64 in;
+};
+
+struct hwsim_vq {
+	struct mutex rx_lock;	/* see Locking, 5 */
+	u16 index;
+	bool ready;
+	bool signalled;		/* at least once since the queue was set up */
+	u16 next_avail;		/* the next head to fetch */
+	u16 next_used;		/* the next used element to write */
+	u16 signalled_used;
+	u16 nheld;
+	u32 num;
+	u64 desc, avail, used;
+	u16 held[HWSIM_MAX_HELD];	/* fetched, without effect yet; oldest first */
+	struct hwsim_seg *segs;
+	struct vdpa_callback cb;
+	u32 *doorbell;
+	atomic64_t counter[HWSIM_VQ_NCOUNTERS];
+};
+
+struct hwsim_pair {
+	struct hwsim_dev *dev;
+	u16 index;
+	bool release;		/* forward what is held back, too */
+	struct work_struct work;
+	struct delayed_work release_work;
+	u8 *buf;		/* one frame and its header */
+	u8 *seg;		/* a part of it, made a frame of its own */
+};
+
+struct hwsim_op_counter {
+	atomic64_t count, errors, time_ns, charged_ns;
+};
+
+struct hwsim_rss {
+	u32 hash_types;
+	u16 table_len;
+	u16 unclassified;
+	u16 max_tx_vq;
+	u8 key_len;
+	u16 table[HWSIM_RSS_TABLE];
+	u8 key[HWSIM_RSS_KEY];
+};
+
+/* What the control queue has set. */
+struct hwsim_ctrl {
+	bool promisc, allmulti, alluni, nomulti, nouni, nobcast;
+	u16 pairs;
+	u32 nuni, nmulti;	/* more than HWSIM_MAX_MACS means all of them */
+	u8 uni[HWSIM_MAX_MACS][ETH_ALEN];
+	u8 multi[HWSIM_MAX_MACS][ETH_ALEN];
+	u64 offloads;
+	struct hwsim_rss rss;
+	DECLARE_BITMAP(vlans, 4096);
+};
+
+struct hwsim_dev {
+	struct vdpa_device vdpa;
+	struct vdpa_config_ops ops;
+	struct hwsim_options opt;
+	struct list_head node;
+	struct workqueue_struct *wq;
+	struct mutex ctl;		/* see Locking, 2 */
+	struct rw_semaphore dp;		/* see Locking, 4 */
+
+	u64 features, driver_features;
+	u32 generation;
+	u16 npairs;
+	u16 cvq_index;
+	u8 status;
+	bool suspended;
+	bool frozen;
+	bool vqs_created, vqs_used;
+	unsigned long needs_reset;	/* bit 0 */
+	struct vdpa_callback config_cb;
+	struct virtio_net_config config;
+	struct hwsim_ctrl ctrl;
+	unsigned int asid[HWSIM_NGROUPS];
+	struct hwsim_as *as;
+	struct hwsim_vq *vqs;
+	struct hwsim_pair *pairs;
+	struct work_struct cvq_work;
+	struct work_struct doorbell_work;
+	u8 *cvq_buf;
+
+	bool wired;
+	struct hwsim_dev *peer;
+
+	const struct hwsim_profile *profile;
+	u64 cost[HWSIM_NCOSTS];
+	bool precreate, map_rebuilds_vqs;
+	atomic_t fail[HWSIM_NFAILS];
+	bool flaw[HWSIM_NFLAWS];
+
+	struct hwsim_op_counter op[HWSIM_NOPS];
+	atomic64_t counter[HWSIM_NCOUNTERS];
+	spinlock_t fault_lock;		/* .fault */
+	char fault[HWSIM_FAULT_TEXT];
+	struct dentry *debugfs;
+};
+
+static inline struct hwsim_dev *hwsim_from(struct vdpa_device *vdpa)
+{
+	return container_of(vdpa, struct hwsim_dev, vdpa);
+}
+
+static inline bool hwsim_has(const struct hwsim_dev *dev, unsigned int feature)
+{
+	return dev->driver_features & BIT_ULL(feature);
+}
+
+static inline struct hwsim_vq *hwsim_rx(struct hwsim_dev *dev, unsigned int pair)
+{
+	return &dev->vqs[2 * pair];
+}
+
+static inline struct hwsim_vq *hwsim_tx(struct hwsim_dev *dev, unsigned int pair)
+{
+	return &dev->vqs[2 * pair + 1];
+}
+
+static inline bool hwsim_is_cvq(const struct hwsim_dev *dev, u16 index)
+{
+	return index == READ_ONCE(dev->cvq_index);
+}
+
+/* Whether descriptors are processed now; dp held. */
+static inline bool hwsim_live(const struct hwsim_dev *dev)
+{
+	return (dev->status & VIRTIO_CONFIG_S_DRIVER_OK) && !dev->suspended &&
+	       !dev->frozen && !test_bit(0, &dev->needs_reset);
+}
+
+static inline void hwsim_count(struct hwsim_dev *dev, enum hwsim_counter which, u64 n)
+{
+	atomic64_add(n, &dev->counter[which]);
+}
+
+static inline void hwsim_vq_count(struct hwsim_vq *vq, enum hwsim_vq_counter which, u64 n)
+{
+	atomic64_add(n, &vq->counter[which]);
+}
+
+static inline bool hwsim_fail(struct hwsim_dev *dev, enum hwsim_fail which)
+{
+	return atomic_dec_if_positive(&dev->fail[which]) == 0;
+}
+
+static inline bool hwsim_flawed(const struct hwsim_dev *dev, enum hwsim_flaw which)
+{
+	return READ_ONCE(dev->flaw[which]);
+}
+
+/* main.c */
+void hwsim_free(struct vdpa_device *vdpa);
+
+/* ops.c */
+extern const struct vdpa_config_ops hwsim_ops;
+void hwsim_freeze(struct hwsim_dev *dev, bool frozen);
+void hwsim_kick_all(struct hwsim_dev *dev);
+void hwsim_config_changed(struct hwsim_dev *dev);
+void hwsim_update_cvq_index(struct hwsim_dev *dev);
+
+/* vq.c */
+int hwsim_set_vq_address(struct vdpa_device *vdpa, u16 index, u64 desc, u64 driver, u64 device);
+void hwsim_set_vq_num(struct vdpa_device *vdpa, u16 index, u32 num);
+void hwsim_kick_vq(struct vdpa_device *vdpa, u16 index);
+void hwsim_set_vq_cb(struct vdpa_device *vdpa, u16 index, struct vdpa_callback *cb);
+void hwsim_set_vq_ready(struct vdpa_device *vdpa, u16 index, bool ready);
+bool hwsim_get_vq_ready(struct vdpa_device *vdpa, u16 index);
+int hwsim_set_vq_state(struct vdpa_device *vdpa, u16 index, const struct vdpa_vq_state *state);
+int hwsim_get_vq_state(struct vdpa_device *vdpa, u16 index, struct vdpa_vq_state *state);
+u16 hwsim_get_vq_size(struct vdpa_device *vdpa, u16 index);
+u32 hwsim_get_vq_align(struct vdpa_device *vdpa);
+u32 hwsim_get_vq_group(struct vdpa_device *vdpa, u16 index);
+u32 hwsim_get_vq_desc_group(struct vdpa_device *vdpa, u16 index);
+int hwsim_set_group_asid(struct vdpa_device *vdpa, unsigned int group, unsigned int asid);
+struct vdpa_notification_area hwsim_get_vq_notification(struct vdpa_device *vdpa, u16 index);
+void hwsim_doorbell_work(struct work_struct *work);
+int hwsim_vqs_init(struct hwsim_dev *dev);
+void hwsim_vqs_free(struct hwsim_dev *dev);
+void hwsim_reset_vq(struct hwsim_dev *dev, struct hwsim_vq *vq);
+
+/* map.c */
+int hwsim_as_init(struct hwsim_dev *dev);
+void hwsim_as_free(struct hwsim_dev *dev);
+void hwsim_as_clean(struct hwsim_dev *dev);
+void hwsim_as_forget(struct hwsim_dev *dev);
+int hwsim_set_map(struct vdpa_device *vdpa, unsigned int asid, struct vhost_iotlb *iotlb);
+int hwsim_dma_map(struct vdpa_device *vdpa, unsigned int asid, u64 iova, u64 size,
+		  u64 pa, u32 perm, void *opaque);
+int hwsim_dma_unmap(struct vdpa_device *vdpa, unsigned int asid, u64 iova, u64 size);
+int hwsim_reset_map(struct vdpa_device *vdpa, unsigned int asid);
+int hwsim_copy(struct hwsim_dev *dev, unsigned int asid, u64 iova, void *buf, size_t len,
+	       bool write);
+int hwsim_read16(struct hwsim_dev *dev, unsigned int asid, u64 iova, u16 *value);
+int hwsim_write16(struct hwsim_dev *dev, unsigned int asid, u64 iova, u16 value);
+
+/* ring.c */
+void hwsim_fault(struct hwsim_dev *dev, const struct hwsim_vq *vq, const char *what);
+int hwsim_vq_fetch(struct hwsim_dev *dev, struct hwsim_vq *vq, unsigned int want);
+u16 hwsim_vq_take(struct hwsim_dev *dev, struct hwsim_vq *vq);
+void hwsim_vq_put_back(struct hwsim_vq *vq, const u16 *heads, unsigned int n);
+int hwsim_chain_add(struct hwsim_dev *dev, struct hwsim_vq *vq, u16 head,
+		    struct hwsim_chain *chain);
+int hwsim_chain_read(struct hwsim_dev *dev, struct hwsim_vq *vq,
+		     const struct hwsim_chain *chain, void *buf, size_t len);
+int hwsim_chain_write(struct hwsim_dev *dev, struct hwsim_vq *vq,
+		      const struct hwsim_chain *chain, u64 offset, const void *buf, size_t len);
+int hwsim_vq_complete(struct hwsim_dev *dev, struct hwsim_vq *vq, u16 head, u32 len);
+int hwsim_vq_publish(struct hwsim_dev *dev, struct hwsim_vq *vq);
+void hwsim_vq_signal(struct hwsim_dev *dev, struct hwsim_vq *vq);
+
+/* net.c */
+int hwsim_net_init(struct hwsim_dev *dev);
+void hwsim_net_free(struct hwsim_dev *dev);
+size_t hwsim_hdr_len(const struct hwsim_dev *dev);
+void hwsim_receive(struct hwsim_dev *dev, unsigned int pair, const void *frame, size_t len,
+		   bool csum_ok, const struct hwsim_vq *own);
+
+/* rss.c */
+struct hwsim_hash {
+	u32 value;
+	u16 type;		/* VIRTIO_NET_HASH_REPORT_* */
+};
+
+struct hwsim_hash hwsim_hash(const struct hwsim_dev *dev, const void *frame, size_t len);
+unsigned int hwsim_steer(const struct hwsim_dev *dev, unsigned int pair,
+			 const struct hwsim_hash *hash);
+
+/* tso.c */
+struct hwsim_tso {
+	size_t l3, l4, headers, payload;	/* where they begin; lengths */
+	u16 size;
+	bool v6;
+	unsigned int segs;
+};
+
+bool hwsim_tso_parse(const struct hwsim_dev *dev, const struct virtio_net_hdr *hdr,
+		     const u8 *frame, size_t len, struct hwsim_tso *tso);
+size_t hwsim_tso_segment(const struct hwsim_tso *tso, const u8 *frame, unsigned int i, u8 *out);
+
+/* wire.c */
+void hwsim_wire_add(struct hwsim_dev *dev);
+void hwsim_wire_del(struct hwsim_dev *dev);
+int hwsim_wire_connect(struct hwsim_dev *dev, const char *name);
+void hwsim_wire_show(struct hwsim_dev *dev, char *buf, size_t len);
+bool hwsim_wire_send(struct hwsim_dev *dev, unsigned int pair, const void *frame, size_t len,
+		     bool csum_ok);
+
+/* ctrl.c */
+void hwsim_ctrl_reset(struct hwsim_dev *dev);
+void hwsim_cvq_work(struct work_struct *work);
+bool hwsim_accepts(const struct hwsim_dev *dev, const void *frame, size_t len);
+
+/* cost.c */
+struct hwsim_op {
+	struct hwsim_dev *dev;
+	enum hwsim_op_id id;
+	u64 charged;
+	ktime_t start;
+};
+
+struct hwsim_map_cost {
+	u64 pin, build, swap;
+	bool heavy;
+};
+
+int hwsim_cost_set_profile(struct hwsim_dev *dev, const char *profile);
+const char *hwsim_cost_profile(const struct hwsim_dev *dev);
+void hwsim_op_begin(struct hwsim_op *op, struct hwsim_dev *dev, enum hwsim_op_id id);
+void hwsim_op_charge(struct hwsim_op *op, u64 ns);
+void hwsim_op_end(struct hwsim_op *op, int err);
+u64 hwsim_cost_bytes(const struct hwsim_dev *dev, enum hwsim_cost per_gib, u64 bytes);
+void hwsim_cost_set_map(struct hwsim_dev *dev, struct hwsim_as *as,
+			struct vhost_iotlb *tree, struct hwsim_map_cost *cost);
+int hwsim_cost_create_vqs(struct hwsim_dev *dev);
+void hwsim_cost_destroy_vqs(struct hwsim_dev *dev);
+u64 hwsim_cost_vqs(const struct hwsim_dev *dev, enum hwsim_cost base, enum hwsim_cost per_vq);
+
+/* stats.c */
+extern const char * const hwsim_op_names[HWSIM_NOPS];
+extern const char * const hwsim_vq_counter_names[HWSIM_VQ_NCOUNTERS];
+extern const char * const hwsim_counter_names[HWSIM_NCOUNTERS];
+void hwsim_stats_reset(struct hwsim_dev *dev);
+int hwsim_vendor_vq_stats(struct vdpa_device *vdpa, u16 index, struct sk_buff *msg,
+			  struct netlink_ext_ack *extack);
+
+/* debugfs.c */
+void hwsim_debugfs_init(void);
+void hwsim_debugfs_exit(void);
+void hwsim_debugfs_add(struct hwsim_dev *dev);
+void hwsim_debugfs_del(struct hwsim_dev *dev);
+
+#endif /* HWSIM_H */

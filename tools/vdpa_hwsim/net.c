@@ -1,0 +1,408 @@
+// SPDX-License-Identifier: (MIT OR GPL-2.0)
+/*
+ * The data path: frames from transmit queues to receive queues.
+ *
+ * One work item for each pair. The workqueue never runs an item twice at the
+ * same time, which makes it the only one to touch the pair's transmit queue, and
+ * being unbound it spreads the pairs over the CPUs.
+ *
+ * A looped back frame is taken, delivered and completed under one hold of dp: a
+ * suspend comes before or after all of it. A frame for the wire is completed
+ * first and delivered afterwards, without our dp: it has left the device.
+ */
+#include <linux/mm.h>
+#include <linux/slab.h>
+#include <linux/unaligned.h>
+#include <net/checksum.h>
+
+#include "hwsim.h"
+
+/* Frames before a worker makes room for those who wait for dp. */
+#define HWSIM_BURST	64
+
+/* What leads a frame in both directions; with VERSION_1 always the long form. */
+size_t hwsim_hdr_len(const struct hwsim_dev *dev)
+{
+	if (hwsim_has(dev, VIRTIO_NET_F_HASH_REPORT))
+		return sizeof(struct virtio_net_hdr_v1_hash);
+	if (hwsim_has(dev, VIRTIO_F_VERSION_1) || hwsim_has(dev, VIRTIO_NET_F_MRG_RXBUF))
+		return sizeof(struct virtio_net_hdr_v1);
+	return sizeof(struct virtio_net_hdr);
+}
+
+static size_t max_frame(const struct hwsim_dev *dev)
+{
+	size_t mtu = le16_to_cpu((__force __le16)dev->config.mtu);
+
+	/* Room for a tag and one more, as Linux NICs have it. */
+	return mtu + ETH_HLEN + 2 * 4;
+}
+
+/* Buffers collected for one frame; more than one only with MRG_RXBUF. */
+struct rx_bufs {
+	struct hwsim_chain chain;
+	unsigned int n;
+	u16 head[HWSIM_MAX_MERGE];
+	u32 size[HWSIM_MAX_MERGE];
+};
+
+static int collect_bufs(struct hwsim_dev *dev, struct hwsim_vq *rx, size_t need,
+			struct rx_bufs *bufs)
+{
+	unsigned int max = hwsim_has(dev, VIRTIO_NET_F_MRG_RXBUF) ? HWSIM_MAX_MERGE : 1;
+
+	bufs->n = 0;
+	bufs->chain = (struct hwsim_chain){};
+	while (bufs->chain.in < need && bufs->n < max) {
+		u64 before = bufs->chain.in;
+		int ret;
+
+		ret = hwsim_vq_fetch(dev, rx, dev->opt.inflight + 1);
+		if (ret <= 0)
+			return ret ? ret : -ENOBUFS;
+		bufs->head[bufs->n] = hwsim_vq_take(dev, rx);
+		ret = hwsim_chain_add(dev, rx, bufs->head[bufs->n++], &bufs->chain);
+		if (ret)
+			return ret;
+		bufs->size[bufs->n - 1] = min_t(u64, bufs->chain.in - before, U32_MAX);
+	}
+	return bufs->chain.in < need ? -EMSGSIZE : 0;
+}
+
+/* A frame on its way to a receive queue. */
+struct arrival {
+	const void *frame;
+	size_t len;
+	bool csum_ok;
+	struct hwsim_hash hash;
+};
+
+/* The hash's fields have other names in other kernels, but always this place. */
+static void fill_hdr(struct hwsim_dev *dev, const struct arrival *arrival, unsigned int bufs,
+		     u8 *buf)
+{
+	struct virtio_net_hdr_v1 *hdr = (struct virtio_net_hdr_v1 *)buf;
+
+	memset(buf, 0, HWSIM_MAX_HDR);
+	hdr->num_buffers = (__force __virtio16)cpu_to_le16(bufs);
+	if (arrival->csum_ok && (dev->ctrl.offloads & BIT_ULL(VIRTIO_NET_F_GUEST_CSUM)))
+		hdr->flags = VIRTIO_NET_HDR_F_DATA_VALID;
+	put_unaligned_le32(arrival->hash.value, buf + sizeof(*hdr));
+	put_unaligned_le16(arrival->hash.type, buf + sizeof(*hdr) + sizeof(u32));
+}
+
+static int fill_bufs(struct hwsim_dev *dev, struct hwsim_vq *rx, struct rx_bufs *bufs,
+		     const struct arrival *arrival)
+{
+	u8 hdr[HWSIM_MAX_HDR] __aligned(8);
+	size_t hdr_len = hwsim_hdr_len(dev);
+	size_t left = hdr_len + arrival->len;
+	unsigned int i;
+	int ret;
+
+	fill_hdr(dev, arrival, bufs->n, hdr);
+	ret = hwsim_chain_write(dev, rx, &bufs->chain, 0, hdr, hdr_len);
+	if (!ret)
+		ret = hwsim_chain_write(dev, rx, &bufs->chain, hdr_len, arrival->frame,
+					arrival->len);
+	for (i = 0; !ret && i < bufs->n; i++) {
+		u32 used = min_t(size_t, left, bufs->size[i]);
+
+		ret = hwsim_vq_complete(dev, rx, bufs->head[i], used);
+		left -= used;
+	}
+	return ret ? ret : hwsim_vq_publish(dev, rx);
+}
+
+static int receive_locked(struct hwsim_dev *dev, struct hwsim_vq *rx,
+			  const struct arrival *arrival)
+{
+	struct rx_bufs bufs;
+	int ret;
+
+	ret = collect_bufs(dev, rx, hwsim_hdr_len(dev) + arrival->len, &bufs);
+	if (ret) {
+		/* Nothing was written to them: they wait for the next frame. */
+		hwsim_vq_put_back(rx, bufs.head, bufs.n);
+		hwsim_vq_count(rx, ret == -ENOBUFS ? HWSIM_VQ_OVERRUNS : HWSIM_VQ_ERRORS, 1);
+		return ret;
+	}
+	ret = fill_bufs(dev, rx, &bufs, arrival);
+	if (ret) {
+		hwsim_vq_count(rx, HWSIM_VQ_ERRORS, 1);
+		return ret;
+	}
+	hwsim_vq_count(rx, HWSIM_VQ_PACKETS, 1);
+	hwsim_vq_count(rx, HWSIM_VQ_BYTES, arrival->len);
+	return 0;
+}
+
+/*
+ * A frame arrives; dp held. The sender does not care what becomes of it, but
+ * whether it has to interrupt for receive queue @own itself, at the end of its
+ * burst; for other queues that is done here.
+ */
+void hwsim_receive(struct hwsim_dev *dev, unsigned int pair, const void *frame, size_t len,
+		   bool csum_ok, const struct hwsim_vq *own)
+{
+	struct arrival arrival = { .frame = frame, .len = len, .csum_ok = csum_ok };
+	struct hwsim_vq *rx;
+
+	arrival.hash = hwsim_hash(dev, frame, len);
+	rx = hwsim_rx(dev, hwsim_steer(dev, pair, &arrival.hash));
+	if (!hwsim_live(dev) || !rx->ready || hwsim_flawed(dev, HWSIM_FLAW_STALL)) {
+		hwsim_vq_count(rx, HWSIM_VQ_DOWN, 1);
+		return;
+	}
+	if (dev->opt.filter && !hwsim_accepts(dev, frame, len)) {
+		hwsim_vq_count(rx, HWSIM_VQ_FILTERED, 1);
+		return;
+	}
+	mutex_lock(&rx->rx_lock);
+	if (!receive_locked(dev, rx, &arrival) && rx != own)
+		hwsim_vq_signal(dev, rx);
+	mutex_unlock(&rx->rx_lock);
+}
+
+/* Do what the driver left to us with NEEDS_CSUM (virtio 1.3, 5.1.6.2). */
+static bool checksum(u8 *frame, size_t len, const struct virtio_net_hdr *hdr)
+{
+	size_t start = le16_to_cpu((__force __le16)hdr->csum_start);
+	size_t field = start + le16_to_cpu((__force __le16)hdr->csum_offset);
+	__sum16 sum;
+
+	if (start >= len || field + sizeof(sum) > len)
+		return false;
+	sum = csum_fold(csum_partial(frame + start, len - start, 0)) ?: CSUM_MANGLED_0;
+	memcpy(frame + field, &sum, sizeof(sum));
+	return true;
+}
+
+/* A frame on its way from a transmit queue; with .tso.segs it is several. */
+struct departure {
+	u8 *frame;
+	size_t len;
+	bool csum_ok;
+	struct hwsim_tso tso;
+};
+
+/* Whether a NIC would send that. */
+static bool check_frame(struct hwsim_dev *dev, const struct virtio_net_hdr *hdr,
+			struct departure *dep)
+{
+	dep->csum_ok = hdr->flags & VIRTIO_NET_HDR_F_NEEDS_CSUM;
+	if (hdr->gso_type != VIRTIO_NET_HDR_GSO_NONE)
+		return hwsim_tso_parse(dev, hdr, dep->frame, dep->len, &dep->tso) &&
+		       dep->tso.headers + dep->tso.size <= max_frame(dev);
+	if (dep->len > max_frame(dev))
+		return false;
+	return !dep->csum_ok ||
+	       (hwsim_has(dev, VIRTIO_NET_F_CSUM) && checksum(dep->frame, dep->len, hdr));
+}
+
+/*
+ * Read the frame of @head into the pair's buffer. Returns 1, 0 if it is one that
+ * no NIC would send, or an error after hwsim_fault().
+ */
+static int read_frame(struct hwsim_pair *pair, struct hwsim_vq *tx, u16 head,
+		      struct departure *dep)
+{
+	struct hwsim_dev *dev = pair->dev;
+	size_t hdr_len = hwsim_hdr_len(dev);
+	struct hwsim_chain chain = {};
+	int ret;
+
+	ret = hwsim_chain_add(dev, tx, head, &chain);
+	if (ret)
+		return ret;
+	if (chain.out < hdr_len + ETH_HLEN || chain.out > hdr_len + HWSIM_MAX_FRAME)
+		return 0;
+	ret = hwsim_chain_read(dev, tx, &chain, pair->buf, chain.out);
+	if (ret)
+		return ret;
+
+	*dep = (struct departure){ .frame = pair->buf + hdr_len, .len = chain.out - hdr_len };
+	return check_frame(dev, (struct virtio_net_hdr *)pair->buf, dep);
+}
+
+static int finish(struct hwsim_dev *dev, struct hwsim_vq *tx, u16 head)
+{
+	int ret = hwsim_vq_complete(dev, tx, head, 0);
+
+	return ret ? ret : hwsim_vq_publish(dev, tx);
+}
+
+static bool pair_live(const struct hwsim_pair *pair)
+{
+	struct hwsim_dev *dev = pair->dev;
+
+	return hwsim_live(dev) && pair->index < dev->ctrl.pairs &&
+	       hwsim_tx(dev, pair->index)->ready && !hwsim_flawed(dev, HWSIM_FLAW_STALL);
+}
+
+/* dp held, but not if there is a wire. */
+static void emit(struct hwsim_pair *pair, const void *frame, size_t len, bool csum_ok, bool wired)
+{
+	struct hwsim_dev *dev = pair->dev;
+
+	if (!wired)
+		hwsim_receive(dev, pair->index, frame, len, csum_ok, hwsim_rx(dev, pair->index));
+	else if (!hwsim_wire_send(dev, pair->index, frame, len, csum_ok))
+		hwsim_vq_count(hwsim_tx(dev, pair->index), HWSIM_VQ_DOWN, 1);
+}
+
+static void emit_all(struct hwsim_pair *pair, const struct departure *dep, bool wired)
+{
+	unsigned int i;
+
+	if (!dep->tso.segs)
+		emit(pair, dep->frame, dep->len, dep->csum_ok, wired);
+	for (i = 0; i < dep->tso.segs; i++) {
+		size_t len = hwsim_tso_segment(&dep->tso, dep->frame, i, pair->seg);
+
+		emit(pair, pair->seg, len, true, wired);
+	}
+}
+
+/* dp held, but let go of for a moment if there is a wire. */
+static int deliver(struct hwsim_pair *pair, struct hwsim_vq *tx, u16 head,
+		   const struct departure *dep)
+{
+	struct hwsim_dev *dev = pair->dev;
+	int ret;
+
+	if (!READ_ONCE(dev->wired)) {
+		emit_all(pair, dep, false);
+		/* If that stopped the device, the frame was not sent. */
+		return hwsim_live(dev) ? finish(dev, tx, head) : -EIO;
+	}
+	ret = finish(dev, tx, head);
+	if (ret)
+		return ret;
+	up_read(&dev->dp);
+	emit_all(pair, dep, true);
+	down_read(&dev->dp);
+	return 0;
+}
+
+/* Send one frame. Returns 1, 0 if there is none (that may be sent now), or an error. */
+static int send_one(struct hwsim_pair *pair, bool release)
+{
+	struct hwsim_dev *dev = pair->dev;
+	struct hwsim_vq *tx = hwsim_tx(dev, pair->index);
+	unsigned int hold = release ? 0 : dev->opt.inflight;
+	struct departure dep;
+	int ret;
+	u16 head;
+
+	if (!pair_live(pair))
+		return 0;
+	ret = hwsim_vq_fetch(dev, tx, hold + 1);
+	if (ret < 0)
+		return ret;
+	if (ret <= hold)
+		return 0;
+	head = hwsim_vq_take(dev, tx);
+	ret = read_frame(pair, tx, head, &dep);
+	if (ret > 0) {
+		hwsim_vq_count(tx, HWSIM_VQ_PACKETS, dep.tso.segs ?: 1);
+		hwsim_vq_count(tx, HWSIM_VQ_BYTES, dep.len);
+		ret = deliver(pair, tx, head, &dep);
+	} else {
+		hwsim_vq_count(tx, HWSIM_VQ_ERRORS, 1);
+		ret = ret ? ret : finish(dev, tx, head);
+	}
+	return ret ? ret : 1;
+}
+
+static void signal_pair(struct hwsim_pair *pair)
+{
+	struct hwsim_dev *dev = pair->dev;
+	struct hwsim_vq *rx = hwsim_rx(dev, pair->index);
+
+	if (!hwsim_live(dev))
+		return;
+	hwsim_vq_signal(dev, hwsim_tx(dev, pair->index));
+	mutex_lock(&rx->rx_lock);
+	hwsim_vq_signal(dev, rx);
+	mutex_unlock(&rx->rx_lock);
+}
+
+static void pair_work(struct work_struct *work)
+{
+	struct hwsim_pair *pair = container_of(work, struct hwsim_pair, work);
+	struct hwsim_dev *dev = pair->dev;
+	bool release = xchg(&pair->release, false);
+	unsigned int sent = 0;
+	bool held;
+
+	down_read(&dev->dp);
+	while (sent < HWSIM_BURST && send_one(pair, release) > 0)
+		sent++;
+	signal_pair(pair);
+	held = pair_live(pair) && hwsim_tx(dev, pair->index)->nheld;
+	up_read(&dev->dp);
+
+	if (sent == HWSIM_BURST) {
+		if (release)
+			WRITE_ONCE(pair->release, true);
+		queue_work(dev->wq, &pair->work);
+	} else if (held) {
+		mod_delayed_work(dev->wq, &pair->release_work,
+				 usecs_to_jiffies(dev->opt.inflight_us));
+	}
+}
+
+static void release_work(struct work_struct *work)
+{
+	struct hwsim_pair *pair = container_of(to_delayed_work(work), struct hwsim_pair,
+					       release_work);
+
+	WRITE_ONCE(pair->release, true);
+	queue_work(pair->dev->wq, &pair->work);
+}
+
+int hwsim_net_init(struct hwsim_dev *dev)
+{
+	unsigned int i;
+
+	dev->wq = alloc_workqueue("%s-%s", WQ_UNBOUND, 0, HWSIM_NAME, dev_name(&dev->vdpa.dev));
+	dev->pairs = kcalloc(dev->npairs, sizeof(*dev->pairs), GFP_KERNEL);
+	if (!dev->wq || !dev->pairs)
+		return -ENOMEM;
+	for (i = 0; i < dev->npairs; i++) {
+		struct hwsim_pair *pair = &dev->pairs[i];
+
+		pair->dev = dev;
+		pair->index = i;
+		INIT_WORK(&pair->work, pair_work);
+		INIT_DELAYED_WORK(&pair->release_work, release_work);
+		pair->buf = kvmalloc(HWSIM_MAX_HDR + HWSIM_MAX_FRAME, GFP_KERNEL);
+		pair->seg = kvmalloc(HWSIM_MAX_FRAME, GFP_KERNEL);
+		if (!pair->buf || !pair->seg)
+			return -ENOMEM;
+	}
+	return 0;
+}
+
+/*
+ * The device has been reset before: what is still queued finds nothing to do.
+ * An item that looked before the reset may yet arm its timer, so the items go
+ * first and the timers after them.
+ */
+void hwsim_net_free(struct hwsim_dev *dev)
+{
+	unsigned int i;
+
+	for (i = 0; dev->pairs && i < dev->npairs && dev->pairs[i].dev; i++) {
+		cancel_work_sync(&dev->pairs[i].work);
+		cancel_delayed_work_sync(&dev->pairs[i].release_work);
+	}
+	if (dev->wq)
+		destroy_workqueue(dev->wq);
+	for (i = 0; dev->pairs && i < dev->npairs; i++) {
+		kvfree(dev->pairs[i].buf);
+		kvfree(dev->pairs[i].seg);
+	}
+	kfree(dev->pairs);
+}
