@@ -104,6 +104,23 @@ void vring_indices(const struct vring *ring, uint16_t *avail, uint16_t *used)
 	*avail = load_index(&ring->avail->idx);
 }
 
+int vring_in_order(const struct vring *ring, uint16_t since)
+{
+	const uint16_t mask = ring->num - 1;
+	uint16_t avail, used, k;
+
+	vring_indices(ring, &avail, &used);
+	/* a slot of the avail ring shows what it held until the guest writes it again */
+	k = avail - ring->num;
+	if ((uint16_t)(used - since) < (uint16_t)(used - k))
+		k = since;
+	for (; k != used; k++)
+		if (load_once16(&ring->avail->ring[k & mask]) !=
+		    load_once32(&ring->used->ring[k & mask].id))
+			return 0;
+	return 1;
+}
+
 void svq_start(struct svq *q)
 {
 	const uint16_t num = q->device.num;

@@ -26,6 +26,12 @@ struct memory_region {
 
 /* Both indices of a ring as they stand. */
 void vring_indices(const struct vring *ring, uint16_t *avail, uint16_t *used);
+/*
+ * Whether a device that stands still has used what it was given in the order
+ * in which it was given, from the used index since on, as far as the rings
+ * still show.
+ */
+int vring_in_order(const struct vring *ring, uint16_t since);
 
 /* Sorted by gpa, no overlap. */
 struct memory_map {

@@ -19,6 +19,7 @@ from .errors import (
     MigrationRefused,
     MissingFeature,
     NotVhostVdpa,
+    OutOfOrder,
     QueueBroken,
     VhostVdpaError,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "MissingFeature",
     "NotVhostVdpa",
     "Options",
+    "OutOfOrder",
     "QueueBroken",
     "State",
     "Status",

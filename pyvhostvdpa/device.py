@@ -17,7 +17,7 @@ from typing import Self
 
 from . import mgmt
 from .chardev import VhostVdpa
-from .errors import DeviceBusy, KernelError, MissingFeature, QueueBroken, VhostVdpaError
+from .errors import DeviceBusy, KernelError, MissingFeature, OutOfOrder, QueueBroken, VhostVdpaError
 from .groups import probe_groups
 from .iotlb import Iotlb, Layout, Limits
 from .memory import HUGE_PAGE, GuestMemory, IovaAllocator, SharedMemory
@@ -25,7 +25,7 @@ from .net.control_queue import ControlArea, ControlQueue, GuestControl
 from .net.features import SUPPORTED, Feature, negotiate, ring_bits
 from .trace import DeviceTrace, Trace
 from .uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, Access, BackendFeature, Status, names
-from .virtqueue.layout import GuestQueue, SplitLayout, indices
+from .virtqueue.layout import GuestQueue, SplitLayout, in_order, indices
 from .virtqueue.shadow import Relay, ShadowVirtqueue
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ class VdpaNetDevice:
         self._control: ControlQueue | None = None
         self._ours: list[tuple[int, int]] = []
         """(ASID, IOVA) of each map of our own memory."""
+        self._started_at: dict[int, int] = {}
+        """Used index of each guest ring when passthrough started, by queue index."""
         self._queues: tuple[GuestQueue, ...] = ()
         self._holes: IovaAllocator | None = None
         self._translation_lost = False
@@ -173,6 +175,7 @@ class VdpaNetDevice:
             self._set_up_control(control)
             for queue in queues:
                 _, used = indices(queue, memory)
+                self._started_at[queue.index] = used
                 self._set_vring(queue, used, queue.kick, queue.call)
             self._go()
         except BaseException:
@@ -336,8 +339,9 @@ class VdpaNetDevice:
         """Suspend, take the queues over, reset.
 
         Afterwards each guest ring stands as a device finds it that starts at
-        the ring's used index. Raises :class:`QueueBroken` if a ring holds
-        nonsense; the device is reset then all the same.
+        the ring's used index. Raises :class:`OutOfOrder`, with the device
+        going on, if a passthrough device finishes out of order;
+        :class:`QueueBroken`, with the device reset, if a ring holds nonsense.
         """
         self.suspend()
         try:
@@ -345,16 +349,30 @@ class VdpaNetDevice:
                 self._take_shadow_queues()
             else:
                 self._check_guest_queues()
+        except OutOfOrder:
+            self.resume()
+            raise
         except BaseException:
             self._abandon()
             raise
         self.reset()
 
+    def resume(self) -> None:
+        """Let a suspended device go on; :class:`MissingFeature` without the RESUME backend feature."""
+        if BackendFeature.RESUME not in self.backend_features:
+            raise MissingFeature(f"{self.path} is suspended and cannot be resumed; only a reset brings it back")
+        self.chardev.resume()
+        if self._control is not None:
+            # mlx5_vdpa forgets that its control queue is ready
+            # (drivers/vdpa/mlx5/net/mlx5_vnet.c:mlx5_vdpa_cvq_suspend)
+            self.chardev.set_vring_enable(self._control.queue.index, True)
+
     def _check_guest_queues(self) -> None:
         """Between used index and base lie the descriptors that the device took and did not finish.
 
-        They are not lost: whoever goes on starts at the used index. That the
-        device finished in order is all one can know in passthrough.
+        They are not lost: whoever goes on starts at the used index. That is
+        right for a device that finishes in order; where the rings show that
+        it did not, nobody knows what is open.
         """
         memory, _, _ = self._attached()
         bases = [(queue, self.chardev.get_vring_base(queue.index)) for queue in self._queues]
@@ -365,6 +383,11 @@ class VdpaNetDevice:
                 raise QueueBroken(
                     f"{self.path} virtqueue {queue.index}: the device reports base {base}, "
                     f"the ring has avail {avail} and used {used}"
+                )
+            if not in_order(queue, memory, self._started_at.get(queue.index, used)):
+                raise OutOfOrder(
+                    f"{self.path} virtqueue {queue.index}: the device uses descriptors out of order, "
+                    "so in passthrough nobody can tell which are open"
                 )
 
     def _take_shadow_queues(self) -> None:

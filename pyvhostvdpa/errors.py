@@ -103,3 +103,7 @@ class MigrationFailed(VhostVdpaError):
 
 class QueueBroken(VhostVdpaError):
     """A ring holds what no correct guest or device writes; the queue was given up."""
+
+
+class OutOfOrder(VhostVdpaError):
+    """A device in passthrough uses descriptors out of order: it cannot be taken over. It goes on as before."""

@@ -95,3 +95,10 @@ def indices(queue: GuestQueue, memory: GuestMemory) -> tuple[int, int]:
     avail, used = ffi.new("uint16_t *"), ffi.new("uint16_t *")
     lib.vring_indices(ring, avail, used)
     return int(avail[0]), int(used[0])
+
+
+def in_order(queue: GuestQueue, memory: GuestMemory, since: int) -> bool:
+    """Whether a device that stands still has used a ring in order from the used index ``since`` on."""
+    ring = ffi.new("struct vring *")
+    map_queue(ring, queue, memory)
+    return bool(lib.vring_in_order(ring, since))

@@ -319,6 +319,7 @@ void hwsim_debugfs_add(struct hwsim_dev *dev)
 	debugfs_create_file("link", 0600, dev->debugfs, dev, &link_fops);
 	debugfs_create_file("announce", 0200, dev->debugfs, dev, &announce_fops);
 	debugfs_create_file("peer", 0600, dev->debugfs, dev, &peer_fops);
+	debugfs_create_bool("reorder", 0600, dev->debugfs, &dev->opt.reorder);
 	add_cost(dev);
 	add_fault(dev);
 }
