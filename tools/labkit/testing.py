@@ -25,6 +25,8 @@ CHECKS = (
 )
 NO_TESTS = 5
 LIMIT_S = 3600.0
+# Tests make vdpa_hwsim devices of their own, each with the parameters that it needs.
+DEVICES = ("vdpa_sim_net:2", "vdpa_hwsim:0")
 KEPT_RESULTS = 5
 
 
@@ -138,6 +140,7 @@ class Run:
         request = replace(
             self.request,
             command=argv,
+            devices=self.request.devices or DEVICES,
             shares=[self.results],
             timeout=self.request.timeout or LIMIT_S,
             environment={**_tool_settings(), **self.request.environment},

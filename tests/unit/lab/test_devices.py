@@ -46,6 +46,12 @@ def test_a_daemon_is_given_what_the_management_device_does_not_take():
     assert plan.daemons() == [["python3", "tools/vduse_net.py", "--background", *macs]]
 
 
+def test_a_module_without_devices_is_loaded_for_those_made_later():
+    plan = devices.parse(["vdpa_sim_net:0"])
+    assert (plan.count, plan.additions()) == (0, [])
+    assert plan.modules() == [("vdpa_sim", []), ("vdpa_sim_net", [])]
+
+
 def test_none_means_no_devices():
     assert devices.parse(["none"]).count == 0
 
@@ -54,7 +60,7 @@ def test_none_means_no_devices():
     "text",
     [
         "vdpa_magic:1",
-        "vdpa_sim_net:0",
+        "vdpa_sim_net:-1",
         "vdpa_sim_net:many",
         "vdpa_sim_net:1,colour=red",
         "vdpa_sim_net:1,use_va",
