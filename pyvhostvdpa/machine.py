@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from . import mgmt
 from .memory import pinned_bytes
 from .mgmt import Parent, VdpaDevice
@@ -95,7 +93,7 @@ def gather(root: Path = Path("/"), device: str | None = None) -> Machine:
     release = os.uname().release
     config, source = _kernel_config(root, release)
     here = root == Path("/")
-    stuck = _stuck() if here else ()
+    stuck = mgmt.stuck() if here else ()
     tool = here and shutil.which("vdpa") is not None
     devices = tuple(d for d in (mgmt.list_devices() if here else []) if device in (None, d.name, d.chardev))
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -162,15 +160,6 @@ def _installed(root: Path, release: str) -> frozenset[str] | None:
         return None
     files = (line.partition(":")[0] for line in lines)
     return frozenset(Path(file).name.partition(".")[0].replace("-", "_") for file in files)
-
-
-def _stuck() -> tuple[int, ...]:
-    """Return `vdpa` processes that sleep uninterruptibly: a deletion that waits for an open device."""
-    found = []
-    for process in psutil.process_iter(["name", "status"]):
-        if process.info["name"] == "vdpa" and process.info["status"] == psutil.STATUS_DISK_SLEEP:
-            found.append(process.pid)
-    return tuple(found)
 
 
 def _net(name: str) -> dict[str, Any]:

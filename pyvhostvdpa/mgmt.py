@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,19 +63,39 @@ class VdpaDevice:
         }
 
 
-def vdpa_json(*arguments: str) -> dict[str, Any]:
-    """Run ``vdpa -j ARGUMENTS`` and return what it printed; {} if it cannot tell."""
+def stuck() -> tuple[int, ...]:
+    """Return the ``vdpa`` processes that sleep uninterruptibly: a deletion that waits for an open device.
+
+    Until it is closed every other ``vdpa`` would sleep too
+    (drivers/vhost/vdpa.c:vhost_vdpa_remove, under the lock of drivers/vdpa/vdpa.c).
+    """
+    processes = psutil.process_iter(["name", "status"])
+    return tuple(p.pid for p in processes if p.info["name"] == "vdpa" and p.info["status"] == psutil.STATUS_DISK_SLEEP)
+
+
+def _run(arguments: Sequence[str]) -> tuple[int, str, str]:
+    """Run ``vdpa`` and return its status, output and complaints; TimeoutError if it does not come back."""
     tool = shutil.which("vdpa")
     if tool is None:
-        return {}
+        raise FileNotFoundError("vdpa")
+    if stuck():
+        raise TimeoutError
+    process = subprocess.Popen([tool, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        done = subprocess.run(
-            [tool, "-j", *arguments], capture_output=True, text=True, timeout=_VDPA_TIMEOUT, check=False
-        )
-        parsed = json.loads(done.stdout or "{}")
-    except (subprocess.TimeoutExpired, json.JSONDecodeError):
-        # `vdpa dev del` of an open device holds the netlink lock until the
-        # device is closed (drivers/vdpa/vdpa.c); everybody else waits
+        said, complained = process.communicate(timeout=_VDPA_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        # not waited for: in the kernel's lock not even a kill ends it
+        process.kill()
+        raise TimeoutError from None
+    return process.returncode, said, complained
+
+
+def vdpa_json(*arguments: str) -> dict[str, Any]:
+    """Run ``vdpa -j ARGUMENTS`` and return what it printed; {} if it cannot tell."""
+    try:
+        _, said, _ = _run(["-j", *arguments])
+        parsed = json.loads(said or "{}")
+    except (FileNotFoundError, TimeoutError, json.JSONDecodeError):
         return {}
     return parsed if isinstance(parsed, dict) else {}
 
@@ -90,21 +111,20 @@ _REFUSALS = {
 
 def _vdpa(*arguments: str) -> None:
     """Run iproute2's ``vdpa``; :class:`~pyvhostvdpa.errors.ManagementFailed` has its words if it fails."""
-    tool = shutil.which("vdpa")
     command = " ".join(["vdpa", *arguments])
-    if tool is None:
-        raise ManagementFailed(f"{command}: there is no 'vdpa' command", hint="apt-get install iproute2")
     try:
-        done = subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=_VDPA_TIMEOUT, check=False)
-    except subprocess.TimeoutExpired as e:
+        status, said, complained = _run(arguments)
+    except FileNotFoundError as e:
+        raise ManagementFailed(f"{command}: there is no 'vdpa' command", hint="apt-get install iproute2") from e
+    except TimeoutError as e:
         raise ManagementFailed(
-            f"{command}: no answer within {_VDPA_TIMEOUT:g} s; a deletion that waits for an open device holds the lock",
-            hint="vhost-vdpa doctor names the holder",
+            f"{command}: no answer; a deletion that waits for an open device holds the kernel's lock",
+            hint="vhost-vdpa doctor names the holder; end that process",
         ) from e
-    if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}"
-        hint = next((hint for words, hint in _REFUSALS.items() if words in said), "vhost-vdpa doctor")
-        raise ManagementFailed(f"{command}: {said}", hint=hint)
+    if status:
+        words = complained.strip() or said.strip() or f"status {status}"
+        hint = next((hint for part, hint in _REFUSALS.items() if part in words), "vhost-vdpa doctor")
+        raise ManagementFailed(f"{command}: {words}", hint=hint)
 
 
 def add_device(name: str, mgmtdev: str, *attributes: str) -> None:

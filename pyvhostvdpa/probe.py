@@ -7,6 +7,7 @@ Opening the chardev resets the device, so a device in use is refused;
 
 from __future__ import annotations
 
+import enum
 import errno
 import os
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from .mgmt import Parent, VdpaDevice
 from .net.config import NetConfig, control_queue
 from .net.features import REQUIRED, Feature, negotiate
 from .proofs import Proof, Subject, prove
-from .uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, BackendFeature, Status, names
+from .uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, BackendFeature, Status, name_list, names
 
 SCHEMA = "pyvhostvdpa/probe/1"
 _STARTED = Status.ACKNOWLEDGE | Status.DRIVER
@@ -119,7 +120,7 @@ class Probe:
                 "max_iotlb_entries": self.parent.max_iotlb_entries,
             },
             "virtio_id": self.virtio_id,
-            "status": {"bits": hex(self.status), "names": names(self.status).split()},
+            "status": _bits(self.status),
             "features": _bits(self.features),
             "accepted_features": _bits(self.accepted),
             "config": self.config.to_dict() if self.virtio_id == VIRTIO_ID_NET else {"raw": self.config.raw.hex()},
@@ -212,8 +213,8 @@ class Probe:
         return [f"{f.name}: {self.backend.why.get(f.name or '', '')}" for f in BackendFeature if f in failed]
 
 
-def _bits(features: Feature) -> dict[str, Any]:
-    return {"bits": hex(features), "names": [] if not features else names(features).split(" ")}
+def _bits(flags: enum.IntFlag) -> dict[str, Any]:
+    return {"bits": hex(flags), "names": name_list(flags)}
 
 
 def probe(path: str | os.PathLike[str], verify: bool = False) -> Probe:

@@ -27,7 +27,7 @@ from .errors import MissingFeature, VhostVdpaError
 from .iotlb import Iotlb, Limits
 from .memory import DEFAULT_GPA, HUGE_PAGE, Gpa, GuestMemory
 from .net.features import Feature
-from .net.nic import BUFFER_SIZE, GuestNic, NicPair
+from .net.nic import BUFFER_SIZE, GuestNic, NicOptions, NicPair
 from .uapi import BackendFeature, Status, names
 from .virtqueue.layout import GuestQueue, indices
 
@@ -74,7 +74,7 @@ class Guest:
 
     def __init__(self, rings: GuestMemory, ring_size: int, buffers: GuestMemory | None = None) -> None:
         self.memory = rings
-        self.nic = GuestNic(rings, ring_size=ring_size, frame_size=64)
+        self.nic = GuestNic(rings, NicOptions(ring_size=ring_size, frame_size=64))
         self.pair: NicPair = self.nic.pairs[0]
         self.c: Any = self.pair.c
         if buffers is not None:

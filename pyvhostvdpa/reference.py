@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import inspect
 import pkgutil
@@ -93,6 +94,8 @@ def _describe(wanted: str) -> str:
 
 def _page_of(name: str, thing: object, module: str) -> list[str]:
     lines = [f"from {module} import {name}", "", f"{name}{_signature(thing)}", *_indented(inspect.getdoc(thing))]
+    if isinstance(thing, enum.EnumMeta):
+        lines += ["", *(f"    {member.name} = {member.value}" for member in list[enum.Enum](thing))]
     if inspect.isclass(thing):
         for method, function in vars(thing).items():
             if method.startswith("_"):

@@ -252,9 +252,13 @@ class Status(enum.IntFlag):
 VIRTIO_ID_NET = 1
 
 
-def names(flags: enum.Flag) -> str:
+def name_list(flags: enum.Flag) -> list[str]:
     """Return the names of the bits in ``flags``, unknown ones as ``bit N``."""
     known = [flag.name or "" for flag in type(flags) if flag.value & flags.value]
     rest = flags.value & ~sum(flag.value for flag in type(flags))
-    known += [f"bit {bit}" for bit in range(rest.bit_length()) if rest >> bit & 1]
-    return " ".join(known) or "none"
+    return known + [f"bit {bit}" for bit in range(rest.bit_length()) if rest >> bit & 1]
+
+
+def names(flags: enum.Flag) -> str:
+    """Return the names of the bits in ``flags`` for people, "none" if there are none."""
+    return " ".join(name_list(flags)) or "none"
