@@ -18,7 +18,7 @@ from typing import Any
 
 from . import mgmt
 from .memory import pinned_bytes
-from .mgmt import Parent, VdpaDevice
+from .mgmt import Holder, Parent, VdpaDevice
 
 CONFIGS = (
     "proc/config.gz",
@@ -60,7 +60,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The facts. Sizes in bytes, ``memlock`` None for unlimited."""
+    """The facts. Sizes in bytes, ``memlock`` None for unlimited.
+
+    ``open_elsewhere`` are those who have a device open that the bus has no more: one that is being deleted.
+    """
 
     release: str = ""
     config: Mapping[str, str] | None = None
@@ -70,6 +73,7 @@ class Machine:
     bus: bool = False
     tool: bool = False
     stuck: tuple[int, ...] = ()
+    open_elsewhere: tuple[Holder, ...] = ()
     management: Mapping[str, Any] = field(default_factory=dict)
     devices: tuple[VdpaDevice, ...] = ()
     parents: Mapping[str, Parent] = field(default_factory=dict)
@@ -96,6 +100,7 @@ def gather(root: Path = Path("/"), device: str | None = None) -> Machine:
     stuck = mgmt.stuck() if here else ()
     tool = here and shutil.which("vdpa") is not None
     devices = tuple(d for d in (mgmt.list_devices() if here else []) if device in (None, d.name, d.chardev))
+    listed = {mgmt.device_number(d.chardev) for d in devices if d.chardev}
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return Machine(
         release=release,
@@ -106,10 +111,13 @@ def gather(root: Path = Path("/"), device: str | None = None) -> Machine:
         bus=(root / "sys/bus/vdpa/devices").is_dir(),
         tool=tool,
         stuck=stuck,
+        open_elsewhere=tuple(w for number, who in mgmt.openers().items() if number not in listed for w in who)
+        if stuck
+        else (),
         management=mgmt.vdpa_json("mgmtdev", "show").get("mgmtdev", {}) if tool and not stuck else {},
         devices=devices,
-        parents={d.name: mgmt.parent_of(d.chardev) for d in devices if d.chardev},
-        net={d.name: _net(d.name) for d in devices if d.virtio_id == 1},
+        parents={d.name: mgmt.parent_of(d.chardev) for d in devices if d.chardev and not stuck},
+        net={d.name: _net(d.name) for d in devices if d.virtio_id == 1 and not stuck},
         nodes={d.chardev: node(Path(d.chardev)) for d in devices if d.chardev},
         nics=tuple(_nics(root)),
         firmware=tuple(_firmware(root)),

@@ -13,12 +13,10 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from .chardev import VhostVdpa
 from .errors import DeviceBusy, ManagementFailed, MissingFeature, VhostVdpaError
@@ -63,14 +61,25 @@ class VdpaDevice:
         }
 
 
+def _processes() -> Iterator[Path]:
+    return (entry for entry in Path("/proc").iterdir() if entry.name.isdigit())
+
+
 def stuck() -> tuple[int, ...]:
     """Return the ``vdpa`` processes that sleep uninterruptibly: a deletion that waits for an open device.
 
     Until it is closed every other ``vdpa`` would sleep too
     (drivers/vhost/vdpa.c:vhost_vdpa_remove, under the lock of drivers/vdpa/vdpa.c).
     """
-    processes = psutil.process_iter(["name", "status"])
-    return tuple(p.pid for p in processes if p.info["name"] == "vdpa" and p.info["status"] == psutil.STATUS_DISK_SLEEP)
+    found = []
+    for process in _processes():
+        try:
+            stat = (process / "stat").read_text()
+        except OSError:
+            continue
+        if "(vdpa) D " in stat:
+            found.append(int(process.name))
+    return tuple(found)
 
 
 def _run(arguments: Sequence[str]) -> tuple[int, str, str]:
@@ -78,8 +87,6 @@ def _run(arguments: Sequence[str]) -> tuple[int, str, str]:
     tool = shutil.which("vdpa")
     if tool is None:
         raise FileNotFoundError("vdpa")
-    if stuck():
-        raise TimeoutError
     process = subprocess.Popen([tool, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         said, complained = process.communicate(timeout=_VDPA_TIMEOUT)
@@ -113,6 +120,8 @@ def _vdpa(*arguments: str) -> None:
     """Run iproute2's ``vdpa``; :class:`~pyvhostvdpa.errors.ManagementFailed` has its words if it fails."""
     command = " ".join(["vdpa", *arguments])
     try:
+        if stuck():
+            raise TimeoutError
         status, said, complained = _run(arguments)
     except FileNotFoundError as e:
         raise ManagementFailed(f"{command}: there is no 'vdpa' command", hint="apt-get install iproute2") from e
@@ -171,21 +180,26 @@ def device_number(path: str | os.PathLike[str]) -> int | None:
         return None
 
 
+def openers() -> dict[int, tuple[Holder, ...]]:
+    """Return the processes that have a vhost-vdpa device open, by device number, as far as this user may see.
+
+    A device that is being deleted is among them: its node is gone, its number is not.
+    """
+    found: dict[int, list[Holder]] = {}
+    for process in _processes():
+        try:
+            descriptors = [entry for entry in (process / "fd").iterdir() if "/vhost-vdpa-" in os.readlink(entry)]
+            name = (process / "comm").read_text().strip() if descriptors else ""
+        except OSError:
+            continue
+        for number in {device_number(entry) for entry in descriptors} - {None}:
+            found.setdefault(number or 0, []).append(Holder(int(process.name), name))
+    return {number: tuple(who) for number, who in found.items()}
+
+
 def holders(chardev: str | os.PathLike[str]) -> tuple[Holder, ...]:
     """Return the processes that have ``chardev`` open, as far as this user may see."""
-    number = device_number(chardev)
-    if number is None:
-        return ()
-    found = []
-    for process in psutil.process_iter():
-        directory = Path(f"/proc/{process.pid}/fd")
-        try:
-            links = [entry for entry in directory.iterdir() if "vhost-vdpa" in os.readlink(entry)]
-            if any(device_number(link) == number for link in links):
-                found.append(Holder(process.pid, process.name()))
-        except (OSError, psutil.Error):
-            continue
-    return tuple(found)
+    return openers().get(device_number(chardev) or 0, ())
 
 
 def busy(chardev: str | os.PathLike[str], hint: str = "") -> DeviceBusy:
@@ -209,7 +223,8 @@ def list_devices() -> list[VdpaDevice]:
     """Return the devices of the vdpa bus, by name."""
     if not SYSFS_DEVICES.is_dir():
         return []
-    known = vdpa_json("dev", "show").get("dev", {})
+    known = {} if stuck() else vdpa_json("dev", "show").get("dev", {})
+    open_now = openers()
     devices = []
     for entry in sorted(SYSFS_DEVICES.iterdir()):
         driver = entry / "driver"
@@ -225,7 +240,7 @@ def list_devices() -> list[VdpaDevice]:
                 mgmtdev=shown.get("mgmtdev"),
                 virtio_id={"network": 1, "block": 2}.get(shown.get("type", "")),
                 mac=config.get(entry.name, {}).get("mac"),
-                holders=holders(chardev) if chardev else (),
+                holders=open_now.get(device_number(chardev) or 0, ()) if chardev else (),
             )
         )
     return devices

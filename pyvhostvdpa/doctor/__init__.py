@@ -12,7 +12,7 @@ from typing import Any
 
 from ..machine import Machine
 from . import access, hardware, memory, migrating
-from .finding import DEFAULT_MEMORY, Check, Finding, Level, Plan
+from .finding import DEFAULT_MEMORY, NO_DEVICE, Check, Finding, Level, Plan
 
 SCHEMA = "pyvhostvdpa/doctor/1"
 
@@ -44,11 +44,11 @@ CHECKS: dict[str, Check] = {
 def examine(machine: Machine, plan: Plan | None = None) -> list[Finding]:
     """Run all checks on the facts."""
     plan = plan or Plan()
-    return [
-        Finding(identity, told.level, told.what, told.why, told.next)
-        for identity, check in CHECKS.items()
-        for told in check(machine, plan)
-    ]
+    found = []
+    for identity, check in CHECKS.items():
+        told = list(check(machine, plan)) or [NO_DEVICE]
+        found += [Finding(identity, each.level, each.what, each.why, each.next) for each in told]
+    return found
 
 
 def healthy(findings: list[Finding], strict: bool = False) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..machine import Machine
-from .finding import NO_DEVICE, Level, Plan, Told, driver_of, named
+from .finding import Level, Plan, Told, driver_of, named
 
 
 def iommu(machine: Machine, _: Plan) -> Iterator[Told]:
@@ -58,8 +58,6 @@ def held(machine: Machine, _: Plan) -> Iterator[Told]:
             )
         else:
             yield Told(Level.PASS, f"{device.chardev} ({device.name}) is free" + _unseen(machine))
-    if not machine.devices:
-        yield NO_DEVICE
 
 
 def _unseen(machine: Machine) -> str:
@@ -74,8 +72,6 @@ def node_names(machine: Machine, _: Plan) -> Iterator[Told]:
         yield Told(
             Level.INFO, f"{device.chardev} is {device.name}, made by {by}, virtio id {device.virtio_id}, {where}"
         )
-    if not machine.devices:
-        yield NO_DEVICE
 
 
 def permission(machine: Machine, _: Plan) -> Iterator[Told]:
@@ -97,5 +93,3 @@ def permission(machine: Machine, _: Plan) -> Iterator[Told]:
                 "the kernel makes nodes for root alone" + ("; SELinux is enforcing as well" if machine.selinux else ""),
                 'udev rule: KERNEL=="vhost-vdpa-*", GROUP="kvm", MODE="0660"',
             )
-    if not machine.nodes:
-        yield NO_DEVICE

@@ -59,7 +59,8 @@ class Told:
 
 Check = Callable[[Machine, Plan], Iterator[Told]]
 CREATE = "vdpa mgmtdev show; vdpa dev add name vdpa0 mgmtdev NAME"
-NO_DEVICE = Told(Level.SKIP, "no vDPA device to look at", next=CREATE)
+NO_DEVICE = Told(Level.SKIP, "no vDPA device with a chardev to look at", next=CREATE)
+"""What a check means that says nothing."""
 PROBE = "vhost-vdpa probe {}"
 
 

@@ -61,11 +61,12 @@ def _setting(machine: Machine, name: str) -> str:
 def management_device(machine: Machine, _: Plan) -> Iterator[Told]:
     """Something can make devices: `vdpa mgmtdev show` is not empty."""
     if machine.stuck:
+        who = ", ".join(str(holder) for holder in machine.open_elsewhere) or "a process that is not visible from here"
         yield Told(
             Level.FAIL,
-            f"'vdpa' is stuck (pid {', '.join(map(str, machine.stuck))}): a deletion waits for an open device",
-            "every vdpa command waits with it (drivers/vhost/vdpa.c:vhost_vdpa_remove)",
-            "vhost-vdpa list names the device's holder; end that process",
+            f"'vdpa' is stuck (pid {', '.join(map(str, machine.stuck))}): it deletes a device that {who} has open",
+            "every vdpa command waits with it, unkillable (drivers/vhost/vdpa.c:vhost_vdpa_remove)",
+            f"kill {' '.join(str(holder.pid) for holder in machine.open_elsewhere)}".strip(),
         )
     elif not machine.tool:
         yield Told(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..machine import Machine
-from .finding import NO_DEVICE, PROBE, Level, Plan, Told, driver_of, named
+from .finding import PROBE, Level, Plan, Told, driver_of, named
 
 
 def migration(machine: Machine, _: Plan) -> Iterator[Told]:
@@ -35,8 +35,6 @@ def migration(machine: Machine, _: Plan) -> Iterator[Told]:
             yield Told(
                 Level.PASS, f"{device.name}: {parent.module} can suspend and has address spaces{cost}", next=probe
             )
-    if not machine.devices:
-        yield NO_DEVICE
 
 
 def vring_base(machine: Machine, _: Plan) -> Iterator[Told]:
@@ -50,8 +48,6 @@ def vring_base(machine: Machine, _: Plan) -> Iterator[Told]:
                 "what lies between used and avail index is done again by whoever goes on, or lost if he does not know",
                 f"vhost-vdpa probe {device.name} --verify   (prints base, used and avail index)",
             )
-    if not any(driver_of(parent) for _, parent in named(machine)):
-        yield NO_DEVICE
 
 
 def resume(machine: Machine, _: Plan) -> Iterator[Told]:
@@ -91,7 +87,6 @@ def address_kinds(machine: Machine, _: Plan) -> Iterator[Told]:
     """Ring addresses are IOVAs, not pointers."""
     devices = [device for device, _ in named(machine)]
     if not devices:
-        yield NO_DEVICE
         return
     yield Told(
         Level.INFO,
@@ -112,19 +107,19 @@ def access_platform(machine: Machine, _: Plan) -> Iterator[Told]:
                 "vdpa_sim, mlx5_vdpa and VDUSE refuse such a driver; shadow queues need it",
                 "add it to the driver's features",
             )
-    lacking = [
-        name for name, shown in machine.management.items() if "ACCESS_PLATFORM" not in shown.get("dev_features", [])
-    ]
+    # one that tells no features, as VDUSE's, leaves them to each device
+    telling = {name: shown["dev_features"] for name, shown in machine.management.items() if shown.get("dev_features")}
+    lacking = [name for name, features in telling.items() if "ACCESS_PLATFORM" not in features]
     for name in lacking:
         yield Told(
             Level.FAIL if any(device.mgmtdev == name for device in machine.devices) else Level.INFO,
             f"management device {name} offers no ACCESS_PLATFORM",
             "devices without it cannot be shadowed",
-            "vdpa mgmtdev show " + name,
+            f"vdpa mgmtdev show {name}",
         )
-    if machine.management and not lacking:
-        yield Told(Level.PASS, "every management device offers ACCESS_PLATFORM; a driver has to take it")
-    elif not machine.management:
+    if telling and not lacking:
+        yield Told(Level.PASS, f"{', '.join(sorted(telling))}: offers ACCESS_PLATFORM; a driver has to take it")
+    elif not telling:
         yield Told(Level.SKIP, "no management device tells its features")
 
 
@@ -145,5 +140,3 @@ def creation(machine: Machine, _: Plan) -> Iterator[Told]:
             else "they cannot be changed later, at most the MAC",
             f"vhost-vdpa dev del {device.name}; vhost-vdpa dev add name {device.name} mgmtdev {device.mgmtdev} mac MAC",
         )
-    if not machine.net:
-        yield NO_DEVICE

@@ -22,7 +22,8 @@ NOTHING = BackendFeature(0)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests on the same kind of device together: loading the module anew takes seconds."""
-    items.sort(key=lambda item: "pinned" in getattr(item, "fixturenames", ()))
+    kinds = ("pinned", "unbatched", "no_simulator")
+    items.sort(key=lambda item: [kind in getattr(item, "fixturenames", ()) for kind in kinds])
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def unbatched(loaded: dict[str, int]) -> tuple[str, str]:
     return lab.DEVICES
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def vduse_device() -> Iterator[str]:
     """A net device of a user-space daemon (VDUSE): no control queue, no suspend, one address space."""
     with lab.vduse("loop0") as path:
@@ -76,7 +77,7 @@ def vduse_device() -> Iterator[str]:
 
 @pytest.fixture
 def vduse(vduse_device: str) -> str:
-    """The same, one for all tests: its daemon outlives each of them."""
+    """The same, one for all tests of a module: its daemon outlives each of them."""
     return vduse_device
 
 

@@ -22,11 +22,16 @@ def command(*arguments: str) -> None:
     subprocess.run(arguments, check=True, capture_output=True, text=True)
 
 
-def reload(**parameters: int) -> None:
-    """Load vdpa_sim anew with module parameters, and two net devices."""
+def remove_devices() -> None:
+    """Delete every device but those of a daemon."""
     for device in sorted(SYSFS.iterdir()):
         if "vduse" not in device.resolve().parts:
             command("vdpa", "dev", "del", device.name)
+
+
+def reload(**parameters: int) -> None:
+    """Load vdpa_sim anew with module parameters, and two net devices."""
+    remove_devices()
     command("modprobe", "-r", "vdpa_sim_net")
     command("modprobe", "-r", "vdpa_sim")
     command("modprobe", "vdpa_sim", *(f"{key}={value}" for key, value in parameters.items()))
