@@ -254,7 +254,7 @@ def _asid(bench: Bench) -> str:
         other = guests[1 - asid]
         bench.reset()
         before = other.used()
-        bench.start(guest, dict.fromkeys(bench.subject.data_groups, asid))
+        bench.start(guest, dict.fromkeys(bench.subject.data_groups | bench.subject.desc_groups, asid))
         guest.moves()
         if other.used() != before:
             raise NotProved(f"bound to ASID {asid}, the device wrote to the memory mapped in ASID {1 - asid}")
