@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from labkit import report, vm
+from labkit import devices, report, vm
 from labkit.cache import remove
 from labkit.environment import INSIDE
 from labkit.errors import EXIT_TIMEOUT, LabError
@@ -25,6 +25,7 @@ CHECKS = (
 )
 NO_TESTS = 5
 LIMIT_S = 3600.0
+DEVICES = (devices.DEFAULT, "vdpa_hwsim:0")
 KEPT_RESULTS = 5
 
 
@@ -138,6 +139,7 @@ class Run:
         request = replace(
             self.request,
             command=argv,
+            devices=self.request.devices or DEVICES,
             shares=[self.results],
             timeout=self.request.timeout or LIMIT_S,
             environment={**_tool_settings(), **self.request.environment},
