@@ -104,7 +104,7 @@ void vring_indices(const struct vring *ring, uint16_t *avail, uint16_t *used)
 	*avail = load_index(&ring->avail->idx);
 }
 
-int vring_in_order(const struct vring *ring, uint16_t since)
+static int matches_in_order(const struct vring *ring, uint16_t since)
 {
 	const uint16_t mask = ring->num - 1;
 	uint16_t avail, used, k;
@@ -118,6 +118,16 @@ int vring_in_order(const struct vring *ring, uint16_t since)
 		if (load_once16(&ring->avail->ring[k & mask]) !=
 		    load_once32(&ring->used->ring[k & mask].id))
 			return 0;
+	return 1;
+}
+
+int vring_in_order(const struct vring *ring, uint16_t since, int64_t deadline)
+{
+	while (!matches_in_order(ring, since)) {
+		if (now_ns() >= deadline)
+			return 0;
+		poll(NULL, 0, 1);
+	}
 	return 1;
 }
 

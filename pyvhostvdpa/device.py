@@ -22,7 +22,7 @@ from .groups import probe_groups
 from .iotlb import Iotlb, Layout, Limits
 from .memory import HUGE_PAGE, GuestMemory, IovaAllocator, SharedMemory
 from .net.control_queue import ControlArea, ControlQueue, GuestControl
-from .net.features import SUPPORTED, Feature, negotiate, ring_bits
+from .net.features import CONTROL, SUPPORTED, Feature, negotiate, ring_bits
 from .trace import DeviceTrace, Trace
 from .uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, Access, BackendFeature, Status, names
 from .virtqueue.layout import GuestQueue, SplitLayout, in_order, indices
@@ -52,7 +52,8 @@ class VdpaNetDevice:
     """An opened device that this process owns, with guest memory to attach to it.
 
     ``use`` masks the backend features to acknowledge of those advertised,
-    ``wanted`` the virtio features that the guest takes of those offered.
+    ``wanted`` the virtio features that the guest takes of those offered; a
+    control queue only where it can be kept apart from the data queues.
     Raises :class:`~pyvhostvdpa.errors.DeviceBusy` naming the holder,
     :class:`~pyvhostvdpa.errors.NotVhostVdpa`,
     :class:`~pyvhostvdpa.errors.MissingFeature` if it is not a net device.
@@ -110,6 +111,11 @@ class VdpaNetDevice:
         )
         self.iotlb = Iotlb(c, limits)
         self.groups = probe_groups(c, self.features, self.vqs_count)
+        if self.groups.control is None or limits.as_num <= OWN_ASID:
+            # passthrough would hide what the guest sets, and replay nothing
+            self.features &= ~CONTROL
+            self.groups = probe_groups(c, self.features, self.vqs_count)
+        self.mac = c.get_config(0, 6) if Feature.MAC in self.features else None
 
     @property
     def path(self) -> str:

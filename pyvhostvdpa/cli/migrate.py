@@ -12,8 +12,9 @@ from typing import Any
 from ..errors import MigrationFailed
 from ..migration.local import Options, migrate
 from ..migration.report import Report
+from ..net.nic import MAX_FRAME, MIN_FRAME
 from .table import table
-from .units import seconds, size
+from .units import count, seconds, size
 
 _PARTS = {
     "prepare": "opening both devices, allocating and mapping guest memory",
@@ -42,6 +43,15 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--seconds", type=seconds, default="20", help="seconds of traffic, a third in each part (default %(default)s)"
     )
+    parser.add_argument(
+        "--pairs", type=count, default="1", help="queue pairs that the guest uses (default %(default)s)"
+    )
+    parser.add_argument(
+        "--frame-size",
+        type=count,
+        default="256",
+        help=f"Ethernet frame, {MIN_FRAME} to {MAX_FRAME} (default %(default)s)",
+    )
     parser.add_argument("--json", "-j", action="store_true", help="print JSON, and nothing else on standard output")
     parser.set_defaults(run=run)
 
@@ -57,7 +67,9 @@ class _Progress:
 
 def run(arguments: argparse.Namespace) -> int:
     """Migrate and print the report."""
-    options = Options(memory=arguments.memory, seconds=arguments.seconds)
+    options = Options(
+        memory=arguments.memory, pairs=arguments.pairs, seconds=arguments.seconds, frame_size=arguments.frame_size
+    )
     try:
         report = migrate(arguments.source, arguments.destination, options, _Progress())
     except MigrationFailed as e:

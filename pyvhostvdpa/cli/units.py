@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sizes and times as people type them."""
+"""Sizes, times and counts as people type them."""
 
 from __future__ import annotations
 
@@ -30,3 +30,10 @@ def seconds(text: str) -> float:
     if not 0 < value < 1e6:
         raise argparse.ArgumentTypeError(f"not a usable number of seconds: {text!r}")
     return value
+
+
+def count(text: str) -> int:
+    """Parse a number of things, at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"not a number of at least 1: {text!r}")
+    return int(text)

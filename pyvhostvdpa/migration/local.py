@@ -20,7 +20,10 @@ from ..chardev import check_path
 from ..device import State, VdpaNetDevice
 from ..errors import MigrationFailed, MigrationRefused, VhostVdpaError
 from ..memory import DEFAULT_GPA, GuestMemory, check_available
-from ..net.nic import GuestNic, NicOptions
+from ..net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
+from ..net.control_queue import GuestControl
+from ..net.features import CONTROL, SUPPORTED
+from ..net.nic import MAX_FRAME, MIN_FRAME, GuestNic, NicOptions
 from ..net.traffic import Traffic
 from ..trace import Trace
 from ..uapi import ALL_BACKEND_FEATURES, BackendFeature, names
@@ -37,9 +40,10 @@ _TELL_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to migrate. ``memory`` in bytes; ``seconds`` of traffic, a third in each part."""
+    """How to migrate. ``memory`` in bytes; ``seconds`` of traffic, a third in each part; ``pairs`` of queues."""
 
     memory: int = 1 << 30
+    pairs: int = 1
     seconds: float = 20.0
     ring_size: int = 256
     frame_size: int = 256
@@ -61,6 +65,8 @@ def migrate(
     the devices reset.
     """
     options = options or Options()
+    if not MIN_FRAME <= options.frame_size <= MAX_FRAME:
+        raise MigrationRefused(f"frames of {options.frame_size} bytes: from {MIN_FRAME} to {MAX_FRAME} are possible")
     for path in (source, destination):
         check_path(path)
     if mgmt.device_number(source) == mgmt.device_number(destination):
@@ -93,19 +99,34 @@ class _Migration:
         self.options = options
         self.observe = observer
         self.trace = Trace()
-        self.source = stack.enter_context(VdpaNetDevice(source, self.trace, options.use))
-        self.destination = stack.enter_context(VdpaNetDevice(destination, self.trace, options.use))
+        self.source, self.destination = (
+            stack.enter_context(VdpaNetDevice(path, self.trace, options.use, SUPPORTED | CONTROL))
+            for path in (source, destination)
+        )
         self._check_devices()
         self._memory_done, self._memory_told = 0, time.monotonic()
         self.memory = stack.enter_context(GuestMemory([(DEFAULT_GPA, options.memory)], self._allocated))
-        self.nic = GuestNic(self.memory, NicOptions(ring_size=options.ring_size, frame_size=options.frame_size))
+        self.nic = GuestNic(self.memory, self._nic_options())
         stack.callback(self.nic.close)
+        self.control: GuestControl | None = None
+        if self.nic.control is not None:
+            model = ControlModel(self.source.features, mac=self.source.mac)
+            self.control = GuestControl(self.nic.control.queue, model)
         # devices must let go of the memory before it goes: a second close is none
         stack.callback(self.destination.close)
         stack.callback(self.source.close)
         self.traffic = Traffic(self.nic)
         stack.callback(self.traffic.pause)
         self.book = _Bookkeeping()
+
+    def _nic_options(self) -> NicOptions:
+        return NicOptions(
+            pairs=self.options.pairs,
+            ring_size=self.options.ring_size,
+            frame_size=self.options.frame_size,
+            features=self.source.features,
+            control_index=self.source.groups.control_index,
+        )
 
     def _allocated(self, step: int) -> None:
         self._memory_done += step
@@ -126,12 +147,26 @@ class _Migration:
                 f"{self.destination.path} lacks features that the guest uses on the source: {names(missing)}",
                 hint="create it with the same device_features: vdpa dev add",
             )
+        for device in (self.source, self.destination):
+            if self.options.pairs > device.groups.max_pairs:
+                raise MigrationRefused(
+                    f"{device.path} has {device.groups.max_pairs} queue pairs that can be used, "
+                    f"{self.options.pairs} were asked for",
+                    hint="vdpa dev add … max_vqp N makes one with more, where the driver can",
+                )
+        if self.source.groups.control_index != self.destination.groups.control_index:
+            raise MigrationRefused(
+                f"{self.destination.path} has its control queue elsewhere "
+                f"({self.destination.groups.max_pairs} queue pairs, the source {self.source.groups.max_pairs})",
+                hint="create both with the same max_vqp: vdpa dev add",
+            )
 
     def run(self) -> Report:
         self.source.attach(self.memory)
         with self.destination.trace.in_phase("dest.premap"):
             self.destination.attach(self.memory)
-        self.source.start_passthrough(self.nic.queues)
+        self.source.start_passthrough(self.nic.queues, self.control)
+        self._use_pairs()
         self.book.drops_before["source"] = self._drops(self.source)
         self.observe("passthrough")
         self.traffic.run()
@@ -146,6 +181,14 @@ class _Migration:
         self._let_run("destination", self.destination)
         return self._finish("migrated", self.destination, "destination")
 
+    def _use_pairs(self) -> None:
+        """What a guest's driver does once it runs: take all its queues into use."""
+        driver = self.nic.control
+        if driver is not None and self.options.pairs > 1:
+            answer = driver.send(command(Class.MQ, VQ_PAIRS_SET, self.options.pairs.to_bytes(2, "little")))
+            if answer != OK:
+                raise MigrationFailed(f"{self.source.path} refused to use {self.options.pairs} queue pairs")
+
     # -- the two phases ---------------------------------------------------------
 
     def _switch(self) -> None:
@@ -153,7 +196,7 @@ class _Migration:
         with self.source.trace.in_phase("dt1.stop"):
             self.source.stop()
         with self.source.trace.in_phase("dt1.start"):
-            self.source.start_shadow(self.nic.queues)
+            self.source.start_shadow(self.nic.queues, self.control)
         self.observe("shadow")
 
     def _move(self) -> None:
@@ -163,7 +206,7 @@ class _Migration:
             self.source.stop()
         self.observe("start destination")
         with self.destination.trace.in_phase("dest.start"):
-            self.destination.start_passthrough(self.nic.queues)
+            self.destination.start_passthrough(self.nic.queues, self.control)
         self.traffic.run()
         self.observe("destination")
         self.book.drops_before["destination"] = self._drops(self.destination)
@@ -177,7 +220,7 @@ class _Migration:
                 if self.source.state is State.SHADOW:
                     self.source.stop()
                 if self.source.state is State.RESET:
-                    self.source.start_passthrough(self.nic.queues)
+                    self.source.start_passthrough(self.nic.queues, self.control)
         except VhostVdpaError as worse:
             return MigrationFailed(
                 f"{error}; and the source could not be started again: {worse}. "

@@ -10,7 +10,7 @@ import lab
 import pytest
 from hwsim import HwSim
 
-from pyvhostvdpa import GuestMemory, OutOfOrder, State, VdpaNetDevice
+from pyvhostvdpa import GuestMemory, Options, OutOfOrder, State, VdpaNetDevice, migrate
 from pyvhostvdpa.errors import QueueBroken
 from pyvhostvdpa.memory import DEFAULT_GPA
 from pyvhostvdpa.net import control
@@ -205,6 +205,28 @@ def test_large_rings_work(make: Make) -> None:
     guest.switch()
     guest.receives(5000)
     guest.settle()
+
+
+@pytest.mark.parametrize("pairs", [1, 4, 16])
+def test_a_guest_migrates_with_all_its_pairs_and_its_address(pairs: int) -> None:
+    source, destination = hwsim.add("hw0", pairs), hwsim.add("hw1", pairs)
+    try:
+        seen: dict[str, str] = {}
+
+        def look(part: str) -> None:
+            if part == "drain":
+                seen.update(destination.read("state"))
+
+        options = Options(memory=lab.SMALL * 2, pairs=pairs, seconds=3, ring_size=64)
+        report = migrate(source.chardev, destination.chardev, options, look)
+        frames = report.frames
+        assert (frames.lost, frames.duplicated, frames.corrupted) == (0, 0, 0)
+        assert all(part.received > 100 for part in report.parts.values())
+        assert seen["pairs"] == str(pairs)
+        assert seen["mac"] == source.mac.hex(":")
+    finally:
+        for device in (source, destination):
+            hwsim.remove(device.name)
 
 
 # -- control queue --------------------------------------------------------------

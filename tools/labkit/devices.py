@@ -151,9 +151,11 @@ def _group(text: str) -> Group:
             f"Known kinds: {', '.join(KINDS)}.",
             f"tools/lab run --devices {DEFAULT} -- vdpa dev show",
         )
-    if not re.fullmatch(r"\d\d?", count or "1"):
+    if not re.fullmatch(r"\d{1,2}", count or "1"):
         raise LabError(
-            f"--devices {text}: {count!r} is not a number of devices from 0 to 99", "", f"--devices {name}:2"
+            f"--devices {text}: {count!r} is not a number of devices from 0 to 99 (0 loads the modules)",
+            "",
+            f"--devices {name}:2",
         )
     parameters, attributes = {}, {}
     for option in options:

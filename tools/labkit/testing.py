@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from labkit import report, vm
+from labkit import devices, report, vm
 from labkit.cache import remove
 from labkit.environment import INSIDE
 from labkit.errors import EXIT_TIMEOUT, LabError
@@ -25,8 +25,7 @@ CHECKS = (
 )
 NO_TESTS = 5
 LIMIT_S = 3600.0
-# Tests make vdpa_hwsim devices of their own, each with the parameters that it needs.
-DEVICES = ("vdpa_sim_net:2", "vdpa_hwsim:0")
+DEVICES = (devices.DEFAULT, "vdpa_hwsim:0")
 KEPT_RESULTS = 5
 
 

@@ -60,7 +60,7 @@ def test_none_means_no_devices():
     "text",
     [
         "vdpa_magic:1",
-        "vdpa_sim_net:-1",
+        "vdpa_sim_net:100",
         "vdpa_sim_net:many",
         "vdpa_sim_net:1,colour=red",
         "vdpa_sim_net:1,use_va",
@@ -77,3 +77,9 @@ def test_one_module_cannot_have_two_values():
     plan = devices.parse(["vdpa_sim_net:1,use_va=0", "vdpa_sim_blk:1,use_va=1"])
     with pytest.raises(LabError, match="use_va=0 and with use_va=1"):
         plan.modules()
+
+
+def test_a_count_of_0_loads_the_modules_and_makes_no_device():
+    plan = devices.parse(["vdpa_sim_net:0"])
+    assert plan.count == 0
+    assert [module for module, _ in plan.modules()] == ["vdpa_sim", "vdpa_sim_net"]
