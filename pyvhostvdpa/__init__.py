@@ -14,6 +14,7 @@ from .errors import (
     DeviceBusy,
     DeviceClosed,
     KernelError,
+    ManagementFailed,
     MapRejected,
     MigrationFailed,
     MigrationRefused,
@@ -27,6 +28,7 @@ from .iotlb import AddressSpace, Iotlb, Limits
 from .memory import GuestMemory
 from .mgmt import list_devices
 from .migration.local import Options, migrate
+from .probe import Probe
 from .trace import Event, Trace
 from .uapi import Access, BackendFeature, Status
 
@@ -43,6 +45,7 @@ __all__ = [
     "Iotlb",
     "KernelError",
     "Limits",
+    "ManagementFailed",
     "MapRejected",
     "MigrationFailed",
     "MigrationRefused",
@@ -50,6 +53,7 @@ __all__ = [
     "NotVhostVdpa",
     "Options",
     "OutOfOrder",
+    "Probe",
     "QueueBroken",
     "State",
     "Status",
