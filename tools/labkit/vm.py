@@ -78,7 +78,7 @@ def configuration(spec: Spec) -> str:
         _, address, _ = spec.network
         mounts += ["must modprobe virtio_net", f"must ip address add {address}/24 dev eth0", "must ip link set eth0 up"]
         mounts += ["printf '10.77.0.1 a\\n10.77.0.2 b\\n' >>/etc/hosts"]
-    loads = ["must modprobe vhost_vdpa"] if spec.devices.count else []
+    loads = ["must modprobe vhost_vdpa"] if spec.devices.groups else []
     for module, parameters in spec.devices.modules():
         if module in spec.modules:
             loads.append(shlex.join(["must", "insmod", f"/run/lab/modules/{module}.ko", *parameters]))
