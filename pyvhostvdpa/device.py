@@ -26,7 +26,7 @@ from .net.features import CONTROL, SUPPORTED, Feature, negotiate, ring_bits
 from .trace import DeviceTrace, Trace
 from .uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, Access, BackendFeature, Status, names
 from .virtqueue.layout import GuestQueue, SplitLayout, in_order, indices
-from .virtqueue.shadow import Relay, ShadowVirtqueue
+from .virtqueue.shadow import RelayOptions, Relays, ShadowVirtqueue
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ class VdpaNetDevice:
         self.state = State.RESET
         self.memory: GuestMemory | None = None
         self.shadows: list[ShadowVirtqueue] = []
-        self._relay: Relay | None = None
+        self._relay: Relays | None = None
+        self.relay_options = RelayOptions()
         self._rings: SharedMemory | None = None
         self._control: ControlQueue | None = None
         self._ours: list[tuple[int, int]] = []
@@ -202,7 +203,7 @@ class VdpaNetDevice:
             for shadow in self.shadows:
                 self._set_vring(shadow.queue, 0, shadow.kick, shadow.call)
             self._go()
-            self._relay = Relay(self.shadows)
+            self._relay = Relays(self.shadows, self.relay_options)
             self._relay.start()
         except BaseException:
             self._abandon()

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .._cdefs import ffi, lib
@@ -118,9 +119,11 @@ class Relay:
 
     The order matters to a device that drops a frame for which it has no RX
     buffer: what the guest posted before it sent gets there first.
+    ``busy_poll`` is for how many seconds it goes on looking when there is
+    nothing to do, before it asks for notifications and sleeps.
     """
 
-    def __init__(self, queues: Sequence[ShadowVirtqueue]) -> None:
+    def __init__(self, queues: Sequence[ShadowVirtqueue], busy_poll: float = 0.0) -> None:
         self._queues = list(queues)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         count = len(self._queues)
@@ -129,6 +132,7 @@ class Relay:
         self._c: Any = ffi.new(
             "struct relay *", {"count": count, "queues": self._array, "pollfds": self._pollfds, "wake": self._wake}
         )
+        self._c.busy_poll = int(busy_poll * 1e9)
         self._thread = threading.Thread(target=self._run, name="svq-relay", daemon=True)
 
     def start(self) -> None:
@@ -137,12 +141,11 @@ class Relay:
 
     def _run(self) -> None:
         while not self._c.stop:
-            if lib.relay_run(self._c, time.monotonic_ns() + _SLICE_NS):
-                return
+            lib.relay_run(self._c, time.monotonic_ns() + _SLICE_NS)
 
     @property
     def running(self) -> bool:
-        """Whether the thread serves its queues; it ends by itself when one breaks."""
+        """Whether the thread serves its queues."""
         return self._thread.is_alive()
 
     def stop(self) -> None:
@@ -155,3 +158,36 @@ class Relay:
         if self._wake >= 0:
             os.close(self._wake)
             self._wake = -1
+
+
+@dataclass(frozen=True, slots=True)
+class RelayOptions:
+    """How shadow virtqueues are served: ``threads`` at most, ``busy_poll`` in seconds (see :class:`Relay`)."""
+
+    threads: int = 1
+    busy_poll: float = 0.0
+
+
+class Relays:
+    """Relays for the queues of one device: RX and TX of a pair stay together, pairs are spread over threads."""
+
+    def __init__(self, queues: Sequence[ShadowVirtqueue], options: RelayOptions) -> None:
+        pairs = [queues[i : i + 2] for i in range(0, len(queues), 2)]
+        count = max(1, min(options.threads, len(pairs)))
+        shares = [[queue for pair in pairs[k::count] for queue in pair] for k in range(count)]
+        self._relays = [Relay(share, options.busy_poll) for share in shares]
+
+    def start(self) -> None:
+        """Start every thread."""
+        for relay in self._relays:
+            relay.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether all of them serve their queues."""
+        return all(relay.running for relay in self._relays)
+
+    def stop(self) -> None:
+        """End every thread. The queues keep their state."""
+        for relay in self._relays:
+            relay.stop()

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 
 import hwsim
 import lab
 import pytest
-from hwsim import HwSim
+from hw_guest import HwGuest
 
-from pyvhostvdpa import GuestMemory, Options, OutOfOrder, State, VdpaNetDevice, migrate
+from pyvhostvdpa import Options, OutOfOrder, State, migrate
 from pyvhostvdpa.errors import QueueBroken
-from pyvhostvdpa.memory import DEFAULT_GPA
 from pyvhostvdpa.net import control
-from pyvhostvdpa.net.control import Class, ControlModel, Rx, command, mac_table
-from pyvhostvdpa.net.control_queue import ControlFailed, GuestControl
+from pyvhostvdpa.net.control import Class, Rx, mac_table
+from pyvhostvdpa.net.control_queue import ControlFailed
 from pyvhostvdpa.net.features import CONTROL, RING, SUPPORTED, Feature
-from pyvhostvdpa.net.nic import GuestNic, NicOptions
-from pyvhostvdpa.net.traffic import Traffic
-from pyvhostvdpa.uapi import ALL_BACKEND_FEATURES, BackendFeature
+from pyvhostvdpa.uapi import BackendFeature
+from pyvhostvdpa.virtqueue.shadow import RelayOptions
 
 EVERYTHING = SUPPORTED | CONTROL | RING | Feature.GUEST_CSUM | Feature.GUEST_TSO4
 OFFER_MORE = int(
@@ -30,63 +30,6 @@ OFFER_MORE = int(
     | Feature.RSS
     | Feature.HASH_REPORT
 )
-
-
-class HwGuest:
-    """A guest with a control queue on a vdpa_hwsim device."""
-
-    def __init__(self, sim: HwSim, pairs: int, wanted: Feature, without: BackendFeature, ring_size: int = 256) -> None:
-        self.sim, self.pairs = sim, pairs
-        self.memory = GuestMemory([(DEFAULT_GPA, lab.SMALL * 2)])
-        self.device = VdpaNetDevice(sim.chardev, use=ALL_BACKEND_FEATURES & ~without, wanted=wanted)
-        self.device.attach(self.memory)
-        index = self.device.groups.control_index
-        self.nic = GuestNic(
-            self.memory,
-            NicOptions(pairs=pairs, ring_size=ring_size, features=self.device.features, control_index=index),
-        )
-        self.traffic = Traffic(self.nic)
-        self.model = ControlModel(self.device.features, mac=sim.mac)
-        assert self.nic.control is not None
-        self.control = GuestControl(self.nic.control.queue, self.model)
-
-    def close(self) -> None:
-        self.traffic.pause()
-        self.device.close()
-        self.nic.close()
-        self.memory.close()
-
-    def start(self, mode: State = State.PASSTHROUGH) -> None:
-        start = self.device.start_shadow if mode is State.SHADOW else self.device.start_passthrough
-        start(self.nic.queues, self.control)
-
-    def switch(self) -> None:
-        mode = State.PASSTHROUGH if self.device.state is State.SHADOW else State.SHADOW
-        self.device.stop()
-        self.start(mode)
-
-    def send(self, kind: Class, number: int, payload: bytes = b"") -> int:
-        assert self.nic.control is not None
-        return self.nic.control.send(command(kind, number, payload))
-
-    def use_all_pairs(self) -> None:
-        if self.pairs > 1:
-            assert self.send(Class.MQ, control.VQ_PAIRS_SET, self.pairs.to_bytes(2, "little")) == control.OK
-
-    def receives(self, frames: int, seconds: float = 60.0) -> None:
-        """Wait until each pair has got that many more frames."""
-        goals = [pair.counts().received + frames for pair in self.nic.pairs]
-
-        def reached() -> bool:
-            self.device.check()
-            return all(pair.counts().received >= goal for pair, goal in zip(self.nic.pairs, goals, strict=True))
-
-        lab.wait_for(reached, f"{frames} frames on each of {self.pairs} pairs", seconds)
-
-    def settle(self) -> None:
-        assert self.traffic.stop_sending(30.0), self.nic.counts()
-        counts = self.nic.counts()
-        assert (counts.lost, counts.duplicated, counts.corrupted) == (0, 0, 0)
 
 
 Make = Callable[..., HwGuest]
@@ -183,6 +126,81 @@ def test_a_device_that_reorders_in_passthrough_is_refused_and_goes_on(make: Make
     assert guest.device.state is State.PASSTHROUGH
     guest.receives(500)
     guest.settle()
+
+
+@pytest.mark.parametrize(("threads", "busy_poll"), [(2, 0.0), (4, 0.001), (9, 0.0)])
+def test_pairs_are_spread_over_threads(make: Make, threads: int, busy_poll: float) -> None:
+    guest = make(4)
+    guest.device.relay_options = RelayOptions(threads, busy_poll)
+    guest.start()
+    guest.use_all_pairs()
+    guest.traffic.run()
+    guest.switch()
+    relays = [thread for thread in threading.enumerate() if thread.name == "svq-relay"]
+    assert len(relays) == min(threads, 4)
+    guest.receives(200)
+    guest.switch()
+    guest.receives(100)
+    guest.settle()
+
+
+def test_an_idle_relay_uses_no_cpu(make: Make) -> None:
+    guest = make(4)
+    guest.start(State.SHADOW)
+    time.sleep(0.3)
+    begin, cpu = time.monotonic(), time.process_time()
+    time.sleep(3)
+    assert time.process_time() - cpu < 0.02 * (time.monotonic() - begin)
+
+
+def test_a_device_that_stops_completing_hangs_nobody(make: Make) -> None:
+    guest = make(2)
+    guest.start(State.SHADOW)
+    guest.use_all_pairs()
+    guest.traffic.run()
+    guest.receives(100)
+    guest.sim.write("fault/stall", "Y")
+    time.sleep(0.2)
+    begin = time.monotonic()
+    guest.switch()
+    assert time.monotonic() - begin < 10
+    guest.sim.write("fault/stall", "N")
+    guest.device.stop()
+    guest.start()
+    guest.receives(100)
+    guest.settle()
+
+
+@pytest.mark.parametrize("knob", ["corrupt_used_id"])
+def test_a_device_that_lies_in_its_used_ring_breaks_that_queue_alone(make: Make, knob: str) -> None:
+    guest = make(2)
+    guest.start(State.SHADOW)
+    guest.use_all_pairs()
+    guest.traffic.run()
+    guest.receives(100)
+    guest.sim.write(f"fault/{knob}", 1)
+    lab.wait_for(lambda: any(shadow.broken for shadow in guest.device.shadows), "the queue that is given up")
+    broken = [shadow.queue.index // 2 for shadow in guest.device.shadows if shadow.broken]
+    assert len(broken) == 1
+    other = guest.nic.pairs[1 - broken[0]]
+    received = other.counts().received
+    lab.wait_for(lambda: other.counts().received > received + 200, "the other pair's traffic")
+    with pytest.raises(QueueBroken, match="device: used id that it was not given"):
+        guest.device.check()
+
+
+def test_a_closed_eventfd_breaks_its_queue_alone(make: Make) -> None:
+    guest = make(2)
+    guest.start(State.SHADOW)
+    guest.use_all_pairs()
+    victim = guest.device.shadows[0]
+    os.close(victim.call)
+    os.eventfd_write(guest.device.shadows[2].kick, 1)
+    os.eventfd_write(guest.device.shadows[2].call, 1)
+    lab.wait_for(lambda: victim.broken, "the queue that is given up")
+    victim.call = -1
+    assert "eventfd" in victim.broken
+    assert not guest.device.shadows[2].broken
 
 
 @pytest.mark.parametrize("ring", [Feature.EVENT_IDX, Feature.INDIRECT_DESC, RING])

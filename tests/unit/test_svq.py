@@ -198,49 +198,65 @@ def test_a_used_index_that_jumps_breaks_the_queue(model: Make) -> None:
     assert m.svq.c.broken == lib.SVQ_BAD_USED_IDX
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_any_schedule_loses_nothing_and_keeps_the_free_slots_whole(data: st.DataObject) -> None:
+PROGRAMS, STEPS = 500, (400, 700)
+"""At least 200,000 steps between a guest, the queue and a device, by 500 programs of 400 to 700."""
+
+
+class Schedule:
+    """A guest, a queue and a device, one step a byte."""
+
+    def __init__(self, m: Model) -> None:
+        self.m = m
+        self.free = list(range(m.num))
+        self.lent: set[int] = set()
+        self.at_device: list[int] = []
+        self.steps = (self.publish, self.forward, self.fetch, self.complete, self.give_back)
+
+    def publish(self, choice: int) -> None:
+        if not self.free:
+            return
+        head = self.free.pop(choice % len(self.free))
+        across = self.m.num > 2 and choice & 1
+        self.m.describe(head, [Segment(self.m.memory.regions[0].end - 16 if across else DATA, 32)])
+        self.m.publish(head)
+        self.lent.add(head)
+
+    def forward(self, _: int) -> None:
+        self.m.forward()
+
+    def fetch(self, _: int) -> None:
+        self.at_device += [head for head, _ in self.m.fetch()]
+
+    def complete(self, choice: int) -> None:
+        if self.at_device:
+            self.m.complete(self.at_device.pop(choice % len(self.at_device)))
+
+    def give_back(self, _: int) -> None:
+        self.m.give_back()
+        for head, _ in self.m.used():
+            self.lent.remove(head)
+            self.free.append(head)
+
+    def check(self) -> None:
+        q = self.m.svq.c
+        assert q.broken == lib.SVQ_OK
+        assert q.free_count + sum(e.segments for e in q.elements[0 : self.m.num]) == self.m.num
+        assert q.forwarded - q.returned == (q.last_avail - q.used_idx) & 0xFFFF <= len(self.lent)
+
+
+@settings(max_examples=PROGRAMS, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from([2, 4, 16]), st.integers(0, 65535), st.binary(min_size=STEPS[0], max_size=STEPS[1]))
+def test_any_schedule_loses_nothing_and_keeps_the_free_slots_whole(num: int, start: int, program: bytes) -> None:
     """Free slots and descriptors in flight always add up; every buffer lent comes back once."""
-    num = data.draw(st.sampled_from([2, 4, 16]), "num")
-    m = Model(num=num, regions=2, start_idx=data.draw(st.integers(0, 65535), "start"))
+    m = Model(num=num, regions=2, start_idx=start)
     try:
-        _run_schedule(m, data)
+        schedule = Schedule(m)
+        for byte in program:
+            schedule.steps[byte % 5](byte // 5)
+            schedule.check()
+        assert len(m.svq.in_flight) == m.svq.c.forwarded - m.svq.c.returned
     finally:
         m.close()
-
-
-def _run_schedule(m: Model, data: st.DataObject) -> None:
-    free = list(range(m.num))
-    lent: dict[int, int] = {}
-    at_device: list[int] = []
-    returned = published = 0
-    for _ in range(data.draw(st.integers(1, 60), "steps")):
-        step = data.draw(st.sampled_from(["publish", "forward", "fetch", "complete", "return"]), "step")
-        if step == "publish" and free:
-            head = free.pop(data.draw(st.integers(0, len(free) - 1)))
-            boundary = m.num > 2 and data.draw(st.booleans())
-            m.describe(head, [Segment(m.memory.regions[0].end - 16 if boundary else DATA, 32)])
-            m.publish(head)
-            lent[head] = 1
-            published += 1
-        elif step == "forward":
-            m.forward()
-        elif step == "fetch":
-            at_device += [head for head, _ in m.fetch()]
-        elif step == "complete" and at_device:
-            m.complete(at_device.pop(data.draw(st.integers(0, len(at_device) - 1))))
-        elif step == "return":
-            m.give_back()
-        for head, _ in m.used():
-            del lent[head]
-            free.append(head)
-            returned += 1
-        q = m.svq.c
-        assert q.broken == lib.SVQ_OK
-        assert q.free_count + sum(e.segments for e in q.elements[0 : m.num]) == m.num
-        assert len(m.svq.in_flight) == (q.last_avail - q.used_idx) & 0xFFFF
-    assert published - returned == len(lent)
 
 
 def _indirect(m: Model, head: int, table: int, segments: list[Segment]) -> None:

@@ -1,0 +1,56 @@
+"""What vhost-vdpa offers on vdpa_hwsim, and how each kernel or firmware that lacks something is imitated."""
+
+from __future__ import annotations
+
+import hwsim
+import pytest
+
+from pyvhostvdpa.chardev import VhostVdpa
+from pyvhostvdpa.errors import KernelError
+from pyvhostvdpa.uapi import BackendFeature
+
+EVERYTHING = BackendFeature(0x1FE)
+PARAMETERS = {
+    "suspend": BackendFeature.SUSPEND,
+    "resume": BackendFeature.RESUME,
+    "enable_after_driver_ok": BackendFeature.ENABLE_AFTER_DRIVER_OK,
+    "desc_asid": BackendFeature.DESC_ASID,
+    "persist": BackendFeature.IOTLB_PERSIST,
+}
+
+
+def offered(**parameters: object) -> BackendFeature:
+    sim = hwsim.add("hw0", **parameters)
+    try:
+        with VhostVdpa(sim.chardev) as device:
+            return device.get_backend_features()
+    finally:
+        hwsim.remove(sim.name)
+
+
+def test_every_backend_feature_is_offered() -> None:
+    assert offered() == EVERYTHING
+
+
+@pytest.mark.parametrize("parameter", PARAMETERS)
+def test_each_that_a_parent_has_a_say_in_goes_alone(parameter: str) -> None:
+    assert offered(**{parameter: "N"}) == EVERYTHING & ~PARAMETERS[parameter]
+
+
+def test_all_of_them_can_go() -> None:
+    """What is left is the core's own: MSG_V2, BATCH and ASID."""
+    assert offered(**dict.fromkeys(PARAMETERS, "N")) == BackendFeature(0xE)
+
+
+def test_what_makes_asid_usable_can_go() -> None:
+    """One group in one address space: the bit stays, and there is nothing to bind."""
+    sim = hwsim.add("hw0", single_group="Y", nas=1)
+    try:
+        with VhostVdpa(sim.chardev) as device:
+            device.set_owner()
+            assert (device.get_group_num(), device.get_as_num()) == (1, 1)
+            assert [device.get_vring_group(index) for index in range(3)] == [0, 0, 0]
+            with pytest.raises(KernelError, match="SET_GROUP_ASID"):
+                device.set_group_asid(0, 1)
+    finally:
+        hwsim.remove(sim.name)
