@@ -63,6 +63,7 @@ class Machine:
     """The facts. Sizes in bytes, ``memlock`` None for unlimited.
 
     ``open_elsewhere`` are those who have a device open that the bus has no more: one that is being deleted.
+    ``own_network`` tells of a network namespace apart from the machine's, where netlink shows no device.
     """
 
     release: str = ""
@@ -72,6 +73,7 @@ class Machine:
     loaded: frozenset[str] = frozenset()
     bus: bool = False
     tool: bool = False
+    own_network: bool = False
     stuck: tuple[int, ...] = ()
     open_elsewhere: tuple[Holder, ...] = ()
     management: Mapping[str, Any] = field(default_factory=dict)
@@ -110,6 +112,7 @@ def gather(root: Path = Path("/"), device: str | None = None) -> Machine:
         loaded=_names(root / "sys/module"),
         bus=(root / "sys/bus/vdpa/devices").is_dir(),
         tool=tool,
+        own_network=_own_network(root),
         stuck=stuck,
         open_elsewhere=tuple(w for number, who in mgmt.openers().items() if number not in listed for w in who)
         if stuck
@@ -168,6 +171,13 @@ def _installed(root: Path, release: str) -> frozenset[str] | None:
         return None
     files = (line.partition(":")[0] for line in lines)
     return frozenset(Path(file).name.partition(".")[0].replace("-", "_") for file in files)
+
+
+def _own_network(root: Path) -> bool:
+    try:
+        return (root / "proc/self/ns/net").stat().st_ino != (root / "proc/1/ns/net").stat().st_ino
+    except OSError:
+        return False
 
 
 def _net(name: str) -> dict[str, Any]:

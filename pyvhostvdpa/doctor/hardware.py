@@ -87,6 +87,8 @@ def management_device(machine: Machine, _: Plan) -> Iterator[Told]:
 
 
 def _first_step(machine: Machine) -> str:
+    if machine.own_network:
+        return "nsenter --target 1 --net vdpa mgmtdev show   (only the first network namespace sees devices)"
     for nic in machine.nics:
         if nic.ids in NICS:
             if nic.vfs == 0 and nic.max_vfs:

@@ -22,7 +22,7 @@ NOTHING = BackendFeature(0)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests on the same kind of device together: loading the module anew takes seconds."""
-    kinds = ("pinned", "unbatched", "no_simulator")
+    kinds = ("pinned", "unbatched")
     items.sort(key=lambda item: [kind in getattr(item, "fixturenames", ()) for kind in kinds])
 
 

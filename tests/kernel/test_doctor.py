@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lab
-import pytest
 from test_probe import held, vhost_vdpa
 
 AS_USER = ("setpriv", "--reuid=1000", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all")
@@ -176,20 +175,10 @@ def test_d02_a_deletion_that_hangs_is_told_with_its_cure(devices: tuple[str, str
     assert devices[0] in vhost_vdpa("list").stdout
 
 
-@pytest.fixture
-def no_simulator(loaded: dict[str, int]) -> None:
-    """A machine with vhost_vdpa and no management device; the next test loads the simulator again."""
-    lab.remove_devices()
-    lab.command("modprobe", "-r", "vdpa_sim_net")
-    lab.command("modprobe", "-r", "vdpa_sim")
-    loaded["gone"] = 1
-
-
-@pytest.mark.usefixtures("no_simulator")
-def test_d02_no_management_device() -> None:
-    found = findings()
+def test_d02_a_network_namespace_that_sees_no_management_device(devices: tuple[str, str]) -> None:
+    found = findings(devices[0], prefix=("unshare", "--net"))
     says(found, "D02", "WARN", "lists nothing")
-    assert found["D02"][0]["next"].startswith("modprobe vdpa_sim_net")
+    assert found["D02"][0]["next"].startswith("nsenter --target 1 --net")
 
 
 def test_k01_a_container_that_sees_no_modules(devices: tuple[str, str]) -> None:

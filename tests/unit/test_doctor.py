@@ -93,6 +93,11 @@ PAINS = {
     ),
     "D02 iproute2 without vdpa": (replace(SOUND, tool=False), Level.WARN, "no 'vdpa' command"),
     "D02 no management device": (replace(SOUND, management={}), Level.WARN, "lists nothing"),
+    "D02 a container with a network of its own": (
+        replace(SOUND, management={}, own_network=True),
+        Level.WARN,
+        "lists nothing",
+    ),
     "D02 a deletion that hangs": (replace(SOUND, stuck=(4711,)), Level.FAIL, "pid 4711"),
     "D03 a NIC with a vDPA driver": (
         replace(SOUND, nics=(Nic("0000:01:00.0", "15b3:101d", "mlx5_core", 0, 8),)),
