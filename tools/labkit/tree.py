@@ -82,7 +82,7 @@ class Tree:
         argv += [f"--include={','.join(PACKAGES)}", *(f"--aptopt={option}" for option in options)]
         argv += [SUITE, str(root), *SOURCES]
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        title = f"making a Debian 13 tree ({len(PACKAGES)} packages and what they need, about 150 MB to download)"
+        title = f"making a Debian 13 tree ({len(PACKAGES)} packages and what they need, about 220 MB to download)"
         self.progress.call(title, contained(argv), self.cache.log("tree"), environment)
 
     def _python_packages(self, partial: Path) -> None:
