@@ -28,8 +28,17 @@ PACKAGES = (
     *("iproute2", "iputils-ping", "kmod", "mount", "e2fsprogs", "busybox-static", "procps", "strace"),
     *("xz-utils", "zstd", "ca-certificates", "valgrind"),
     # real clients, written elsewhere, that tests run against our devices
-    *("ethtool", "iperf3", "dnsmasq-base", "dpdk", "qemu-system-x86", "ipxe-qemu"),
+    *("ethtool", "iperf3", "dnsmasq-base", "qemu-system-x86", "ipxe-qemu"),
+    # what dpdk-testpmd is linked to, and the drivers it has to load
+    *(f"librte-{name}25" for name in ("bitratestats", "bpf", "cmdline", "crypto-scheduler", "gro", "gso")),
+    *(f"librte-{name}25" for name in ("latencystats", "mempool-ring", "pdump", "reorder")),
+    *(f"librte-net-{name}25" for name in ("bnxt", "bond", "dpaa", "i40e", "iavf", "ice", "ixgbe", "mlx5-")),
+    *(f"librte-net-{name}25" for name in ("pcap", "virtio")),
+    *("ibverbs-providers", "libbsd0", "libfdt1", "libjansson4", "libnuma1", "libpcap0.8t64"),
 )
+# dpdk-testpmd comes in a package for developers, which depends on all of DPDK's libraries and on their headers.
+TESTPMD = """cd "$1/tmp" && APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get download dpdk-dev &&
+dpkg-deb --fsys-tarfile dpdk-dev_*.deb | tar -x -C "$1" ./usr/bin/dpdk-testpmd && rm dpdk-dev_*.deb"""
 # One tree for this recipe and one for another branch or version of the project.
 KEPT = 2
 LOCK = Path(__file__).with_name("pypi.lock")
@@ -55,7 +64,7 @@ class Tree:
     @staticmethod
     def identity() -> str:
         """Return the hash of the recipe."""
-        recipe = "\n".join([*SOURCES, *PACKAGES, *KEPT_APT, LOCK.read_text()])
+        recipe = "\n".join([*SOURCES, *PACKAGES, TESTPMD, *KEPT_APT, LOCK.read_text()])
         return hashlib.sha256(recipe.encode()).hexdigest()[:12]
 
     @property
@@ -80,7 +89,7 @@ class Tree:
         options = [*KEPT_APT, *host.acquire_options()]
         argv = ["mmdebstrap", "--mode=root", "--variant=apt", "--architectures=amd64", f"--keyring={host.KEYRING}"]
         argv += [f"--include={','.join(PACKAGES)}", *(f"--aptopt={option}" for option in options)]
-        argv += [SUITE, str(root), *SOURCES]
+        argv += [f"--customize-hook={TESTPMD}", SUITE, str(root), *SOURCES]
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         title = f"making a Debian 13 tree ({len(PACKAGES)} packages and what they need, about 220 MB to download)"
         self.progress.call(title, contained(argv), self.cache.log("tree"), environment)
