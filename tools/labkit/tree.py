@@ -20,7 +20,7 @@ SOURCES = (
 )
 PACKAGES = (
     *("python3", "python3-dev", "python3-pip", "python3-setuptools", "python3-wheel"),
-    *("python3-cffi", "python3-psutil"),
+    *("python3-cffi", "python3-psutil", "python3-matplotlib"),
     *("python3-pytest", "python3-pytest-benchmark", "python3-hypothesis", "mypy"),
     # the newest headers there are: what uapi.py knows is compared with them
     "linux-libc-dev/trixie-backports",
@@ -91,7 +91,7 @@ class Tree:
         argv += [f"--include={','.join(PACKAGES)}", *(f"--aptopt={option}" for option in options)]
         argv += [f"--customize-hook={TESTPMD}", SUITE, str(root), *SOURCES]
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        title = f"making a Debian 13 tree ({len(PACKAGES)} packages and what they need, about 220 MB to download)"
+        title = f"making a Debian 13 tree ({len(PACKAGES)} packages and what they need, about 260 MB to download)"
         self.progress.call(title, contained(argv), self.cache.log("tree"), environment)
 
     def _python_packages(self, partial: Path) -> None:
