@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         "test",
         help="checks and tests without a device, tests on the device in a VM, one report",
         usage="tools/lab test [--kernel X] [--accel MODE] [--cpus N] [--memory SIZE] [--timeout S] [PYTEST ARGUMENT…]",
-        epilog="Other arguments go to pytest; a path below tests/unit or tests/kernel selects the part.",
+        epilog="Other arguments go to pytest; a path below tests/unit, tests/kernel or tests/icount selects the part.",
     )
     _vm_options(test)
     soak = commands.add_parser("soak", help="tests that are too long for every day; without a name: which there are")

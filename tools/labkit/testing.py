@@ -16,8 +16,8 @@ from labkit.progress import seconds
 from labkit.report import Case, Part
 from labkit.session import PROJECT, Request, Session
 
-UNIT, BENCHMARKS, KERNEL = "tests/unit", "tests/benchmarks", "tests/kernel"
-PARTS = (UNIT, BENCHMARKS, KERNEL)
+UNIT, BENCHMARKS, KERNEL, ICOUNT = "tests/unit", "tests/benchmarks", "tests/kernel", "tests/icount"
+PARTS = (UNIT, BENCHMARKS, KERNEL, ICOUNT)
 CHECKS = (
     ("ruff check", ("ruff", "check", "--no-cache", ".")),
     ("ruff format", ("ruff", "format", "--check", "--no-cache", ".")),
@@ -74,6 +74,8 @@ class Run:
                     self._part(part, f"{part} (no device)", self._in_tree)
             if KERNEL in self.selection.parts:
                 self._part(KERNEL, f"{KERNEL} (VM)", self._in_vm)
+            if ICOUNT in self.selection.parts:
+                self._part(ICOUNT, f"{ICOUNT} (VM, virtual time)", self._in_virtual_time)
         print(report.render(self.parts), flush=True)
         return 0 if report.clean(self.parts) else 1
 
@@ -135,9 +137,13 @@ class Run:
             ["setpriv", "--pdeathsig", "KILL", *chroot.argv(argv)], stdin=subprocess.DEVNULL, check=False
         ).returncode
 
-    def _in_vm(self, argv: Sequence[str]) -> int:
+    def _in_virtual_time(self, argv: Sequence[str]) -> int:
+        return self._in_vm(argv, icount=True)
+
+    def _in_vm(self, argv: Sequence[str], icount: bool = False) -> int:
         request = replace(
             self.request,
+            icount=icount or self.request.icount,
             command=argv,
             devices=self.request.devices or DEVICES,
             shares=[self.results],
