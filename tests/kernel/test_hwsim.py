@@ -225,7 +225,7 @@ def test_large_rings_work(make: Make) -> None:
     guest.settle()
 
 
-@pytest.mark.parametrize("pairs", [1, 4, 16])
+@pytest.mark.parametrize("pairs", [pytest.param(1, marks=pytest.mark.smoke), 4, 16])
 def test_a_guest_migrates_with_all_its_pairs_and_its_address(pairs: int) -> None:
     source, destination = hwsim.add("hw0", pairs), hwsim.add("hw1", pairs)
     try:
