@@ -19,9 +19,17 @@ from pyvhostvdpa.uapi import ALL_BACKEND_FEATURES, BackendFeature
 class HwGuest:
     """A guest with a control queue on a vdpa_hwsim device."""
 
-    def __init__(self, sim: HwSim, pairs: int, wanted: Feature, without: BackendFeature, ring_size: int = 256) -> None:
+    def __init__(
+        self,
+        sim: HwSim,
+        pairs: int,
+        wanted: Feature,
+        without: BackendFeature,
+        ring_size: int = 256,
+        size: int = lab.SMALL * 2,
+    ) -> None:
         self.sim, self.pairs = sim, pairs
-        self.memory = GuestMemory([(DEFAULT_GPA, lab.SMALL * 2)])
+        self.memory = GuestMemory([(DEFAULT_GPA, size)])
         self.device = VdpaNetDevice(sim.chardev, use=ALL_BACKEND_FEATURES & ~without, wanted=wanted)
         self.device.attach(self.memory)
         index = self.device.groups.control_index
