@@ -103,7 +103,10 @@ class Reader:
             text = self.blob(name, limit).decode()
         except UnicodeDecodeError as e:
             raise self.bad(f"{name} is not UTF-8") from e
-        return "".join(c if c.isprintable() else "?" for c in text)
+        if not text.isprintable():
+            # it is shown on somebody's terminal
+            raise self.bad(f"{name} has characters that cannot be shown")
+        return text
 
     def each(self, name: str, limit: int, read: Callable[[], T]) -> tuple[T, ...]:
         """Return at most ``limit`` items."""

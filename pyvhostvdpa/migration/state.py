@@ -10,6 +10,7 @@ decoder takes nothing for granted: it raises
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..memory import PAGE_SIZE
 from ..net.control import MAX_VLAN, RSS_KEY_MAX, ControlModel, Rx
@@ -283,8 +284,12 @@ def _get_model(r: Reader) -> ControlModel:
     overflows = r.flag("unicast overflow"), r.flag("multicast overflow")
     modes = r.number("B", "receive modes", (1 << len(Rx)) - 1)
     vlans = r.each("VLANs", MAX_VLAN, lambda: r.number("H", "VLAN", MAX_VLAN - 1))
+    if any(a >= b for a, b in pairwise(vlans)):
+        raise r.bad("VLANs that are not in order")
     pairs = r.number("H", "pairs in use", MAX_PAIRS)
     offloads = _get_optional(r, "offloads", 8)
+    if offloads is not None and len(offloads) != 8:
+        raise r.bad(f"offloads of {len(offloads)} bytes")
     return ControlModel(
         features=features,
         mac=mac,

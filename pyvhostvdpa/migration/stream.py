@@ -187,9 +187,9 @@ class Channel:
 
     def greet(self) -> None:
         """Exchange preambles; :class:`~pyvhostvdpa.errors.MigrationRefused` if the other side speaks something else."""
-        self.send(_PREAMBLE.pack(MAGIC, VERSION, 0))
         theirs = bytearray(_PREAMBLE.size)
         try:
+            self.send(_PREAMBLE.pack(MAGIC, VERSION, 0))
             self.receive_into(theirs, HANDSHAKE_SECONDS)
         except StreamBroken as e:
             raise MigrationRefused(f"no migration stream: {e}", hint="vhost-vdpa help migration") from e
@@ -290,6 +290,7 @@ _TLS = {
     "TLSV1_ALERT_UNKNOWN_CA": "the other side does not know the authority of this side's certificate",
     "SSLV3_ALERT_BAD_CERTIFICATE": "the other side does not accept this side's certificate",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "this side's certificate has expired",
+    "UNEXPECTED_EOF_WHILE_READING": "the other side closed the connection",
     "WRONG_VERSION_NUMBER": "the other side does not speak TLS",
     "HTTP_REQUEST": "the other side does not speak TLS",
     "UNSUPPORTED_PROTOCOL": "the other side does not speak TLS 1.3",

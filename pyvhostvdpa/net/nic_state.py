@@ -110,7 +110,7 @@ def check_memory(memory: GuestMemory, gpa: int, size: int) -> None:
     try:
         memory.hva(gpa, size)
     except (ValueError, OverflowError) as e:
-        raise BadState(str(e)) from e
+        raise BadState(f"{gpa:#x}+{size:#x} is not guest memory") from e
 
 
 def check_place(memory: GuestMemory, place: RingPlace) -> None:
