@@ -177,6 +177,7 @@ class VdpaNetDevice:
         device refuses the state.
         """
         memory = self._check_startable(queues, control)
+        self._note_shadowed((), control)
         try:
             self._begin(queues)
             self._set_up_control(control)
@@ -194,6 +195,7 @@ class VdpaNetDevice:
     def start_shadow(self, queues: Sequence[GuestQueue], control: GuestControl | None = None) -> None:
         """Let the device work on shadow rings; the guest's are read on from their used index."""
         self._check_startable(queues, control)
+        self._note_shadowed(queues, control)
         try:
             self._begin(queues)
             if self.ring_asid == OWN_ASID and self.groups.descriptors is not None:
@@ -227,6 +229,11 @@ class VdpaNetDevice:
                 "so its state could not be known"
             )
         return memory
+
+    def _note_shadowed(self, queues: Sequence[GuestQueue], control: GuestControl | None) -> None:
+        """For the trace: whose queues are ours from now on. The control queue always is."""
+        shadowed = [*queues, *([control.queue] if control else [])]
+        self.trace.note("shadow_vqs", queues=" ".join(str(queue.index) for queue in shadowed))
 
     def _begin(self, queues: Sequence[GuestQueue]) -> None:
         if self._translation_lost:
@@ -299,7 +306,7 @@ class VdpaNetDevice:
         area = ControlArea(layout, rings.hva + rings.size - size, holes.allocate(size))
         self._ours.append((OWN_ASID, area.iova))
         self.iotlb.space(OWN_ASID).map(area.iova, area.hva, size)
-        self._control = ControlQueue(control, memory, area)
+        self._control = ControlQueue(control, memory, area, trace=self.trace)
         index, desc = control.queue.index, area.iova
         addresses = (desc, desc + layout.avail_offset, desc + area.device_area)
         self._set_ring(index, layout.num, 0, addresses)
@@ -402,7 +409,8 @@ class VdpaNetDevice:
         for shadow in self.shadows:
             shadow.drain()
         for shadow in self.shadows:
-            shadow.republish()
+            base = shadow.republish()
+            self.trace.note("vhost_vdpa_get_vring_base", index=shadow.queue.index, num=base, svq=True)
 
     def _stop_serving(self) -> None:
         if self._relay is not None:
