@@ -21,9 +21,10 @@ from typing import Any
 from .._cdefs import ffi, lib
 from ..errors import QueueBroken
 from ..memory import PAGE_SIZE, GuestMemory
+from ..trace import DeviceTrace, Trace
 from ..virtqueue.layout import GuestQueue, SplitLayout, fill_vring, map_queue
 from ..virtqueue.shadow import reason
-from .control import ERR, LARGEST_COMMAND, OK, BadCommand, Class, ControlModel
+from .control import ERR, LARGEST_COMMAND, OK, VQ_PAIRS_SET, BadCommand, Class, ControlModel
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +83,18 @@ class ControlQueue:
     """Serves a guest's control queue and drives the device's."""
 
     def __init__(
-        self, guest: GuestControl, memory: GuestMemory, area: ControlArea, deadline: float = DEFAULT_DEADLINE
+        self,
+        guest: GuestControl,
+        memory: GuestMemory,
+        area: ControlArea,
+        deadline: float = DEFAULT_DEADLINE,
+        trace: DeviceTrace | None = None,
     ) -> None:
         self.queue = guest.queue
         self.model = guest.model
         self.area = area
         self.deadline = deadline
+        self.trace = trace or Trace().device("")
         self.failed = ""
         self.kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.call = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -115,6 +122,8 @@ class ControlQueue:
         """Bring the device, just started, to the guest's state; several commands in flight.
 
         Raises :class:`ControlFailed` if it refuses one or does not answer.
+        Each command and each answer is noted, as QEMU traces its own (patches
+        39 and 40 of the series).
         """
         waiting = self.model.replay()
         while waiting:
@@ -128,10 +137,21 @@ class ControlQueue:
             del waiting[:count]
 
     def _exchange(self, commands: list[bytes]) -> None:
+        for data in commands:
+            self._note_command(data)
         answers = self._send(commands)
+        for data, answer in zip(commands, answers, strict=True):
+            self.trace.note("vhost_vdpa_net_load_cmd_retval", **{"class": data[0], "cmd": data[1], "r": answer})
         for data, answer in zip(commands, answers, strict=True):
             if answer != OK:
                 raise ControlFailed(f"the device answered {answer} to control command class {data[0]} number {data[1]}")
+
+    def _note_command(self, data: bytes) -> None:
+        payload = data[2:]
+        if (data[0], data[1]) == (Class.MQ, VQ_PAIRS_SET):
+            self.trace.note("vhost_vdpa_net_load_mq", ncurqps=int.from_bytes(payload, "little"))
+        fields = {"class": data[0], "cmd": data[1], "data_num": int(bool(payload)), "data_size": len(payload)}
+        self.trace.note("vhost_vdpa_net_load_cmd", **fields)
 
     def _send(self, commands: list[bytes]) -> bytes:
         at = 0

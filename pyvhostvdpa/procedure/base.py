@@ -154,6 +154,7 @@ class Procedure(ABC):
     def start(self, mode: State, queues: Sequence[GuestQueue], control: GuestControl | None) -> None:
         """Start the device in ``mode`` on a guest's queues; a failure leaves it reset."""
         self._queues = tuple(queues)
+        self._note_shadowed(mode, control)
         try:
             self._start(mode, control)
         except BaseException:
@@ -161,6 +162,15 @@ class Procedure(ABC):
             raise
         self.state = mode
         self._notify()
+
+    def _note_shadowed(self, mode: State, control: GuestControl | None) -> None:
+        """For the trace: whose rings are ours from now on. The control queue's always are."""
+        shadowed = [*(self._queues if mode is State.SHADOW else ()), *([control.queue] if control else [])]
+        self.target.chardev.trace.note("shadow_vqs", queues=" ".join(str(queue.index) for queue in shadowed))
+
+    def _note_base(self, queue: GuestQueue, base: int) -> None:
+        """For the trace: a shadowed queue's base, which no call tells."""
+        self.target.chardev.trace.note("vhost_vdpa_get_vring_base", index=queue.index, num=base, svq=True)
 
     def suspend(self) -> None:
         """Make the device stop processing; MissingFeature without the SUSPEND backend feature."""
@@ -253,7 +263,7 @@ class Procedure(ABC):
         layout = SplitLayout(control.queue.num)
         size = ControlArea(layout, 0, 0).size
         area = ControlArea(layout, own.hva + own.size - size, self._allocate(size))
-        self._control = ControlQueue(control, self.memories.guest, area)
+        self._control = ControlQueue(control, self.memories.guest, area, trace=self.target.chardev.trace)
         return self._control
 
     def _allocate(self, size: int) -> int:

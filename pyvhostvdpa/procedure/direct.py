@@ -154,7 +154,7 @@ class Direct(Procedure):
         for shadow in self.shadows:
             shadow.drain()
         for shadow in self.shadows:
-            shadow.republish()
+            self._note_base(shadow.queue, shadow.republish())
 
     def _reset(self) -> None:
         """Reset the device and take shadow rings away. Guest memory stays mapped.
