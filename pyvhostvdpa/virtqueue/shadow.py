@@ -57,6 +57,7 @@ class ShadowVirtqueue:
 
     def __init__(self, queue: GuestQueue, memory: GuestMemory, area: int, features: int = 0) -> None:
         self.queue = queue
+        self.area = area
         layout = self.layout = SplitLayout(queue.num)
         self.kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.call = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
