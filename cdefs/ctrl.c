@@ -213,7 +213,6 @@ void ctrl_driver_start(struct ctrl_driver *d)
 	       sizeof(*d->ring.used) + num * sizeof(d->ring.used->ring[0]) + 2);
 	d->avail_idx = 0;
 	d->used_idx = 0;
-	d->published = 0;
 	d->open = 0;
 }
 
@@ -268,9 +267,8 @@ static int wants_kick(const struct ctrl_driver *d, uint16_t old)
 
 void ctrl_driver_kick(struct ctrl_driver *d)
 {
-	const uint16_t old = d->published;
+	const uint16_t old = load_once16(&d->ring.avail->idx);
 
-	d->published = d->avail_idx;
 	store_index(&d->ring.avail->idx, d->avail_idx);
 	full_barrier();
 	if (wants_kick(d, old))

@@ -190,7 +190,6 @@ struct ctrl_driver {
 	struct vring ring;
 	uint32_t features;	/* SVQ_F_... */
 	uint16_t avail_idx, used_idx;
-	uint16_t published;	/* avail_idx as the device knows it */
 	uint16_t open;		/* commands without an answer */
 	uint64_t tables_gpa;	/* with SVQ_F_INDIRECT: 32 bytes a command, or 0 */
 	struct vring_desc *tables;

@@ -12,9 +12,12 @@ from ..memory import GuestMemory
 from ..virtqueue.driver import GuestArena, place_queue
 from ..virtqueue.layout import map_queue
 from .control import ERR
+from .features import Feature, ring_bits
 
 CONTROL_RING = 64
 _BUFFER = 1 << 16
+_TABLES_AT = _BUFFER - (1 << 12)
+"""Where in the buffer indirect tables begin, behind the longest command that a device of ours takes."""
 
 
 class ControlDriver:
@@ -31,6 +34,14 @@ class ControlDriver:
         d.kick, d.call = self.queue.kick, self.queue.call
         lib.ctrl_driver_start(d)
         self._driver = d
+
+    def use_ring_features(self, memory: GuestMemory, features: Feature) -> None:
+        """Use the ring as negotiated: indirect tables, notifications by index."""
+        self._driver.features = ring_bits(features)
+        if Feature.INDIRECT_DESC in features:
+            at = self._command + _TABLES_AT
+            self._driver.tables_gpa = at
+            self._driver.tables = ffi.cast("struct vring_desc *", memory.hva(at, _BUFFER - _TABLES_AT))
 
     def send(self, data: bytes, seconds: float = 10.0) -> int:
         """Send a command and return its answer; TimeoutError if there is none within ``seconds``."""

@@ -16,7 +16,8 @@ from ..memory import GuestMemory
 from ..virtqueue.driver import GuestArena, place_queue
 from ..virtqueue.layout import GuestQueue, map_queue
 from .control_driver import ControlDriver
-from .features import Feature, ring_bits
+from .features import Feature, offered_to_guest, ring_bits
+from .guest_config import GuestConfig
 
 BUFFER_SIZE = 2048
 """Bytes per frame buffer, virtio_net_hdr included."""
@@ -152,8 +153,10 @@ class GuestNic:
         arena = GuestArena(memory)
         if options.control_index is not None:
             self.control = ControlDriver(memory, arena, options.control_index)
+            self.control.use_ring_features(memory, options.features)
         for number in range(options.pairs):
             self.pairs.append(NicPair(memory, arena, number, options))
+        self.config = GuestConfig(offered_to_guest(options.features))
 
     @property
     def queues(self) -> list[GuestQueue]:
@@ -172,3 +175,4 @@ class GuestNic:
         if self.control is not None:
             self.control.close()
             self.control = None
+        self.config.close()

@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..chardev import VhostVdpa
-from ..errors import KernelError, MissingFeature, OutOfOrder, QueueBroken, VhostVdpaError
+from ..errors import DeviceNeedsReset, KernelError, MissingFeature, OutOfOrder, QueueBroken, VhostVdpaError
 from ..groups import Groups
 from ..iotlb import Iotlb
 from ..memory import HUGE_PAGE, GuestMemory, IovaAllocator, SharedMemory
-from ..net.control_queue import ControlArea, ControlQueue, GuestControl
+from ..net.control_queue import DEFAULT_DEADLINE, ControlArea, ControlOptions, ControlQueue, GuestControl
 from ..net.features import Feature, ring_bits
+from ..net.guest_config import GuestConfig
 from ..uapi import BackendFeature, Status, names
 from ..virtqueue.layout import GuestQueue, SplitLayout, in_order, indices
 from ..virtqueue.shadow import RelayOptions, Relays, ShadowVirtqueue
@@ -97,6 +98,8 @@ class Procedure(ABC):
         self.state = State.RESET
         self.shadows: list[ShadowVirtqueue] = []
         self.relay_options = RelayOptions()
+        self.control_deadline = DEFAULT_DEADLINE
+        self.guest_config: GuestConfig | None = None
         self._relay: Relays | None = None
         self._control: ControlQueue | None = None
         self._memories: Memories | None = None
@@ -165,7 +168,14 @@ class Procedure(ABC):
                 f"{self.target.path} cannot be suspended, so its queues cannot be taken over without loss",
                 hint="vhost-vdpa list shows the driver; SUSPEND needs support there",
             )
-        self.target.chardev.suspend()
+        # a command of the guest is answered before the device stands still, or never
+        if self._control is not None:
+            self._control.stop()
+        try:
+            self.target.chardev.suspend()
+        except BaseException:
+            self._serve_control()
+            raise
 
     def resume(self) -> None:
         """Let a suspended device go on; MissingFeature without the RESUME backend feature."""
@@ -176,6 +186,7 @@ class Procedure(ABC):
             # mlx5_vdpa forgets that its control queue is ready
             # (drivers/vdpa/mlx5/net/mlx5_vnet.c:mlx5_vdpa_cvq_suspend)
             self.target.chardev.set_vring_enable(self._control.queue.index, True)
+        self._serve_control()
 
     def stop(self, then: State | None = None) -> None:
         """Suspend, take the queues over, reset; see :meth:`pyvhostvdpa.device.VdpaNetDevice.stop`."""
@@ -194,8 +205,12 @@ class Procedure(ABC):
     def reset(self) -> None:
         """Reset the device. Guest rings stand as they are."""
         self._stop_serving()
-        self._reset()
-        self._forget()
+        try:
+            if self.guest_config is not None:
+                self.guest_config.disconnect()
+        finally:
+            self._reset()
+            self._forget()
 
     def abandon(self) -> None:
         """After a failure: reset as far as that goes, and let the first error be the one that is told."""
@@ -206,12 +221,42 @@ class Procedure(ABC):
             self._stop_serving()
 
     def check(self) -> None:
-        """Raise QueueBroken if a shadow queue or the control queue was given up."""
+        """Raise QueueBroken if a queue was given up, DeviceNeedsReset if the device gave up."""
+        if broken := self._broken_queue():
+            raise QueueBroken(f"{self.target.path} {broken}")
+        if self._gave_up():
+            raise DeviceNeedsReset(f"{self.target.path} gave up and asks to be reset (NEEDS_RESET)")
+
+    def _broken_queue(self) -> str:
         for shadow in self.shadows:
             if shadow.broken:
-                raise QueueBroken(f"{self.target.path} virtqueue {shadow.queue.index}: {shadow.broken}")
+                return f"virtqueue {shadow.queue.index}: {shadow.broken}"
         if self._control is not None and self._control.failed:
-            raise QueueBroken(f"{self.target.path} control queue: {self._control.failed}")
+            return f"control queue: {self._control.failed}"
+        return ""
+
+    def _gave_up(self) -> bool:
+        running = self.state in (State.PASSTHROUGH, State.SHADOW)
+        return running and bool(self.target.chardev.get_status() & Status.NEEDS_RESET)
+
+    # -- what the guest's configuration stands on ------------------------------------
+
+    @property
+    def path(self) -> str:
+        """The chardev's path."""
+        return self.target.path
+
+    def failure(self) -> str:
+        """Why the guest has to reset its device; "" while it works."""
+        return self._broken_queue() or ("the device gave up" if self._gave_up() else "")
+
+    def read_config(self) -> bytes:
+        """The device's configuration space."""
+        return self.target.chardev.get_config(0, self.target.chardev.get_config_size())
+
+    def set_config_call(self, eventfd: int) -> None:
+        """Where the device raises its configuration interrupt, -1 for nowhere."""
+        self.target.chardev.set_config_call(eventfd)
 
     def release(self) -> None:
         """Let go of everything; the device must be closed."""
@@ -249,12 +294,21 @@ class Procedure(ABC):
         layout = SplitLayout(control.queue.num)
         size = ControlArea(layout, 0, 0).size
         area = ControlArea(layout, own.hva + own.size - size, self.memories.holes.allocate(size))
-        self._control = ControlQueue(control, self.memories.guest, area)
+        options = ControlOptions(self.control_deadline, ring_bits(self.target.features), self._config_call)
+        self._control = ControlQueue(control, self.memories.guest, area, options)
         return self._control
 
+    @property
+    def _config_call(self) -> int:
+        return -1 if self.guest_config is None else self.guest_config.call
+
     def _serve(self) -> None:
-        self._relay = Relays(self.shadows, self.relay_options)
+        self._relay = Relays(self.shadows, self.relay_options, self._config_call)
         self._relay.start()
+
+    def _serve_control(self) -> None:
+        if self._control is not None:
+            self._control.start()
 
     def _notify(self) -> None:
         # a notification raised while nobody listened must not be lost; RX
@@ -262,12 +316,28 @@ class Procedure(ABC):
         for queue in self._queues:
             os.eventfd_write(queue.kick, 1)
             os.eventfd_write(queue.call, 1)
+        if self.guest_config is not None:
+            self.guest_config.connect(self, None if self._control is None else self._control.model)
 
     def _used_index(self, queue: GuestQueue) -> int:
         """Return from where a device is to go on in a guest's ring, and remember it."""
         _, used = indices(queue, self.memories.guest)
         self._started_at[queue.index] = used
         return used
+
+    def _take_over_shadows(self) -> None:
+        """Hand the guest what the device used and what it did not; a broken queue keeps no other from that."""
+        first: QueueBroken | None = None
+        for shadow in self.shadows:
+            try:
+                shadow.drain()
+            except QueueBroken as e:
+                first = first or e
+        for shadow in self.shadows:
+            if not shadow.broken:
+                shadow.republish()
+        if first is not None:
+            raise first
 
     def _check_order(self) -> None:
         for queue in self._queues:
