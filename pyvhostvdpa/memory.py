@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import resource
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -167,6 +168,18 @@ class Region:
         return Gpa(self.gpa + self.memory.size)
 
 
+class Translation:
+    """Guest memory at other addresses than the guest's: what the C loops put into a device's descriptors."""
+
+    def __init__(self, c_map: Any, iovas: Sequence[int]) -> None:
+        if len(iovas) != c_map.count:
+            raise ValueError(f"{len(iovas)} addresses for {c_map.count} regions of guest memory")
+        self.c_regions = ffi.new("struct memory_region[]", [c_map.regions[i] for i in range(c_map.count)])
+        self.c_map = ffi.new("struct memory_map *", {"count": c_map.count, "regions": self.c_regions})
+        for slot, iova in zip(self.c_regions, iovas, strict=True):
+            slot.iova = iova
+
+
 class GuestMemory:
     """The guest's RAM: regions by GPA, mapped here, described for the C loops."""
 
@@ -178,6 +191,7 @@ class GuestMemory:
         check_available(sum(size for _, size in ordered))
         self.regions: list[Region] = []
         self._dirty: list[Any] = []
+        self._translations: weakref.WeakSet[Translation] = weakref.WeakSet()
         try:
             for gpa, size in ordered:
                 self.regions.append(Region(gpa, SharedMemory("guest-ram", size, progress)))
@@ -206,8 +220,20 @@ class GuestMemory:
     def start_dirty_log(self) -> None:
         """Mark from now on which 4 KiB pages a device wrote through shadow virtqueues."""
         self._dirty = [ffi.new("uint64_t[]", -(-region.size // PAGE_SIZE // 64) + 1) for region in self.regions]
-        for slot, bits in zip(self._c_regions, self._dirty, strict=True):
+        self._share_dirty_log(self._c_regions)
+        for translation in self._translations:
+            self._share_dirty_log(translation.c_regions)
+
+    def _share_dirty_log(self, slots: Any) -> None:
+        for slot, bits in zip(slots, self._dirty, strict=False):
             slot.dirty = bits
+
+    def translate(self, iovas: Sequence[int]) -> Translation:
+        """Return this memory as a device sees it that has its regions at ``iovas``; it shares the dirty log."""
+        translation = Translation(self.c_map, iovas)
+        self._share_dirty_log(translation.c_regions)
+        self._translations.add(translation)
+        return translation
 
     def dirty_pages(self) -> list[Gpa]:
         """Return the pages marked since :meth:`start_dirty_log`, by address."""

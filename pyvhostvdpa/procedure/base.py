@@ -19,7 +19,7 @@ from ..chardev import VhostVdpa
 from ..errors import DeviceNeedsReset, KernelError, MissingFeature, OutOfOrder, QueueBroken, VhostVdpaError
 from ..groups import Groups
 from ..iotlb import Iotlb
-from ..memory import HUGE_PAGE, GuestMemory, IovaAllocator, SharedMemory
+from ..memory import HUGE_PAGE, GuestMemory, IovaAllocator, SharedMemory, Translation
 from ..net.control_queue import DEFAULT_DEADLINE, ControlArea, ControlOptions, ControlQueue, GuestControl
 from ..net.features import Feature, ring_bits
 from ..net.guest_config import GuestConfig
@@ -106,6 +106,10 @@ class Procedure(ABC):
         self._queues: tuple[GuestQueue, ...] = ()
         self._started_at: dict[int, int] = {}
         """Used index of each guest ring when passthrough started, by queue index."""
+        self._ours: list[tuple[int, int]] = []
+        """(ASID, IOVA) of each map of our own memory."""
+        self._allocated: list[int] = []
+        """IOVAs that were taken for it."""
 
     # -- what differs ------------------------------------------------------------
 
@@ -277,14 +281,14 @@ class Procedure(ABC):
         if not status & Status.DRIVER_OK:
             raise KernelError(5, "VHOST_VDPA_SET_STATUS", "DRIVER_OK", cause=f"{self.target.path} did not accept it")
 
-    def _shadow(self, queue: GuestQueue) -> ShadowVirtqueue:
+    def _shadow(self, queue: GuestQueue, translation: Translation | None = None) -> ShadowVirtqueue:
         """Make the shadow of a guest's queue, its ring behind those that there are."""
         own = self.memories.own
         at = own.hva + sum(shadow.layout.size for shadow in self.shadows)
         layout = SplitLayout(queue.num)
         if at + layout.size > own.hva + own.size // 2:
             raise MissingFeature(f"{self.target.path}: the shadow rings do not fit {own.size // 2} bytes")
-        shadow = ShadowVirtqueue(queue, self.memories.guest, at, ring_bits(self.target.features))
+        shadow = ShadowVirtqueue(queue, self.memories.guest, at, ring_bits(self.target.features), translation)
         self.shadows.append(shadow)
         return shadow
 
@@ -293,7 +297,7 @@ class Procedure(ABC):
         own = self.memories.own
         layout = SplitLayout(control.queue.num)
         size = ControlArea(layout, 0, 0).size
-        area = ControlArea(layout, own.hva + own.size - size, self.memories.holes.allocate(size))
+        area = ControlArea(layout, own.hva + own.size - size, self._allocate(size))
         options = ControlOptions(self.control_deadline, ring_bits(self.target.features), self._config_call)
         self._control = ControlQueue(control, self.memories.guest, area, options)
         return self._control
@@ -301,6 +305,25 @@ class Procedure(ABC):
     @property
     def _config_call(self) -> int:
         return -1 if self.guest_config is None else self.guest_config.call
+
+    def _allocate(self, size: int) -> int:
+        """Return an IOVA for memory of ours, free again once the device is reset."""
+        iova = self.memories.holes.allocate(size)
+        self._allocated.append(iova)
+        return iova
+
+    def _drop_ours(self) -> None:
+        """Unmap what is left of our own memory, one batch an address space."""
+        ours, self._ours = self._ours, []
+        for asid in sorted({asid for asid, _ in ours}):
+            space = self.target.iotlb.space(asid)
+            mapped = {m.iova: m for m in space.mappings}
+            with space.batch() as batch:
+                for iova in (iova for owner, iova in ours if owner == asid and iova in mapped):
+                    batch.unmap(iova, mapped[iova].size)
+        allocated, self._allocated = self._allocated, []
+        for iova in allocated:
+            self.memories.holes.free(iova)
 
     def _serve(self) -> None:
         self._relay = Relays(self.shadows, self.relay_options, self._config_call)

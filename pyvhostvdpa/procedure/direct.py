@@ -16,8 +16,6 @@ class Direct(Procedure):
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
-        self._ours: list[tuple[int, int]] = []
-        """(ASID, IOVA) of each map of our own memory."""
         self._translation_lost = False
 
     @property
@@ -122,14 +120,13 @@ class Direct(Procedure):
 
     def _map_shadow_rings(self) -> dict[int, tuple[int, int]]:
         """Map every ring in one batch; driver and device area's IOVA by queue index."""
-        holes = self.memories.holes
         placed: dict[int, tuple[int, int]] = {}
         with self.target.iotlb.space(self.ring_asid).batch() as batch:
             for queue in self._queues:
                 shadow = self._shadow(queue)
                 layout = shadow.layout
-                desc = holes.allocate(layout.driver_area)
-                used = holes.allocate(layout.device_area)
+                desc = self._allocate(layout.driver_area)
+                used = self._allocate(layout.device_area)
                 self._ours += [(self.ring_asid, desc), (self.ring_asid, used)]
                 placed[queue.index] = (desc, used)
                 batch.map(desc, shadow.area, layout.driver_area, Access.RO)
@@ -167,15 +164,3 @@ class Direct(Procedure):
         if BackendFeature.IOTLB_PERSIST not in self.target.backend_features:
             self._translation_lost = True
         self._drop_ours()
-
-    def _drop_ours(self) -> None:
-        """Unmap our own memory, one batch an address space."""
-        ours, self._ours = self._ours, []
-        for asid in sorted({asid for asid, _ in ours}):
-            space = self.target.iotlb.space(asid)
-            mapped = {m.iova: m for m in space.mappings}
-            with space.batch() as batch:
-                for iova in (iova for owner, iova in ours if owner == asid and iova in mapped):
-                    batch.unmap(iova, mapped[iova].size)
-        for _, iova in ours:
-            self.memories.holes.free(iova)

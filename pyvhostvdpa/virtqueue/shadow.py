@@ -18,7 +18,7 @@ from typing import Any
 
 from .._cdefs import ffi, lib
 from ..errors import QueueBroken
-from ..memory import GuestMemory
+from ..memory import GuestMemory, Translation
 from .layout import GuestQueue, SplitLayout, fill_vring, map_queue
 
 _REASONS = {
@@ -52,16 +52,24 @@ class ShadowVirtqueue:
     ``area`` is where the shadow ring lies in this process,
     :attr:`SplitLayout.size` bytes. The guest's ring is read on from its used
     index. ``features`` are the ring features negotiated on both
-    faces, as the C loops number them (``SVQ_F_*``).
+    faces, as the C loops number them (``SVQ_F_*``). ``translation`` is where
+    the device has guest memory if that is not IOVA = GPA.
     """
 
-    def __init__(self, queue: GuestQueue, memory: GuestMemory, area: int, features: int = 0) -> None:
+    def __init__(
+        self,
+        queue: GuestQueue,
+        memory: GuestMemory,
+        area: int,
+        features: int = 0,
+        translation: Translation | None = None,
+    ) -> None:
         self.queue = queue
         self.area = area
         layout = self.layout = SplitLayout(queue.num)
         self.kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.call = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._memory = memory
+        self._memory = translation or memory
         self._segments = ffi.new("struct svq_segment[]", queue.num)
         self._elements = ffi.new("struct svq_element[]", queue.num)
         self._pieces = ffi.new("struct svq_piece[]", queue.num)
@@ -70,7 +78,7 @@ class ShadowVirtqueue:
         self.c = q
         map_queue(q.guest, queue, memory)
         fill_vring(q.device, queue.num, area, area + layout.avail_offset, area + layout.driver_area)
-        q.memory = memory.c_map
+        q.memory = self._memory.c_map
         q.segments, q.elements, q.pieces, q.next = self._segments, self._elements, self._pieces, self._next
         q.guest_kick, q.guest_call = queue.kick, queue.call
         q.device_kick, q.device_call = self.kick, self.call

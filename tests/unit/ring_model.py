@@ -27,9 +27,9 @@ class Segment:
 
 
 class Model:
-    """A guest's queue of ``num``, shadowed, with memory regions of 1 MiB."""
+    """A guest's queue of ``num``, shadowed, with memory regions of 1 MiB, ``moved`` bytes away for the device."""
 
-    def __init__(self, num: int = 8, regions: int = 1, gap: int = 0, start_idx: int = 0) -> None:
+    def __init__(self, num: int = 8, regions: int = 1, gap: int = 0, start_idx: int = 0, moved: int = 0) -> None:
         size = 1 << 20
         self.memory = GuestMemory([(Gpa(BASE + i * (size + gap)), size) for i in range(regions)])
         self.memory.start_dirty_log()
@@ -40,7 +40,8 @@ class Model:
         self.ring.avail.idx = self.ring.used.idx = start_idx
         self.avail_idx = self.last_used = start_idx
         self.shadow_memory = SharedMemory("shadow", 1 << 21)
-        self.svq = ShadowVirtqueue(self.queue, self.memory, self.shadow_memory.hva)
+        translation = self.memory.translate([region.gpa + moved for region in self.memory.regions]) if moved else None
+        self.svq = ShadowVirtqueue(self.queue, self.memory, self.shadow_memory.hva, translation=translation)
         self.device_avail = 0
 
     def close(self) -> None:
