@@ -279,3 +279,28 @@ int populate(uint8_t *address, uint64_t size);
  * Returns 0 if a page is absent or its frame number is hidden.
  */
 uint64_t pagemap_runs(const uint64_t *entries, uint64_t count);
+
+/* ---------------------------------------------------------------------- */
+/* The guest's CPU                                                         */
+
+/* Writes whole pages of area in turn, rate of them a second. */
+struct guest_writer {
+	uint8_t *area;
+	uint64_t pages;
+	uint64_t rate;
+	uint64_t written;	/* so far; page written % pages comes next */
+	int wake;		/* eventfd that ends a wait */
+	int stop;
+};
+
+/* Write until stop is set or deadline (CLOCK_MONOTONIC, ns) has passed. */
+void guest_writer_run(struct guest_writer *w, int64_t deadline);
+/* Count the pages that do not hold what was written there last. */
+uint64_t guest_writer_check(const struct guest_writer *w);
+
+/*
+ * Copy the heads that a ring's driver has made available and that are not
+ * used yet, oldest first, into heads[num]. Returns their number, or -1 if the
+ * indices are more than the ring apart.
+ */
+int vring_open_heads(const struct vring *ring, uint16_t *heads);
