@@ -224,6 +224,14 @@ class VdpaNetDevice:
         """Raise :class:`QueueBroken` if a queue was given up, :class:`DeviceNeedsReset` if the device gave up."""
         self._procedure.check()
 
+    def standing(self) -> dict[int, float]:
+        """Return the transmit queues that have work and do not move, with the seconds since they last did.
+
+        A dead device is told from a slow one by the caller's patience only,
+        so nothing fails by itself. Seconds count from the first call on.
+        """
+        return self._procedure.standing()
+
     def close(self) -> None:
         """Reset and close; the kernel drops every map. Twice is no error."""
         if self.chardev.closed:

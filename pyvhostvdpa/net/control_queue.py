@@ -32,6 +32,7 @@ GUEST_COMMAND_MAX = 1 << 16
 BUFFER_SIZE = PAGE_SIZE
 DEFAULT_DEADLINE = 1.0
 """Seconds that the device may go on without an answer while there are commands."""
+_LOOK_MS = 1000
 _CLOSED = "an eventfd of the control queue was closed"
 
 
@@ -219,7 +220,8 @@ class ControlQueue:
             poll.register(fd, select.POLLIN)
         while not self._stopping:
             self._serve_pending()
-            for fd, event in poll.poll():
+            # a descriptor that is closed while it is waited for is seen at the next look only
+            for fd, event in poll.poll(_LOOK_MS):
                 if event & (select.POLLNVAL | select.POLLERR):
                     self._fail(_CLOSED)
                     return

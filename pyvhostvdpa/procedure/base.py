@@ -25,6 +25,7 @@ from ..net.features import Feature, ring_bits
 from ..net.guest_config import GuestConfig
 from ..uapi import BackendFeature, Status, names
 from ..virtqueue.layout import GuestQueue, SplitLayout, in_order, indices
+from ..virtqueue.progress import Progress
 from ..virtqueue.shadow import RelayOptions, Relays, ShadowVirtqueue
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ GUEST_ASID = 0
 """The address space in which guest memory is mapped."""
 OWN_ASID = 1
 """The address space of what is ours: the control queue, and shadow rings where descriptors have their own group."""
+
+CONTROL_ROOM = 1 << 20
+"""Bytes of our own memory that are kept for the control queue, at its end."""
 
 READY = Status.ACKNOWLEDGE | Status.DRIVER
 FEATURES_SET = READY | Status.FEATURES_OK
@@ -104,6 +108,7 @@ class Procedure(ABC):
         self._control: ControlQueue | None = None
         self._memories: Memories | None = None
         self._queues: tuple[GuestQueue, ...] = ()
+        self._progress: Progress | None = None
         self._started_at: dict[int, int] = {}
         """Used index of each guest ring when passthrough started, by queue index."""
         self._ours: list[tuple[int, int]] = []
@@ -139,13 +144,18 @@ class Procedure(ABC):
     def attach(self, memory: GuestMemory) -> None:
         """Take the guest's memory, and get memory for shadow rings ready."""
         limits = self.target.iotlb.limits
-        # a huge page: each ring is one physically contiguous run
         self._memories = Memories(
             guest=memory,
-            own=SharedMemory("shadow-rings", HUGE_PAGE),
+            own=SharedMemory("shadow-rings", self._own_size()),
             holes=IovaAllocator(limits.first, limits.last, [(r.gpa, r.size) for r in memory.regions]),
         )
         self._attached()
+
+    def _own_size(self) -> int:
+        """Room for every ring at its largest and the control queue, in huge pages: each ring is one physical run."""
+        c = self.target.chardev
+        rings = c.get_vqs_count() * SplitLayout(c.get_vring_num()).size
+        return -(-(rings + CONTROL_ROOM) // HUGE_PAGE) * HUGE_PAGE
 
     @property
     def memories(self) -> Memories:
@@ -157,6 +167,7 @@ class Procedure(ABC):
     def start(self, mode: State, queues: Sequence[GuestQueue], control: GuestControl | None) -> None:
         """Start the device in ``mode`` on a guest's queues; a failure leaves it reset."""
         self._queues = tuple(queues)
+        self._progress = Progress(queues, self.memories.guest)
         try:
             self._start(mode, control)
         except BaseException:
@@ -231,6 +242,11 @@ class Procedure(ABC):
         if self._gave_up():
             raise DeviceNeedsReset(f"{self.target.path} gave up and asks to be reset (NEEDS_RESET)")
 
+    def standing(self) -> dict[int, float]:
+        """Seconds that each transmit queue with work has not moved, as far as this was asked for; by queue index."""
+        running = self._progress is not None and self.state in (State.PASSTHROUGH, State.SHADOW)
+        return self._progress.standing() if running and self._progress is not None else {}
+
     def _broken_queue(self) -> str:
         for shadow in self.shadows:
             if shadow.broken:
@@ -286,8 +302,8 @@ class Procedure(ABC):
         own = self.memories.own
         at = own.hva + sum(shadow.layout.size for shadow in self.shadows)
         layout = SplitLayout(queue.num)
-        if at + layout.size > own.hva + own.size // 2:
-            raise MissingFeature(f"{self.target.path}: the shadow rings do not fit {own.size // 2} bytes")
+        if at + layout.size > own.hva + own.size - CONTROL_ROOM:
+            raise MissingFeature(f"{self.target.path}: the shadow rings do not fit {own.size - CONTROL_ROOM} bytes")
         shadow = ShadowVirtqueue(queue, self.memories.guest, at, ring_bits(self.target.features), translation)
         self.shadows.append(shadow)
         return shadow
