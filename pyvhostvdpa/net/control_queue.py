@@ -21,7 +21,7 @@ from typing import Any
 from .._cdefs import ffi, lib
 from ..errors import QueueBroken
 from ..memory import PAGE_SIZE, GuestMemory
-from ..virtqueue.layout import GuestQueue, SplitLayout, fill_vring, map_queue
+from ..virtqueue.layout import GuestQueue, RingLayout, fill_vring, map_queue
 from ..virtqueue.shadow import reason
 from .control import ERR, OK, BadCommand, Class, ControlModel
 
@@ -55,7 +55,7 @@ class ControlArea:
     Ring, then one page of commands, then one page of answers.
     """
 
-    layout: SplitLayout
+    layout: RingLayout
     hva: int
     iova: int
 

@@ -24,7 +24,7 @@ from ..net.control_queue import DEFAULT_DEADLINE, ControlArea, ControlOptions, C
 from ..net.features import Feature, ring_bits
 from ..net.guest_config import GuestConfig
 from ..uapi import BackendFeature, Status, names
-from ..virtqueue.layout import GuestQueue, SplitLayout, in_order, indices
+from ..virtqueue.layout import GuestQueue, in_order, indices, ring_layout
 from ..virtqueue.progress import Progress
 from ..virtqueue.shadow import RelayOptions, Relays, ShadowVirtqueue
 
@@ -154,7 +154,7 @@ class Procedure(ABC):
     def _own_size(self) -> int:
         """Room for every ring at its largest and the control queue, in huge pages: each ring is one physical run."""
         c = self.target.chardev
-        rings = c.get_vqs_count() * SplitLayout(c.get_vring_num()).size
+        rings = c.get_vqs_count() * ring_layout(c.get_vring_num()).size
         return -(-(rings + CONTROL_ROOM) // HUGE_PAGE) * HUGE_PAGE
 
     @property
@@ -301,7 +301,7 @@ class Procedure(ABC):
         """Make the shadow of a guest's queue, its ring behind those that there are."""
         own = self.memories.own
         at = own.hva + sum(shadow.layout.size for shadow in self.shadows)
-        layout = SplitLayout(queue.num)
+        layout = ring_layout(queue.num)
         if at + layout.size > own.hva + own.size - CONTROL_ROOM:
             raise MissingFeature(f"{self.target.path}: the shadow rings do not fit {own.size - CONTROL_ROOM} bytes")
         shadow = ShadowVirtqueue(queue, self.memories.guest, at, ring_bits(self.target.features), translation)
@@ -311,7 +311,7 @@ class Procedure(ABC):
     def _make_control(self, control: GuestControl) -> ControlQueue:
         """Make our side of the control queue, at the end of our memory; its IOVA is taken from the holes."""
         own = self.memories.own
-        layout = SplitLayout(control.queue.num)
+        layout = ring_layout(control.queue.num)
         size = ControlArea(layout, 0, 0).size
         area = ControlArea(layout, own.hva + own.size - size, self._allocate(size))
         options = ControlOptions(self.control_deadline, ring_bits(self.target.features), self._config_call)

@@ -19,7 +19,7 @@ from typing import Any
 from .._cdefs import ffi, lib
 from ..errors import QueueBroken
 from ..memory import GuestMemory, Translation
-from .layout import GuestQueue, SplitLayout, fill_vring, map_queue
+from .layout import GuestQueue, fill_vring, map_queue, ring_layout
 
 _REASONS = {
     "SVQ_BAD_AVAIL_IDX": "guest: avail.idx moved by more than the ring size",
@@ -50,7 +50,7 @@ class ShadowVirtqueue:
     """One shadowed queue: the guest's ring on one face, ours on the other.
 
     ``area`` is where the shadow ring lies in this process,
-    :attr:`SplitLayout.size` bytes. The guest's ring is read on from its used
+    :attr:`RingLayout.size` bytes. The guest's ring is read on from its used
     index. ``features`` are the ring features negotiated on both
     faces, as the C loops number them (``SVQ_F_*``). ``translation`` is where
     the device has guest memory if that is not IOVA = GPA.
@@ -66,7 +66,7 @@ class ShadowVirtqueue:
     ) -> None:
         self.queue = queue
         self.area = area
-        layout = self.layout = SplitLayout(queue.num)
+        layout = self.layout = ring_layout(queue.num)
         self.kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.call = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._memory = translation or memory
