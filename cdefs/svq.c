@@ -73,11 +73,17 @@ uint8_t *memory_hva(const struct memory_map *m, uint64_t gpa, uint64_t size)
 static inline void mark_region(const struct memory_region *r, uint64_t gpa,
 			       uint64_t len)
 {
+	/* a log that ends meanwhile keeps its memory */
+	uint64_t *dirty = __atomic_load_n(&r->dirty, __ATOMIC_RELAXED);
 	uint64_t page = (gpa - r->gpa) >> DIRTY_PAGE_SHIFT;
 	uint64_t last = (gpa - r->gpa + len - 1) >> DIRTY_PAGE_SHIFT;
 
+	if (!dirty)
+		return;
+	/* written first, looked at then; see pages_barrier for the CPU's part */
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
 	for (; page <= last; page++) {
-		uint64_t *word = &r->dirty[page / 64];
+		uint64_t *word = &dirty[page / 64];
 		uint64_t bit = 1ULL << (page % 64);
 
 		/* most pages are dirty already, and reading is cheaper */
