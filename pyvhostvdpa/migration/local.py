@@ -55,9 +55,11 @@ def migrate(
     destination: str | os.PathLike[str],
     options: Options | None = None,
     observer: Observer = lambda part: None,
+    trace: Trace | None = None,
 ) -> Report:
     """Migrate a guest with traffic from ``source`` to ``destination``; both are reset in the end.
 
+    ``trace`` takes what passed the doors of both, also of a migration that failed.
     Raises :class:`~pyvhostvdpa.errors.MigrationRefused` before anything is
     touched, :class:`~pyvhostvdpa.errors.MigrationFailed` (with ``report``)
     if the guest had to stay on the source, and whatever opening or mapping
@@ -77,7 +79,7 @@ def migrate(
     check_available(options.memory)
     with ExitStack() as stack:
         observer("prepare")
-        return _Migration(source, destination, options, observer, stack).run()
+        return _Migration((source, destination), options, observer, stack, trace or Trace()).run()
 
 
 @dataclass
@@ -90,18 +92,17 @@ class _Bookkeeping:
 class _Migration:
     def __init__(
         self,
-        source: str | os.PathLike[str],
-        destination: str | os.PathLike[str],
+        paths: tuple[str | os.PathLike[str], str | os.PathLike[str]],
         options: Options,
         observer: Observer,
         stack: ExitStack,
+        trace: Trace,
     ) -> None:
         self.options = options
         self.observe = observer
-        self.trace = Trace()
+        self.trace = trace
         self.source, self.destination = (
-            stack.enter_context(VdpaNetDevice(path, self.trace, options.use, SUPPORTED | CONTROL))
-            for path in (source, destination)
+            stack.enter_context(VdpaNetDevice(path, self.trace, options.use, SUPPORTED | CONTROL)) for path in paths
         )
         self._check_devices()
         self._memory_done, self._memory_told = 0, time.monotonic()

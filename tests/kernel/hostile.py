@@ -490,7 +490,7 @@ def fuzz(variant: str, seed: int, rounds: int = 0, seconds: float = 0, pairs: in
 def use(sim: HwSim, pairs: int = 1, frames: int = 50) -> None:
     """A guest comes, has its frames looped back, and goes."""
     wanted = SUPPORTED | Feature.CTRL_VQ | Feature.MQ
-    guest = HwGuest(sim, pairs, wanted, BackendFeature(0), ring_size=64, size=8 << 20)
+    guest = HwGuest(sim, pairs, wanted, BackendFeature(0), ring_size=64, memory=8 << 20)
     try:
         guest.start()
         guest.use_all_pairs()
