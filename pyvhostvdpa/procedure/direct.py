@@ -151,10 +151,7 @@ class Direct(Procedure):
 
     def _take_shadow_queues(self) -> None:
         self._stop_serving()
-        for shadow in self.shadows:
-            shadow.drain()
-        for shadow in self.shadows:
-            self._note_base(shadow.queue, shadow.republish())
+        self._take_over_shadows()
 
     def _reset(self) -> None:
         """Reset the device and take shadow rings away. Guest memory stays mapped.

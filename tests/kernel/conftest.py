@@ -9,10 +9,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import hwsim
 import lab
+from hw_guest import HwGuest, Make
 
 from pyvhostvdpa.device import VdpaNetDevice
 from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory, pinned_bytes
+from pyvhostvdpa.net.features import CONTROL, SUPPORTED, Feature
 from pyvhostvdpa.net.nic import GuestNic
 from pyvhostvdpa.net.traffic import Traffic
 from pyvhostvdpa.uapi import ALL_BACKEND_FEATURES, BackendFeature
@@ -133,3 +136,31 @@ def pinned_guest(pinned: tuple[str, str]) -> Iterator[Guest]:
 def forgetful_guest(devices: tuple[str, str]) -> Iterator[Guest]:
     """The same on a device whose maps are lost at reset (IOTLB_PERSIST not acknowledged)."""
     yield from _guest(devices[0], BackendFeature.IOTLB_PERSIST)
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    """Make guests on vdpa_hwsim devices with the given parameters."""
+    made: list[HwGuest] = []
+
+    def build(
+        pairs: int = 1,
+        wanted: Feature = SUPPORTED | CONTROL,
+        without: BackendFeature = NOTHING,
+        ring_size: int = 256,
+        memory: int = lab.SMALL * 2,
+        **parameters: object,
+    ) -> HwGuest:
+        sim = hwsim.add(f"hw{len(made)}", pairs, **parameters)
+        try:
+            made.append(HwGuest(sim, pairs, wanted, without, ring_size, memory))
+        except BaseException:
+            hwsim.remove(sim.name)
+            raise
+        return made[-1]
+
+    yield build
+    for guest in made:
+        sim = guest.sim
+        guest.close()
+        hwsim.remove(sim.name)
