@@ -290,7 +290,6 @@ def test_a_guest_that_moved_is_asked_to_announce_itself_until_it_has(make: Make)
         guest.switch()
         while guest.is_interrupted(0.2):
             assert not announce_wanted(guest)
-        left = guest.sim
         guest.move(destination)
         assert guest.is_interrupted()
         assert announce_wanted(guest)
@@ -301,7 +300,6 @@ def test_a_guest_that_moved_is_asked_to_announce_itself_until_it_has(make: Make)
         assert destination.read("stats")["cvq_command"] == commands, "it is answered by us"
         guest.switch()
         assert not announce_wanted(guest)
-        guest.sim = left
     finally:
         for device in guest.devices:
             device.close()
