@@ -25,6 +25,7 @@ from .errors import DeviceBusy, DeviceClosed, KernelError, NotVhostVdpa
 from .trace import DeviceTrace, Fields, Trace, describe
 from .uapi import (
     IOCTLS,
+    MESSAGE_SIZE,
     BackendFeature,
     IotlbType,
     IovaRange,
@@ -36,6 +37,8 @@ from .uapi import (
     VringFile,
     VringState,
 )
+
+_RECORDED_AS = {kind: f"IOTLB_{kind.name}" for kind in IotlbType}
 
 
 class IotlbMessage(NamedTuple):
@@ -415,9 +418,10 @@ class VhostVdpa:
         times = ffi.new("int64_t[]", 2 * count)
         error = ffi.new("int *")
         done: int = lib.iotlb_write_burst(fd, raw, count, times, error)
+        stamps = ffi.unpack(times, 2 * count)
         for i, m in enumerate(messages[: done + 1]):
-            result = ffi.sizeof("struct vhost_msg_v2") if i < done else -error[0]
-            self.trace.record(times[2 * i], times[2 * i + 1], f"IOTLB_{m.type.name}", m.fields, result)
+            result = MESSAGE_SIZE if i < done else -error[0]
+            self.trace.record(stamps[2 * i], stamps[2 * i + 1], _RECORDED_AS[m.type], m.fields, result)
         self._follow_batch(messages[:done])
         if done < count:
             raise IotlbWriteError(error[0], messages[done], done)

@@ -8,11 +8,13 @@ the traces; whatever the report does not have is left out, and said.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..errors import VhostVdpaError
 from ..migration.spans import Kind, Span, downtimes, spans
 from ..trace import Trace
 from . import events, perfetto
@@ -22,6 +24,7 @@ from .page import cell, facts, figure, heading, notes, page, paragraph, wide_tab
 Row = Mapping[str, Any]
 
 TITLE = "What a live migration's downtime is made of"
+_PAGE = "index.html"
 _DESTINATION = ("dest.start",)
 _MEASURES = {
     "dt1": ("DT1", "DT1: switching to shadow virtqueues", True),
@@ -44,22 +47,41 @@ _KINDS = {
 }
 
 
+def prepare(directory: Path) -> None:
+    """Make ``directory``, before a run of minutes that would end at one that cannot be written (VhostVdpaError)."""
+    with _explained(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / _PAGE).touch()
+
+
 def write(report: Mapping[str, Any], traces: Mapping[str, Trace], directory: Path) -> Path:
     """Write ``index.html``, ``ladder.json`` and each row's trace in two formats into ``directory``; return the page.
 
     ``report`` is of schema ``pyvhostvdpa/ladder/1``; ``traces`` has one run of
-    each row that was possible. Raises OSError if a file cannot be written.
+    each row that was possible. Raises :class:`~pyvhostvdpa.errors.VhostVdpaError`
+    if a file cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "ladder.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    for row, trace in traces.items():
-        with open(directory / f"{row}.perfetto.json", "w", encoding="utf-8") as file:
-            perfetto.write(trace, file)
-        with open(directory / f"{row}.events.jsonl", "w", encoding="utf-8") as file:
-            events.write(trace, file)
-    index = directory / "index.html"
-    index.write_text(render(report, traces), encoding="utf-8")
+    prepare(directory)
+    index = directory / _PAGE
+    with _explained(directory):
+        (directory / "ladder.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        for row, trace in traces.items():
+            with open(directory / f"{row}.perfetto.json", "w", encoding="utf-8") as file:
+                perfetto.write(trace, file)
+            with open(directory / f"{row}.events.jsonl", "w", encoding="utf-8") as file:
+                events.write(trace, file)
+        index.write_text(render(report, traces), encoding="utf-8")
     return index
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise VhostVdpaError(
+            f"{e.filename or directory} cannot be written: {e.strerror}", hint="name another folder with --report"
+        ) from e
 
 
 def render(report: Mapping[str, Any], traces: Mapping[str, Trace]) -> str:

@@ -224,7 +224,7 @@ def test_buffers_across_regions_are_cut_and_arrive_whole(make: Make, elsewhere: 
     c_map.regions, c_map.count = whole, 1
 
 
-@pytest.mark.parametrize("pairs", [1, 4, 16])
+@pytest.mark.parametrize("pairs", [pytest.param(1, marks=pytest.mark.smoke), 4, 16])
 def test_a_guest_migrates_with_all_its_pairs_and_its_address(pairs: int) -> None:
     source, destination = hwsim.add("hw0", pairs), hwsim.add("hw1", pairs)
     try:

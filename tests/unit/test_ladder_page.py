@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import traces
 
+from pyvhostvdpa.errors import VhostVdpaError
 from pyvhostvdpa.migration.downtime import DT1, DT2, milliseconds
 from pyvhostvdpa.migration.spans import Kind, downtimes
 from pyvhostvdpa.report import ladder
@@ -194,6 +195,15 @@ def test_the_folder_has_the_page_the_figures_and_the_traces(tmp_path: Path) -> N
     assert json.loads((folder / "ladder.json").read_text())["rows"][0]["row"] == "baseline"
     links = {value for name, value in Page(index.read_text()).attributes if name == "href"}
     assert links == {"ladder.json", "batch.perfetto.json", "batch.events.jsonl"}
+
+
+def test_a_folder_that_cannot_be_written_is_told_beforehand(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for attempt in (lambda: ladder.prepare(file / "folder"), lambda: ladder.write(report(*ROWS), {}, file)):
+        with pytest.raises(VhostVdpaError, match="cannot be written") as refused:
+            attempt()
+        assert "--report" in refused.value.hint
 
 
 @pytest.mark.parametrize(
