@@ -18,6 +18,7 @@ from ..errors import VhostVdpaError
 from . import dev as dev_command
 from . import doctor as doctor_command
 from . import help as help_command
+from . import ladder as ladder_command
 from . import list as list_command
 from . import migrate as migrate_command
 from . import probe as probe_command
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     dev_command.register(commands)
     probe_command.register(commands)
     migrate_command.register(commands)
+    ladder_command.register(commands)
     help_command.register(commands)
     return parser
 
