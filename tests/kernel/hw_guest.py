@@ -10,6 +10,7 @@ import lab
 from hwsim import HwSim
 
 from pyvhostvdpa import GuestMemory, State, VdpaNetDevice
+from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.memory import DEFAULT_GPA
 from pyvhostvdpa.net import control
 from pyvhostvdpa.net.control import Class, ControlModel, command
@@ -18,6 +19,7 @@ from pyvhostvdpa.net.features import Feature
 from pyvhostvdpa.net.nic import GuestNic, NicOptions
 from pyvhostvdpa.net.traffic import Traffic
 from pyvhostvdpa.uapi import ALL_BACKEND_FEATURES, BackendFeature
+from pyvhostvdpa.virtqueue.layout import SplitLayout
 
 Make = Callable[..., "HwGuest"]
 
@@ -82,6 +84,17 @@ class HwGuest:
         self.start()
         if running:
             self.traffic.run()
+
+    def restart_driver(self) -> None:
+        """What a guest does after a reset: its rings and its account begin anew."""
+        for pair in self.nic.pairs:
+            for queue in pair.queues:
+                size = SplitLayout(queue.num).size
+                ffi.memmove(ffi.cast("char *", self.memory.hva(queue.desc, size)), bytes(size), size)
+            p = pair.c
+            p.rx_avail = p.rx_used = p.tx_avail = p.tx_used = p.sent = p.received = p.highest = 0
+            ffi.memmove(p.seen, bytes(ffi.sizeof(p.seen)), ffi.sizeof(p.seen))
+            lib.nic_start(p)
 
     def send(self, kind: Class, number: int, payload: bytes = b"") -> int:
         assert self.nic.control is not None
