@@ -166,6 +166,19 @@ def test_the_segments_of_a_bar_are_as_long_as_their_share() -> None:
     assert widths[2] == pytest.approx(2 * widths[0], abs=0.05)
 
 
+def slower(trace: Trace, times: int) -> Trace:
+    result = Trace()
+    result.events = [e._replace(t_begin=times * e.t_begin, t_end=times * e.t_end) for e in trace.events]
+    return result
+
+
+def test_rows_that_are_dwarfed_by_others_are_shown_once_more() -> None:
+    fast, slow = traces.migration(), slower(traces.migration(), 20)
+    larger = "DT1: the short rows, larger."
+    assert larger in Page(ladder.render(report(*ROWS), {"baseline": slow, "batch": fast, "ours": fast})).texts
+    assert larger not in Page(ladder.render(report(*ROWS), {"baseline": fast, "batch": fast, "ours": fast})).texts
+
+
 def test_text_from_outside_is_only_text() -> None:
     hostile = '"><script>alert(1)</script>'
     trace = Trace()
