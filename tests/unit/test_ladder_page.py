@@ -159,6 +159,11 @@ def test_the_bars_are_what_the_downtimes_are() -> None:
     assert sum(sums(found["dt2"], worst=False).values()) / 1e6 == pytest.approx(total)
 
 
+def test_all_ticks_of_an_axis_are_in_one_unit() -> None:
+    svg = stacked([Bar("a", {Kind.SUSPEND: 2_000_000_000})], "")
+    assert re.findall(r'class="s m".*?>(.*?)<', svg) == ["0", "0.5 s", "1.0 s", "1.5 s", "2.0 s"]
+
+
 def test_the_segments_of_a_bar_are_as_long_as_their_share() -> None:
     svg = stacked([Bar("a", {Kind.SUSPEND: 10, Kind.RESET: 30}), Bar("b", {Kind.RESET: 20})], "")
     widths = [float(width) for width in re.findall(r'class="k\d" .*?width="([\d.]+)"', svg)]
