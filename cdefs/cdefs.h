@@ -10,5 +10,6 @@
 #include "virtio_ring.h"
 #include "virtio_net.h"
 #include "vring.h"
+#include "bench.h"
 
 #endif
