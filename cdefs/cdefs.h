@@ -10,6 +10,7 @@
 #include "virtio_ring.h"
 #include "virtio_net.h"
 #include "vring.h"
+#include "pages.h"
 #include "bench.h"
 
 #endif

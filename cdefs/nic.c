@@ -4,7 +4,6 @@
  * on it: numbered, checksummed frames that the device loops back.
  */
 #include "ring_access.h"
-#include "cdefs.h"
 
 #define ETH_HEADER 14
 #define ETHERTYPE_EXPERIMENTAL 0x88b5 /* IEEE 802 local experimental 1 */

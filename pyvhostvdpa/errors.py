@@ -101,8 +101,24 @@ class MigrationFailed(VhostVdpaError):
     report: Any = None
 
 
+class MigrationCancelled(VhostVdpaError):
+    """The user cancelled a migration that was under way."""
+
+
+class StreamBroken(VhostVdpaError):
+    """The other side of a migration is gone, or nothing moved for as long as the stream may stand still."""
+
+
+class StreamCorrupt(VhostVdpaError):
+    """The other side of a migration sent what no correct one sends."""
+
+
 class QueueBroken(VhostVdpaError):
     """A ring holds what no correct guest or device writes; the queue was given up."""
+
+
+class DeviceNeedsReset(VhostVdpaError):
+    """A device gave up and asks to be reset (VIRTIO_CONFIG_S_NEEDS_RESET); nothing goes through it any more."""
 
 
 class OutOfOrder(VhostVdpaError):

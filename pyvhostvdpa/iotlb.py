@@ -161,6 +161,19 @@ class AddressSpace:
         if batch.messages:
             self._send(batch)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep a batch open for the block: each map and unmap in it is written at once, the parent is told at its end.
+
+        Unlike :meth:`batch` other calls may come in between, and the batch
+        ends in any case: nothing but close() would end it later.
+        """
+        self._iotlb.write(self.asid, [IotlbMessage(IotlbType.BATCH_BEGIN, self.asid)])
+        try:
+            yield
+        finally:
+            self._iotlb.write(self.asid, [IotlbMessage(IotlbType.BATCH_END, self.asid)])
+
     def _send(self, batch: Batch) -> None:
         begin = IotlbMessage(IotlbType.BATCH_BEGIN, self.asid)
         end = IotlbMessage(IotlbType.BATCH_END, self.asid)

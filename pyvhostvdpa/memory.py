@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import resource
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +33,8 @@ Iova = NewType("Iova", int)
 """Address as the device sees it, in one address space."""
 
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+GUEST_PAGE: int = lib.GUEST_PAGE
+"""What dirty pages are counted in, on every machine."""
 HUGE_PAGE = 2 << 20
 DEFAULT_GPA = Gpa(1 << 30)
 """Where guest RAM starts unless told otherwise. Not 0: some devices dislike IOVA 0."""
@@ -167,6 +170,23 @@ class Region:
         return Gpa(self.gpa + self.memory.size)
 
 
+class Translation:
+    """Guest memory at other addresses than the guest's: what the C loops put into a device's descriptors."""
+
+    def __init__(self, c_map: Any, iovas: Sequence[int]) -> None:
+        if len(iovas) != c_map.count:
+            raise ValueError(f"{len(iovas)} addresses for {c_map.count} regions of guest memory")
+        self.c_regions = ffi.new("struct memory_region[]", [c_map.regions[i] for i in range(c_map.count)])
+        self.c_map = ffi.new("struct memory_map *", {"count": c_map.count, "regions": self.c_regions})
+        for slot, iova in zip(self.c_regions, iovas, strict=True):
+            slot.iova = iova
+
+
+def bitmap_words(size: int) -> int:
+    """Return the 64-bit words of a bitmap with a bit for each guest page of ``size`` bytes."""
+    return -(-size // (GUEST_PAGE * 64))
+
+
 class GuestMemory:
     """The guest's RAM: regions by GPA, mapped here, described for the C loops."""
 
@@ -178,6 +198,7 @@ class GuestMemory:
         check_available(sum(size for _, size in ordered))
         self.regions: list[Region] = []
         self._dirty: list[Any] = []
+        self._translations: weakref.WeakSet[Translation] = weakref.WeakSet()
         try:
             for gpa, size in ordered:
                 self.regions.append(Region(gpa, SharedMemory("guest-ram", size, progress)))
@@ -204,10 +225,35 @@ class GuestMemory:
         return Hva(int(ffi.cast("uintptr_t", pointer)))
 
     def start_dirty_log(self) -> None:
-        """Mark from now on which 4 KiB pages a device wrote through shadow virtqueues."""
-        self._dirty = [ffi.new("uint64_t[]", -(-region.size // PAGE_SIZE // 64) + 1) for region in self.regions]
-        for slot, bits in zip(self._c_regions, self._dirty, strict=True):
+        """Mark from now on which pages (:data:`GUEST_PAGE`) a device wrote through shadow virtqueues."""
+        if not self._dirty:
+            self._dirty = [ffi.new("uint64_t[]", bitmap_words(region.size)) for region in self.regions]
+        for bits in self._dirty:
+            ffi.memmove(bits, bytes(ffi.sizeof(bits)), ffi.sizeof(bits))
+        self._share_dirty_log(self._c_regions)
+        for translation in self._translations:
+            self._share_dirty_log(translation.c_regions)
+
+    def stop_dirty_log(self) -> None:
+        """Mark no more. Relays may run: the log's memory stays."""
+        for slots in (self._c_regions, *(translation.c_regions for translation in self._translations)):
+            for slot in slots:
+                slot.dirty = ffi.NULL
+
+    @property
+    def dirty_log(self) -> list[Any]:
+        """The bitmaps since :meth:`start_dirty_log`, one a region, for the C loops that empty them; none before."""
+        return self._dirty
+
+    def _share_dirty_log(self, slots: Any) -> None:
+        for slot, bits in zip(slots, self._dirty, strict=False):
             slot.dirty = bits
+
+    def translate(self, iovas: Sequence[int]) -> Translation:
+        """Return this memory as a device sees it that has its regions at ``iovas``; it shares the dirty log."""
+        translation = Translation(self.c_map, iovas)
+        self._translations.add(translation)
+        return translation
 
     def dirty_pages(self) -> list[Gpa]:
         """Return the pages marked since :meth:`start_dirty_log`, by address."""
@@ -216,7 +262,7 @@ class GuestMemory:
             packed = int.from_bytes(ffi.buffer(bits), "little")
             while packed:
                 lowest = packed & -packed
-                pages.append(Gpa(region.gpa + (lowest.bit_length() - 1) * PAGE_SIZE))
+                pages.append(Gpa(region.gpa + (lowest.bit_length() - 1) * GUEST_PAGE))
                 packed ^= lowest
         return pages
 

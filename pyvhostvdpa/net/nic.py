@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from .._cdefs import ffi, lib
 from ..memory import GuestMemory
 from ..virtqueue.driver import GuestArena, place_queue
 from ..virtqueue.layout import GuestQueue, map_queue
+from .control import ControlModel
 from .control_driver import ControlDriver
-from .features import Feature, ring_bits
+from .features import Feature, offered_to_guest, ring_bits
+from .guest_config import GuestConfig
+from .nic_state import SEEN_BYTES, BadState, NicState, PairState, check_memory, check_place, place_of, queue_of
 
 BUFFER_SIZE = 2048
 """Bytes per frame buffer, virtio_net_hdr included."""
@@ -24,6 +27,14 @@ MIN_FRAME, MAX_FRAME = 60, BUFFER_SIZE - 12
 
 _BROADCAST = b"\xff" * 6
 _SOURCE = b"\x52\x54\x91\x76\x64\x01"
+TABLE_SIZE = 32
+"""Bytes of an indirect table of two descriptors."""
+
+_COPIED = (
+    *("tx_descs", "frame_size", "window", "flow", "rx_avail", "rx_used", "tx_avail", "tx_used", "sent", "received"),
+    *("duplicated", "corrupted", "reordered", "highest", "ring_errors", "last_rx"),
+)
+"""What the C structure and :class:`PairState` have alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,44 +85,101 @@ class NicPair:
     posted, so that a device which drops for want of a buffer has no reason to.
     """
 
-    def __init__(self, memory: GuestMemory, arena: GuestArena, number: int, options: NicOptions) -> None:
+    def __init__(self, memory: GuestMemory, rx: GuestQueue, tx: GuestQueue) -> None:
+        self.rx, self.tx = rx, tx
+        self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._memory = memory
+        self._tx_free = ffi.new("uint16_t[]", tx.num)
+        p: Any = ffi.new("struct nic_pair *")
+        self.c = p
+        for ring, queue in ((p.rx, rx), (p.tx, tx)):
+            map_queue(ring, queue, memory)
+        p.tx_free = self._tx_free
+        p.buffer_size = BUFFER_SIZE
+        p.rx_kick, p.rx_call, p.tx_kick, p.tx_call = rx.kick, rx.call, tx.kick, tx.call
+        p.wake = self.wake
+        p.sending = 1
+
+    @classmethod
+    def place(cls, memory: GuestMemory, arena: GuestArena, number: int, options: NicOptions) -> Self:
+        """Set a pair up as a driver does that starts."""
         ring_size, frame_size = options.ring_size, options.frame_size
         if not MIN_FRAME <= frame_size <= MAX_FRAME:
             raise ValueError(f"frame size {frame_size} is not within {MIN_FRAME}..{MAX_FRAME}")
-        self.rx = place_queue(arena, 2 * number, ring_size)
-        self.tx = place_queue(arena, 2 * number + 1, ring_size)
-        self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        pair = cls(memory, place_queue(arena, 2 * number, ring_size), place_queue(arena, 2 * number + 1, ring_size))
         buffers = ring_size * BUFFER_SIZE
-        region = memory.regions[0]
         # spread out, so that traffic proves the map's middle and end
-        spread = region.size // 2 // options.pairs
-        rx_gpa = arena.take(buffers, at=region.gpa + spread * (options.pairs + number))
+        spread = arena.size // 2 // options.pairs
+        rx_gpa = arena.take(buffers, at=arena.start + spread * (options.pairs + number))
         tx_gpa = arena.take(buffers)
-        self._tx_free = ffi.new("uint16_t[]", ring_size)
-        p: Any = ffi.new("struct nic_pair *")
-        self.c = p
-        for ring, queue in ((p.rx, self.rx), (p.tx, self.tx)):
-            map_queue(ring, queue, memory)
-        p.tx_free = self._tx_free
+        p = pair.c
         p.tx_descs = 2 if options.chained else 1
-        p.features = ring_bits(options.features)
+        table = 0
         if Feature.INDIRECT_DESC in options.features:
             # one slot of the ring, two descriptors in its table
             p.tx_descs = 1
-            p.tx_table_gpa = arena.take(32 * ring_size)
-            p.tx_tables = ffi.cast("struct vring_desc *", memory.hva(p.tx_table_gpa, 32 * ring_size))
-        p.rx_gpa, p.tx_gpa = rx_gpa, tx_gpa
-        p.rx_hva = ffi.cast("uint8_t *", memory.hva(rx_gpa, buffers))
-        p.tx_hva = ffi.cast("uint8_t *", memory.hva(tx_gpa, buffers))
-        p.buffer_size, p.frame_size = BUFFER_SIZE, frame_size
+            table = arena.take(TABLE_SIZE * ring_size)
+        pair._point(rx_gpa, tx_gpa, table, options.features)
+        p.frame_size = frame_size
         p.window = max(ring_size // 2, 1)
         p.flow = number + 1
         p.dst, p.src = list(_BROADCAST), list(_SOURCE)
-        p.rx_kick, p.rx_call = self.rx.kick, self.rx.call
-        p.tx_kick, p.tx_call = self.tx.kick, self.tx.call
-        p.wake = self.wake
-        p.sending = 1
         lib.nic_start(p)
+        return pair
+
+    def _point(self, rx_gpa: int, tx_gpa: int, table: int, features: Feature) -> None:
+        p, memory = self.c, self._memory
+        p.features = ring_bits(features)
+        p.rx_gpa, p.tx_gpa = rx_gpa, tx_gpa
+        p.rx_hva = ffi.cast("uint8_t *", memory.hva(rx_gpa, self.rx.num * BUFFER_SIZE))
+        p.tx_hva = ffi.cast("uint8_t *", memory.hva(tx_gpa, self.tx.num * BUFFER_SIZE))
+        if Feature.INDIRECT_DESC in features:
+            p.tx_table_gpa = table
+            p.tx_tables = ffi.cast("struct vring_desc *", memory.hva(table, TABLE_SIZE * self.tx.num))
+
+    @classmethod
+    def restore(cls, memory: GuestMemory, state: PairState, features: Feature) -> Self:
+        """Go on where a driver was whose rings and buffers are in ``memory``; :class:`BadState` if they cannot be."""
+        _check_pair(memory, state, features)
+        pair = cls(memory, queue_of(state.rx), queue_of(state.tx))
+        pair._point(state.rx_gpa, state.tx_gpa, state.tx_table_gpa, features)
+        p = pair.c
+        for name in _COPIED:
+            setattr(p, name, getattr(state, name))
+        p.dst, p.src = list(state.dst), list(state.src)
+        p.sending = int(state.sending)
+        p.tx_free_count = len(state.tx_free)
+        p.tx_free[0 : len(state.tx_free)] = state.tx_free
+        ffi.buffer(p.seen)[:] = state.seen
+        for slot, (begin, end) in zip(p.gaps, state.gaps, strict=False):
+            slot.begin, slot.end = begin, end
+        return pair
+
+    def state(self) -> PairState:
+        """Return what this pair's driver knows; it must be paused."""
+        p = self.c
+        return PairState(
+            rx=place_of(self.rx),
+            tx=place_of(self.tx),
+            rx_gpa=int(p.rx_gpa),
+            tx_gpa=int(p.tx_gpa),
+            tx_table_gpa=int(p.tx_table_gpa),
+            dst=bytes(p.dst),
+            src=bytes(p.src),
+            sending=bool(p.sending),
+            tx_free=tuple(p.tx_free[0 : p.tx_free_count]),
+            seen=bytes(ffi.buffer(p.seen)),
+            gaps=tuple(self.gaps()),
+            **{name: int(getattr(p, name)) for name in _COPIED},
+        )
+
+    def shift_clock(self, ns: int) -> None:
+        """Move every time of the account: the clock goes on at another host's count."""
+        p = self.c
+        p.last_rx = p.last_rx + ns if p.last_rx else 0
+        for gap in p.gaps:
+            if gap.end:
+                gap.begin, gap.end = gap.begin + ns, gap.end + ns
 
     @property
     def queues(self) -> tuple[GuestQueue, GuestQueue]:
@@ -140,20 +208,68 @@ class NicPair:
             os.close(fd)
 
 
+def _check_pair(memory: GuestMemory, state: PairState, features: Feature) -> None:
+    check_place(memory, state.rx)
+    check_place(memory, state.tx)
+    check_memory(memory, state.rx_gpa, state.rx.num * BUFFER_SIZE)
+    check_memory(memory, state.tx_gpa, state.tx.num * BUFFER_SIZE)
+    if Feature.INDIRECT_DESC in features:
+        check_memory(memory, state.tx_table_gpa, state.tx.num * TABLE_SIZE)
+    step, num = state.tx_descs, state.tx.num
+    if step not in (1, 2) or step > num or not MIN_FRAME <= state.frame_size <= MAX_FRAME:
+        raise BadState(f"pair of flow {state.flow}: {step} descriptors a frame of {state.frame_size} bytes")
+    free = state.tx_free
+    if len(set(free)) != len(free) or any(slot % step or slot + step > num for slot in free):
+        raise BadState(f"pair of flow {state.flow}: its free TX slots are not slots of its ring")
+    if len(state.seen) != SEEN_BYTES or len(state.gaps) > lib.NIC_GAPS:
+        raise BadState(f"pair of flow {state.flow}: its account has the wrong size")
+
+
 class GuestNic:
     """All pairs of the guest's NIC, and its control queue if it negotiated one."""
 
-    def __init__(self, memory: GuestMemory, options: NicOptions | None = None) -> None:
+    def __init__(self, memory: GuestMemory, options: NicOptions | None = None, arena: GuestArena | None = None) -> None:
         options = options or NicOptions()
         self.memory = memory
-        self.options = options
+        self.features = options.features
         self.pairs: list[NicPair] = []
         self.control: ControlDriver | None = None
-        arena = GuestArena(memory)
+        arena = arena or GuestArena(memory)
         if options.control_index is not None:
-            self.control = ControlDriver(memory, arena, options.control_index)
+            self.control = ControlDriver.place(memory, arena, options.control_index)
+            self.control.use_ring_features(memory, options.features)
         for number in range(options.pairs):
-            self.pairs.append(NicPair(memory, arena, number, options))
+            self.pairs.append(NicPair.place(memory, arena, number, options))
+        self.config = GuestConfig(offered_to_guest(options.features))
+
+    @classmethod
+    def restore(cls, memory: GuestMemory, state: NicState) -> Self:
+        """Go on where a NIC was whose rings and buffers are in ``memory``; :class:`BadState` if they cannot be."""
+        nic = cls.__new__(cls)
+        nic.memory, nic.features = memory, Feature(state.features)
+        nic.pairs, nic.control = [], None
+        nic.config = GuestConfig(offered_to_guest(nic.features))
+        try:
+            if state.control is not None:
+                nic.control = ControlDriver.restore(memory, state.control)
+                nic.control.use_ring_features(memory, nic.features)
+            for number, pair in enumerate(state.pairs):
+                if (pair.rx.index, pair.tx.index) != (2 * number, 2 * number + 1):
+                    raise BadState(f"pair {number} has virtqueues {pair.rx.index} and {pair.tx.index}")
+                nic.pairs.append(NicPair.restore(memory, pair, nic.features))
+        except BaseException:
+            nic.close()
+            raise
+        return nic
+
+    def state(self, model: ControlModel | None) -> NicState:
+        """Return what the NIC's driver knows, which must be paused, and what its control queue has set."""
+        return NicState(
+            features=int(self.features),
+            pairs=tuple(pair.state() for pair in self.pairs),
+            control=self.control.state() if self.control is not None else None,
+            model=model,
+        )
 
     @property
     def queues(self) -> list[GuestQueue]:
@@ -172,3 +288,4 @@ class GuestNic:
         if self.control is not None:
             self.control.close()
             self.control = None
+        self.config.close()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
 
-from labkit import cache, devices, pair, soak, status, testing
+from labkit import cache, devices, pair, soak, status, testing, uml
 from labkit.errors import EXIT_INTERRUPTED, LabError
 from labkit.session import PROJECT, Request, Session
 
@@ -71,6 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
     soak = commands.add_parser("soak", help="tests that are too long for every day; without a name: which there are")
     soak.add_argument("name", nargs="?", metavar="NAME")
     soak.add_argument("--minutes", type=float, default=10.0, metavar="M")
+    soak.add_argument(
+        "--debug-kernel", action="store_true", help="User Mode Linux with KASAN and lock checking; vdpa_hwsim alone"
+    )
     _vm_options(soak)
     pair = commands.add_parser("pair", help="two VMs with a network between them: a 10.77.0.1, b 10.77.0.2")
     _vm_options(pair)
@@ -152,10 +155,11 @@ def _soak(options: argparse.Namespace) -> int:
         return 0
     path = soak.choose(PROJECT, options.name)
     wished = build_parser().parse_args(["soak", *soak.options(path), *options.given])
-    words = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "-s", str(path.relative_to(PROJECT))]
+    words = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "-s", *soak.tests(PROJECT, path)]
     asked = request(wished, words)
     minutes = {"PYVHOSTVDPA_SOAK_MINUTES": f"{wished.minutes:g}"}
-    return Session().run(replace(asked, environment={**minutes, **asked.environment}), "soak")
+    asked = replace(asked, environment={**minutes, **asked.environment})
+    return uml.run(Session(), asked) if wished.debug_kernel else Session().run(asked, "soak")
 
 
 def _pair(options: argparse.Namespace) -> int:

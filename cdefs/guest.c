@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What a guest's CPU does to its memory beside driving its NIC: it writes
+ * pages at a rate, in turn, each with content that follows from the number of
+ * the write, so that every page can be checked at any time.
+ */
+#include "ring_access.h"
+#include "cdefs.h"
+
+#define PAGE 4096
+#define TICK_MS 2
+
+static uint64_t word_of(uint64_t number, uint64_t k)
+{
+	uint64_t h = (number + 1) * 0x9e3779b97f4a7c15ull;
+
+	return (h ^ (h >> 31)) + k * 0xd1b54a32d192ed03ull;
+}
+
+static void write_page(struct guest_writer *w)
+{
+	uint64_t *page = (uint64_t *)(w->area + w->written % w->pages * PAGE);
+	uint64_t k;
+
+	for (k = 0; k < PAGE / 8; k++)
+		page[k] = word_of(w->written, k);
+	/* the page is whole before it counts: a pause comes between pages */
+	w->written++;
+}
+
+void guest_writer_run(struct guest_writer *w, int64_t deadline)
+{
+	struct pollfd p = { .fd = w->wake, .events = POLLIN };
+	int64_t begin = now_ns(), now = begin;
+	uint64_t done = 0;
+
+	while (!__atomic_load_n(&w->stop, __ATOMIC_ACQUIRE) && now < deadline) {
+		/* within one call at most seconds pass: no overflow */
+		uint64_t owed = (uint64_t)(now - begin) * w->rate / 1000000000;
+
+		for (; done < owed; done++) {
+			if (__atomic_load_n(&w->stop, __ATOMIC_ACQUIRE))
+				return;
+			write_page(w);
+		}
+		if (poll(&p, 1, TICK_MS) > 0)
+			eventfd_clear(w->wake);
+		now = now_ns();
+	}
+}
+
+uint64_t guest_writer_check(const struct guest_writer *w)
+{
+	const uint64_t first = w->written > w->pages ? w->written - w->pages : 0;
+	uint64_t number, k, bad = 0;
+
+	for (number = first; number < w->written; number++) {
+		const uint64_t *page =
+			(const uint64_t *)(w->area + number % w->pages * PAGE);
+
+		for (k = 0; k < PAGE / 8 && page[k] == word_of(number, k); k++)
+			;
+		bad += k < PAGE / 8;
+	}
+	return bad;
+}
+
+int vring_open_heads(const struct vring *ring, uint16_t *heads)
+{
+	uint16_t avail, used, n, k;
+
+	vring_indices(ring, &avail, &used);
+	n = avail - used;
+	if (n > ring->num)
+		return -1;
+	for (k = 0; k < n; k++)
+		heads[k] = load_once16(
+			&ring->avail->ring[(uint16_t)(used + k) & (ring->num - 1)]);
+	return n;
+}

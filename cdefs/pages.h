@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Guest memory on its way to another process: what was written, how it is
+ * framed, and that it arrived as it left. Plain declarations, as in vring.h.
+ */
+
+/*
+ * The checksum of every frame on a migration's stream. It finds corruption,
+ * not forgery: TLS is for that.
+ */
+uint64_t stream_sum(const uint8_t *bytes, uint64_t length);
+
+/* ---------------------------------------------------------------------- */
+/* Sets of guest pages: one bit per 4 KiB, one bitmap a region             */
+
+#define GUEST_PAGE 4096
+
+uint64_t pages_count(const uint64_t *bits, uint64_t words);
+/* Set count bits from first on. */
+void pages_mark(uint64_t *bits, uint64_t first, uint64_t count);
+void pages_add(uint64_t *bits, const uint64_t *more, uint64_t words);
+/* Move what is marked in log to bits, while others go on marking. */
+void pages_take(uint64_t *bits, uint64_t *log, uint64_t words);
+/*
+ * After pages_take: whoever found a page marked already has by now made
+ * visible what it wrote there before it looked. once before the first use.
+ * 0 or errno.
+ */
+int pages_barrier_prepare(void);
+int pages_barrier(void);
+
+/* ---------------------------------------------------------------------- */
+/* What the processes of this machine write through their page tables      */
+
+/* A userfaultfd that lets writes through and remembers them, or -errno. */
+int written_open(void);
+/* Watch a mapping from now on; 0 or errno. It ends with the descriptor. */
+int written_watch(int uffd, uint8_t *start, uint64_t size);
+/*
+ * Add what was written since to bits (bit 0 is start), and watch on, in one
+ * step a page. pagemap is /proc/self/pagemap. 0 or errno.
+ */
+int written_collect(int pagemap, uint8_t *start, uint64_t size, uint64_t *bits);
+/*
+ * The same from pagemap's entries, each of pages guest pages: those that are
+ * soft-dirty, and those that are not there, of which it cannot tell.
+ */
+void written_soft_dirty(const uint64_t *entries, uint64_t count, uint64_t pages,
+			uint64_t *bits, uint64_t first);
+
+/* ---------------------------------------------------------------------- */
+/* Pages on the stream                                                     */
+
+#define FRAME_PAGES 256		/* type: runs, then what they hold */
+#define FRAME_ZERO 257		/* type: runs that hold zeros */
+#define FRAME_HEADER 24		/* bytes: u32 type, count, u64 length, sum */
+#define FRAME_RUNS 1024		/* in one frame at most */
+#define FRAME_DATA 4194304	/* bytes of pages in one frame at most */
+#define FRAME_ZEROS 67108864	/* bytes that one frame says are zero at most */
+#define FRAME_RUN_BYTES 16
+
+#define SENDER_PAGES 64		/* in one frame, so that it stays in the cache */
+#define SENDER_DATA_AT 4096	/* header and runs end where the pages begin */
+
+/* How a loop below ended. */
+#define MOVE_AGAIN 0		/* the time is over, there is more */
+#define MOVE_DONE 1
+#define MOVE_CANCELLED 2
+#define MOVE_BROKEN 3		/* see error; 0 is the end of the stream */
+#define MOVE_STALLED 4
+#define MOVE_CORRUPT 5		/* see fault */
+
+/* Why a frame was refused. */
+#define FAULT_COUNT 1		/* no runs, or too many */
+#define FAULT_LENGTH 2		/* the payload is not what the runs need */
+#define FAULT_SUM 3
+#define FAULT_RUN 4		/* a run that is empty or no whole pages */
+#define FAULT_ADDRESS 5		/* a run that is not one piece of guest memory */
+
+struct page_run {
+	uint64_t gpa;
+	uint64_t length;
+};
+
+struct page_sender {
+	const struct memory_map *memory;
+	const uint64_t **bits;	/* the set to send, a bitmap a region */
+	uint8_t *frame;		/* SENDER_DATA_AT + SENDER_PAGES pages */
+	uint32_t begin, end;	/* of what is not sent yet in it */
+	uint32_t frame_pages;	/* SENDER_PAGES, or fewer */
+	uint32_t region;
+	uint64_t page;		/* the next to look at in the region */
+	uint32_t zero_runs;	/* found, not sent yet */
+	uint32_t zeros_left;	/* bytes that may be added to them */
+	struct page_run *zeros;	/* FRAME_RUNS */
+	uint64_t limit;		/* bytes a second, 0 for none */
+	int64_t due;		/* CLOCK_MONOTONIC, ns: nothing goes before, by the limit */
+	int64_t moved_at;	/* when a byte went last */
+	int64_t stall;		/* ns without one after which the peer is given up */
+	int cancel;		/* eventfd that ends it, or -1 */
+	int error;		/* errno */
+	uint64_t pages, zero_pages;
+	uint64_t bytes;		/* on the stream */
+};
+
+/* Send the set from its beginning. */
+void pages_begin(struct page_sender *s);
+/*
+ * Make the next frame if the last one is sent: the bytes of it that are to be
+ * sent, 0 at the end. They are at frame + begin; move begin when they are sent.
+ */
+uint32_t pages_next(struct page_sender *s);
+/* Wait until the limit lets the next frame go: MOVE_DONE, or MOVE_AGAIN when deadline has passed. */
+int pages_pause(struct page_sender *s, int64_t deadline);
+/* Send to a socket until all is sent or deadline (CLOCK_MONOTONIC, ns) has passed: MOVE_... */
+int pages_send(struct page_sender *s, int fd, int64_t deadline);
+
+struct page_receiver {
+	const struct memory_map *memory;
+	uint8_t *payload;	/* FRAME_RUNS * FRAME_RUN_BYTES + FRAME_DATA */
+	uint32_t type, count;	/* the frame's header */
+	uint64_t length, sum;
+	uint64_t got;		/* of the payload */
+	int64_t moved_at;
+	int64_t stall;
+	int cancel;
+	int error;
+	int fault;		/* FAULT_... */
+	struct page_run wrong;	/* the run that was refused */
+	uint64_t pages, zero_pages;
+	uint64_t bytes;
+};
+
+/* Whether a payload as the header has it may be read: MOVE_DONE or MOVE_CORRUPT. */
+int pages_expect(struct page_receiver *r);
+/* Check the payload, then write it to guest memory: MOVE_DONE or MOVE_CORRUPT. */
+int pages_apply(struct page_receiver *r);
+/*
+ * Read the payload from a socket and apply it, and go on with the page frames
+ * that follow, until another frame follows, nothing does for a moment, or
+ * deadline has passed. MOVE_AGAIN is in the middle of a frame.
+ */
+int pages_receive(struct page_receiver *r, int fd, int64_t deadline);

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: MIT
+"""Where the two sides of a migration meet: a Unix socket, or TCP with TLS.
+
+Between hosts both sides show a certificate, and each takes only those of the
+authority it was told. A guest's memory has no business on a wire in plain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import ssl
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from ..errors import MigrationCancelled, MigrationRefused, StreamBroken
+from .stream import HANDSHAKE_SECONDS, STALL_SECONDS, Channel, tls_trouble
+
+_TEXT = "unix:PATH or tcp:HOST:PORT"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A Unix socket's ``path``, or a TCP ``host`` and ``port``."""
+
+    path: str = ""
+    host: str = ""
+    port: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Return what ``unix:PATH`` or ``tcp:HOST:PORT`` means; :class:`~pyvhostvdpa.errors.MigrationRefused`."""
+        kind, _, rest = text.partition(":")
+        host, _, port = rest.rpartition(":")
+        if kind == "unix" and rest:
+            return cls(path=rest)
+        if kind == "tcp" and host and port.isdecimal() and 0 < int(port) < 1 << 16:
+            return cls(host=host.removeprefix("[").removesuffix("]"), port=int(port))
+        raise MigrationRefused(f"{text!r} is no address", hint=_TEXT)
+
+    @property
+    def local(self) -> bool:
+        """Whether it stays on this machine, by a socket of the file system."""
+        return bool(self.path)
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}" if self.local else f"tcp:{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files in PEM: this side's certificate and key, and the authority that the other side's must be of."""
+
+    cert: str
+    key: str
+    ca: str
+
+    def context(self, server: bool) -> ssl.SSLContext:
+        """Return the context of one side; TLS 1.3, certificates on both sides."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_cert_chain(self.cert, self.key)
+            context.load_verify_locations(self.ca)
+        except (OSError, ssl.SSLError) as e:
+            raise MigrationRefused(
+                f"TLS: cannot use {self.cert}, {self.key} and {self.ca}: {e}",
+                hint="vhost-vdpa help migration shows how to make them with openssl",
+            ) from e
+        return context
+
+
+def check_security(address: Address, tls: Tls | None, plain: bool) -> None:
+    """Raise :class:`~pyvhostvdpa.errors.MigrationRefused` for TCP without TLS, unless that is said to be meant."""
+    if not address.local and tls is None and not plain:
+        raise MigrationRefused(
+            f"{address} without TLS would show the guest's memory to the network",
+            hint="--tls-cert FILE --tls-key FILE --tls-ca FILE on both sides; or --insecure-plain",
+        )
+
+
+def _secured(sock: socket.socket, tls: Tls | None, server: bool, name: str) -> socket.socket:
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if tls is None:
+        return sock
+    sock.settimeout(HANDSHAKE_SECONDS)
+    try:
+        context = tls.context(server)
+        return context.wrap_socket(sock, server_side=server, server_hostname=None if server else name)
+    except ssl.SSLError as e:
+        sock.close()
+        raise MigrationRefused(tls_trouble(e), hint="vhost-vdpa help migration") from e
+    except TimeoutError as e:
+        sock.close()
+        raise MigrationRefused(f"TLS: no answer within {HANDSHAKE_SECONDS:g} s") from e
+    except OSError as e:
+        sock.close()
+        raise MigrationRefused(f"TLS: {e.strerror or e}") from e
+    except BaseException:
+        sock.close()
+        raise
+
+
+def connect(address: Address, tls: Tls | None = None, cancel: int = -1, stall: float = STALL_SECONDS) -> Channel:
+    """Return a greeted channel to a listening destination; :class:`~pyvhostvdpa.errors.MigrationRefused` if none."""
+    try:
+        if address.local:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(address.path)
+        else:
+            sock = socket.create_connection((address.host, address.port), HANDSHAKE_SECONDS)
+    except OSError as e:
+        if address.local:
+            sock.close()
+        raise MigrationRefused(
+            f"{address}: {e.strerror or e}", hint=f"on the destination: vhost-vdpa receive DEV --listen {address}"
+        ) from e
+    return _greeted(Channel(_secured(sock, tls, False, address.host or "localhost"), cancel, stall))
+
+
+def _greeted(channel: Channel) -> Channel:
+    try:
+        channel.greet()
+    except (StreamBroken, MigrationRefused, MigrationCancelled) as e:
+        channel.close()
+        if isinstance(e, StreamBroken):
+            raise MigrationRefused(str(e)) from e
+        raise
+    return channel
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket of a listener that was killed."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except OSError:
+            # there is none, or it is something else: binding will tell
+            return
+
+
+class Listener:
+    """A socket that sources connect to. A Unix socket is for its owner alone, and goes with it."""
+
+    def __init__(self, address: Address, tls: Tls | None = None) -> None:
+        self.address, self._tls = address, tls
+        if tls is not None:
+            # bad files are to be told now, not to the first who connects
+            tls.context(server=True)
+        try:
+            self._sock = self._bind()
+        except OSError as e:
+            raise MigrationRefused(f"cannot listen on {address}: {e.strerror or e}") from e
+
+    def _bind(self) -> socket.socket:
+        if not self.address.local:
+            return socket.create_server(
+                (self.address.host, self.address.port),
+                family=socket.AF_INET6 if ":" in self.address.host else socket.AF_INET,
+            )
+        sock = socket.socket(socket.AF_UNIX)
+        _remove_stale(self.address.path)
+        try:
+            mask = os.umask(0o177)
+            try:
+                sock.bind(self.address.path)
+            finally:
+                os.umask(mask)
+            sock.listen(1)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def accept(self, cancel: int = -1, stall: float = STALL_SECONDS) -> Channel:
+        """Wait for a source and return a greeted channel to it.
+
+        Raises :class:`~pyvhostvdpa.errors.MigrationRefused` for one that
+        shows no right certificate or speaks something else; the next may be
+        accepted then.
+        """
+        sock, _ = self._sock.accept()
+        return _greeted(Channel(_secured(sock, self._tls, True, ""), cancel, stall))
+
+    def close(self) -> None:
+        """Stop listening. Twice is no error."""
+        if self._sock.fileno() >= 0:
+            self._sock.close()
+            if self.address.local:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.address.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: MIT
+"""Guest pages on a migration's stream.
+
+A frame is a header of 24 bytes, little-endian: u32 type, u32 count, u64
+length, u64 sum; then ``length`` bytes whose :func:`stream_sum` is ``sum``.
+PAGES carries ``count`` runs of (u64 gpa, u64 length) and then what they hold,
+ZERO the runs alone. Runs are whole pages of
+:data:`~pyvhostvdpa.memory.GUEST_PAGE` bytes and lie in one region each; a
+frame has at most 1,024 of them, 4 MiB of data, or 64 MiB of zeros.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from .._cdefs import ffi, lib
+from ..errors import MigrationCancelled, StreamBroken, StreamCorrupt
+from ..memory import GUEST_PAGE, GuestMemory
+from .dirty import PageSet
+
+Buffer = bytes | bytearray | memoryview
+
+PAGES: int = lib.FRAME_PAGES
+ZERO: int = lib.FRAME_ZERO
+
+Moved = Callable[[int, int], None]
+"""Called a few times a second with bytes of guest memory moved so far, and in all."""
+
+_SLICE_NS = 200_000_000
+_HASH_STEP = 64 << 20
+_RATE_ROUNDS = 3
+
+_FAULTS = {
+    lib.FAULT_COUNT: f"its number of runs is not between 1 and {lib.FRAME_RUNS}",
+    lib.FAULT_LENGTH: "its length is not what its runs need",
+    lib.FAULT_SUM: "its checksum is wrong",
+    lib.FAULT_RUN: "a run is empty, or no whole pages",
+    lib.FAULT_ADDRESS: "a run is not one piece of guest memory",
+}
+
+
+class Channel(Protocol):
+    """A stream to the other side, as the page movers need it."""
+
+    @property
+    def raw(self) -> bool:
+        """Whether it is a plain non-blocking socket that C may read and write; otherwise send() and receive_into()."""
+
+    @property
+    def cancel(self) -> int:
+        """An eventfd that is readable once the user cancelled, or -1."""
+
+    @property
+    def stall(self) -> float:
+        """Seconds without a byte after which the other side is given up."""
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+
+    def send(self, buffer: Buffer) -> None:
+        """Send all of a buffer."""
+
+    def receive_into(self, buffer: Buffer) -> None:
+        """Fill a buffer."""
+
+
+class Header(Protocol):
+    """A frame's header."""
+
+    @property
+    def type(self) -> int:
+        """What the frame is."""
+
+    @property
+    def count(self) -> int:
+        """Runs in it."""
+
+    @property
+    def length(self) -> int:
+        """Bytes of payload behind the header."""
+
+    @property
+    def sum(self) -> int:
+        """:func:`stream_sum` of the payload."""
+
+
+class RoundStatistics(NamedTuple):
+    """What sending a set took: ``pages`` with content, ``zero_pages`` named only, ``bytes`` on the stream."""
+
+    pages: int
+    zero_pages: int
+    bytes: int
+    seconds: float
+
+    @property
+    def memory(self) -> int:
+        """Bytes of guest memory."""
+        return (self.pages + self.zero_pages) * GUEST_PAGE
+
+
+def stream_sum(data: Buffer) -> int:
+    """Return the checksum of a frame's payload (64 bits; finds corruption, not forgery)."""
+    view = ffi.from_buffer("uint8_t[]", data)
+    return int(lib.stream_sum(view, len(view)))
+
+
+def memory_hash(memory: GuestMemory, progress: Moved = lambda done, total: None) -> int:
+    """Return a 64-bit hash of where guest memory is and what it holds; only a guest that stands still has one."""
+    done, parts = 0, []
+    for region in memory.regions:
+        for at in range(0, region.size, _HASH_STEP):
+            size = min(_HASH_STEP, region.size - at)
+            part = lib.stream_sum(ffi.cast("uint8_t *", region.memory.hva + at), size)
+            parts += [region.gpa + at, size, part]
+            done += size
+            progress(done, memory.size)
+    return stream_sum(b"".join(int(part).to_bytes(8, "little") for part in parts))
+
+
+class _Slices:
+    """Runs a C loop in slices, so that Python's signals and callbacks have their turn."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+
+    def deadline(self) -> int:
+        return time.monotonic_ns() + _SLICE_NS
+
+    def ended(self, result: int, error: int) -> None:
+        """Raise what a result of the C loop means, unless it is MOVE_AGAIN or MOVE_DONE."""
+        if result == lib.MOVE_CANCELLED:
+            raise MigrationCancelled("cancelled while guest memory was moving")
+        if result == lib.MOVE_STALLED:
+            raise StreamBroken(f"nothing moved on the stream for {self.channel.stall:g} s")
+        if result == lib.MOVE_BROKEN:
+            why = os.strerror(error) if error else "it was closed by the other side"
+            raise StreamBroken(f"the stream broke while guest memory was moving: {why}")
+
+
+class PageSender:
+    """Sends sets of pages of ``memory``, not faster than ``limit`` bytes a second (None: as fast as it goes)."""
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        channel: Channel,
+        limit: float | None = None,
+        progress: Moved = lambda done, total: None,
+    ) -> None:
+        self._memory = memory
+        self._slices = _Slices(channel)
+        self._channel = channel
+        self._progress = progress
+        self._frame = mmap.mmap(-1, lib.SENDER_DATA_AT + lib.SENDER_PAGES * GUEST_PAGE)
+        self._zeros = ffi.new("struct page_run[]", lib.FRAME_RUNS)
+        self._rounds: list[RoundStatistics] = []
+        self._c: Any = ffi.new("struct page_sender *")
+        self._c.memory = memory.c_map
+        self._c.frame = ffi.from_buffer("uint8_t[]", self._frame)
+        self._c.zeros = self._zeros
+        self._c.cancel = channel.cancel
+        self._c.stall = int(channel.stall * 1e9)
+        self.limit = limit
+
+    @property
+    def limit(self) -> float | None:
+        """Bytes a second on the stream, None without a limit. It may be changed at any time."""
+        return int(self._c.limit) or None
+
+    @limit.setter
+    def limit(self, limit: float | None) -> None:
+        self._c.limit = int(limit or 0)
+        # a frame is what a twentieth of a second allows: a slow stream goes evenly
+        pages = int(limit / 20 / GUEST_PAGE) if limit else lib.SENDER_PAGES
+        self._c.frame_pages = min(max(pages, 1), lib.SENDER_PAGES)
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes of guest memory a second, over the last rounds; None before any."""
+        seconds = sum(each.seconds for each in self._rounds)
+        return sum(each.memory for each in self._rounds) / seconds if seconds else None
+
+    def send(self, pages: PageSet) -> RoundStatistics:
+        """Send a set of pages as they are now.
+
+        Raises :class:`MigrationCancelled`, :class:`StreamBroken`, or what
+        ``progress`` raises; the stream then is in the middle of a frame.
+        """
+        bits = ffi.new("uint64_t *[]", pages.bits)
+        self._c.bits = ffi.cast("uint64_t const **", bits)
+        total = pages.bytes
+        begin = time.monotonic()
+        lib.pages_begin(self._c)
+        step = self._send_raw if self._channel.raw else self._send_through_python
+        while not step():
+            self._progress(int(self._c.pages + self._c.zero_pages) * GUEST_PAGE, total)
+        statistics = RoundStatistics(
+            int(self._c.pages), int(self._c.zero_pages), int(self._c.bytes), time.monotonic() - begin
+        )
+        self._progress(statistics.memory, total)
+        if statistics.memory:
+            self._rounds = [*self._rounds, statistics][-_RATE_ROUNDS:]
+        return statistics
+
+    def _send_raw(self) -> bool:
+        result = lib.pages_send(self._c, self._channel.fileno(), self._slices.deadline())
+        self._slices.ended(result, self._c.error)
+        return bool(result == lib.MOVE_DONE)
+
+    def _send_through_python(self) -> bool:
+        deadline = self._slices.deadline()
+        with memoryview(self._frame) as frame:
+            while time.monotonic_ns() < deadline:
+                result = lib.pages_pause(self._c, deadline)
+                self._slices.ended(result, 0)
+                if result == lib.MOVE_AGAIN:
+                    return False
+                if not lib.pages_next(self._c):
+                    return True
+                with frame[self._c.begin : self._c.end] as part:
+                    self._channel.send(part)
+                self._c.begin = self._c.end
+        return False
+
+
+class PageReceiver:
+    """Writes the page frames of a stream to guest memory, each when it was read whole and found right."""
+
+    def __init__(self, memory: GuestMemory, channel: Channel) -> None:
+        self._memory = memory
+        self._channel = channel
+        self._slices = _Slices(channel)
+        self._payload = mmap.mmap(-1, lib.FRAME_RUNS * lib.FRAME_RUN_BYTES + lib.FRAME_DATA)
+        self._c: Any = ffi.new("struct page_receiver *")
+        self._c.memory = memory.c_map
+        self._c.payload = ffi.from_buffer("uint8_t[]", self._payload)
+        self._c.cancel = channel.cancel
+        self._c.stall = int(channel.stall * 1e9)
+
+    @property
+    def pages(self) -> int:
+        """Pages with content written so far."""
+        return int(self._c.pages)
+
+    @property
+    def zero_pages(self) -> int:
+        """Pages of zeros so far."""
+        return int(self._c.zero_pages)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of page frames so far, headers included."""
+        return int(self._c.bytes)
+
+    def receive(self, header: Header) -> None:
+        """Read the payload behind a PAGES or ZERO header and write it to guest memory.
+
+        On a raw channel further page frames that follow without a pause are
+        taken too; the header of any other frame is left in the socket. Raises
+        :class:`StreamCorrupt` (guest memory is as the frames before left it),
+        :class:`StreamBroken` or :class:`MigrationCancelled`.
+        """
+        if header.type not in (PAGES, ZERO):
+            raise ValueError(f"{header.type:#x} is no frame of pages")
+        self._c.type, self._c.count = header.type, header.count
+        self._c.length, self._c.sum = header.length, header.sum
+        self._c.moved_at = time.monotonic_ns()
+        self._settle(lib.pages_expect(self._c))
+        if self._channel.raw:
+            result = lib.MOVE_AGAIN
+            while result == lib.MOVE_AGAIN:
+                result = lib.pages_receive(self._c, self._channel.fileno(), self._slices.deadline())
+                self._settle(result)
+        else:
+            with memoryview(self._payload) as payload, payload[: header.length] as part:
+                self._channel.receive_into(part)
+            self._settle(lib.pages_apply(self._c))
+
+    def _settle(self, result: int) -> None:
+        self._slices.ended(result, self._c.error)
+        if result != lib.MOVE_CORRUPT:
+            return
+        fault = int(self._c.fault)
+        which = "PAGES" if self._c.type == PAGES else "ZERO"
+        where = ""
+        if fault in (lib.FAULT_RUN, lib.FAULT_ADDRESS):
+            where = f": {int(self._c.wrong.gpa):#x}+{int(self._c.wrong.length):#x}"
+        raise StreamCorrupt(
+            f"a frame of guest memory ({which}, {int(self._c.count)} runs, {int(self._c.length)} bytes) was refused: "
+            f"{_FAULTS[fault]}{where}"
+        )

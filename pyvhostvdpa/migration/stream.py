@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: MIT
+"""The stream between the two sides of a migration: frames, checked before they are believed.
+
+Both sides begin with a preamble that names the protocol and its version.
+After it come frames: a head of 24 bytes (type, count, length, checksum of
+what follows), then ``length`` bytes. Types below 0x100 are control frames of
+at most 1 MiB; guest memory has types of its own
+(:mod:`pyvhostvdpa.migration.pages`).
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import select
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+from .._cdefs import ffi, lib
+from ..errors import MigrationCancelled, MigrationRefused, StreamBroken, StreamCorrupt
+
+T = TypeVar("T")
+
+MAGIC = b"vdpa-mig"
+VERSION = 1
+_PREAMBLE = struct.Struct("<8sII")
+HEADER = struct.Struct("<IIQQ")
+
+PAGES, ZERO = 0x100, 0x101
+MAX_CONTROL = 1 << 20
+MAX_MEMORY = 8 << 20
+_MAX_TEXT = 4096
+
+HANDSHAKE_SECONDS = 10.0
+"""How long the other side may take for each answer until it is known to speak the protocol."""
+STALL_SECONDS = 30.0
+"""How long a stream may stand still before it counts as broken."""
+_LAST_WORDS_SECONDS = 2.0
+
+
+class Frame(enum.IntEnum):
+    """Control frames, by who sends them."""
+
+    SHAPE = 1
+    """Source: what the guest needs."""
+    ALIVE = 2
+    """Destination: still at work, with words of what it does."""
+    ACCEPT = 3
+    """Destination: memory is there and mapped, the devices fit."""
+    REFUSE = 4
+    """Destination: no, and why."""
+    ROUND = 5
+    """Source: a round of memory begins; count is its number, the payload the bytes to come (u64)."""
+    GUEST = 6
+    """Source: state of the guest."""
+    DEVICE = 7
+    """Source: state of device number count."""
+    FINAL = 8
+    """Source: nothing follows but GO."""
+    READY = 9
+    """Destination: everything is loaded; the payload is the hash of guest memory, or empty."""
+    GO = 10
+    """Source: the guest is yours. The payload is the source's clock (i64, ns)."""
+    RUNNING = 11
+    """Destination: the guest runs here."""
+    FAILED = 12
+    """Destination: it has given up, and the guest is not here."""
+    CANCEL = 13
+    """Source: it has given up, and keeps the guest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The head of a frame."""
+
+    type: int
+    count: int
+    length: int
+    sum: int
+
+
+def stream_sum(data: bytes | bytearray | memoryview) -> int:
+    """Return the checksum of a frame's payload."""
+    return int(lib.stream_sum(ffi.from_buffer("uint8_t[]", data), len(data)))
+
+
+class Channel:
+    """One end of a stream on a connected socket, which it owns.
+
+    ``cancel`` is a descriptor that becomes readable when the user cancels, -1
+    for none: whatever waits then raises
+    :class:`~pyvhostvdpa.errors.MigrationCancelled`. ``stall`` is in seconds.
+    Everything that waits raises :class:`~pyvhostvdpa.errors.StreamBroken`
+    once the other side is gone or silent.
+    """
+
+    def __init__(self, sock: socket.socket, cancel: int = -1, stall: float = STALL_SECONDS) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self.cancel = cancel
+        self.stall = stall
+        self.raw = not isinstance(sock, ssl.SSLSocket)
+        """Whether the socket's bytes are the stream's: C may read and write it."""
+        self.torn = False
+        """Whether a frame was left in its middle: no other may follow."""
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Close the socket. Twice is no error."""
+        self._sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- bytes ------------------------------------------------------------------
+
+    def _wait(self, events: int, seconds: float) -> None:
+        poll = select.poll()
+        poll.register(self._sock, events)
+        if self.cancel >= 0:
+            poll.register(self.cancel, select.POLLIN)
+        ready = [fd for fd, _ in poll.poll(seconds * 1000)]
+        if self.cancel in ready:
+            raise MigrationCancelled("cancelled")
+        if not ready:
+            raise StreamBroken(f"the other side did nothing for {seconds:g} s")
+
+    def _repeat(self, action: Callable[[], T], events: int, seconds: float) -> T:
+        """Do ``action`` as soon as the socket lets it."""
+        while True:
+            try:
+                return action()
+            except BlockingIOError:
+                self._wait(events, seconds)
+            except ssl.SSLWantReadError:
+                self._wait(select.POLLIN, seconds)
+            except ssl.SSLWantWriteError:
+                self._wait(select.POLLOUT, seconds)
+            except ssl.SSLError as e:
+                raise StreamBroken(tls_trouble(e)) from e
+            except OSError as e:
+                raise StreamBroken(f"the stream broke: {os.strerror(e.errno or 0)}") from e
+
+    def send(self, buffer: bytes | bytearray | memoryview) -> None:
+        """Send all of ``buffer``."""
+        view = memoryview(buffer).cast("B")
+        self.torn = True
+        while view:
+            part = view
+            view = view[self._repeat(lambda: self._sock.send(part), select.POLLOUT, self.stall) :]  # noqa: B023
+        self.torn = False
+
+    def receive_into(self, buffer: bytearray | memoryview, seconds: float | None = None) -> None:
+        """Fill ``buffer``; its first byte may take ``seconds``."""
+        view = memoryview(buffer).cast("B")
+        patience = self.stall if seconds is None else seconds
+        while view:
+            part = view
+            count = self._repeat(lambda: self._sock.recv_into(part), select.POLLIN, patience)  # noqa: B023
+            if not count:
+                raise StreamBroken("the other side closed the stream")
+            view, patience = view[count:], self.stall
+
+    def readable(self, seconds: float = 0.0) -> bool:
+        """Whether something, or the end, can be read within ``seconds``."""
+        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
+            return True
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
+    # -- the beginning ------------------------------------------------------------
+
+    def greet(self) -> None:
+        """Exchange preambles; :class:`~pyvhostvdpa.errors.MigrationRefused` if the other side speaks something else."""
+        theirs = bytearray(_PREAMBLE.size)
+        try:
+            self.send(_PREAMBLE.pack(MAGIC, VERSION, 0))
+            self.receive_into(theirs, HANDSHAKE_SECONDS)
+        except StreamBroken as e:
+            raise MigrationRefused(f"no migration stream: {e}", hint="vhost-vdpa help migration") from e
+        magic, version, reserved = _PREAMBLE.unpack(theirs)
+        if magic != MAGIC or (reserved and version == VERSION):
+            raise MigrationRefused(
+                f"no migration stream: the other side began with {bytes(theirs).hex(' ')}",
+                hint="one side runs vhost-vdpa receive, the other vhost-vdpa send, both with TLS or both without",
+            )
+        if version != VERSION:
+            raise MigrationRefused(
+                f"the other side speaks version {version} of the migration stream, this one version {VERSION}",
+                hint="install the same version of pyvhostvdpa on both sides",
+            )
+
+    # -- frames --------------------------------------------------------------------
+
+    def send_frame(self, kind: Frame, payload: bytes = b"", count: int = 0) -> None:
+        """Send a control frame."""
+        if len(payload) > MAX_CONTROL:
+            raise MigrationRefused(f"{kind.name} of {len(payload)} bytes; a control frame takes {MAX_CONTROL}")
+        self.send(HEADER.pack(kind, count, len(payload), stream_sum(payload)) + payload)
+
+    def send_text(self, kind: Frame, text: str) -> None:
+        """Send a control frame of words."""
+        self.send_frame(kind, text.encode()[:_MAX_TEXT])
+
+    def receive_header(self, seconds: float | None = None) -> Header:
+        """Return the head of the next frame; :class:`~pyvhostvdpa.errors.StreamCorrupt` if there is no such frame."""
+        data = bytearray(HEADER.size)
+        self.receive_into(data, seconds)
+        header = Header(*HEADER.unpack(data))
+        if header.type in (PAGES, ZERO):
+            limit = MAX_MEMORY
+        elif header.type in list(Frame):
+            limit = MAX_CONTROL
+        else:
+            raise StreamCorrupt(f"a frame of type {header.type:#x}, which there is not")
+        if header.length > limit:
+            raise StreamCorrupt(f"a frame of type {header.type:#x} with {header.length} bytes, {limit} are possible")
+        return header
+
+    def receive_payload(self, header: Header) -> bytes:
+        """Return what a control frame holds; :class:`~pyvhostvdpa.errors.StreamCorrupt` if its checksum differs."""
+        payload = bytearray(header.length)
+        self.receive_into(payload)
+        if stream_sum(payload) != header.sum:
+            raise StreamCorrupt(f"{Frame(header.type).name} frame: its checksum differs from what arrived")
+        return bytes(payload)
+
+    def expect(self, *kinds: Frame, seconds: float | None = None) -> tuple[Frame, bytes]:
+        """Receive one of these frames; any other is :class:`~pyvhostvdpa.errors.StreamCorrupt`."""
+        header = self.receive_header(seconds)
+        if header.type not in kinds:
+            name = Frame(header.type).name if header.type in list(Frame) else "memory"
+            raise StreamCorrupt(f"a {name} frame where {' or '.join(kind.name for kind in kinds)} belongs")
+        return Frame(header.type), self.receive_payload(header)
+
+    def last_words(self) -> str:
+        """Return what the other side said before it broke the stream, "" for nothing."""
+        end = time.monotonic() + _LAST_WORDS_SECONDS
+        self.cancel = -1
+        try:
+            while self.readable(max(0.0, end - time.monotonic())):
+                kind, payload = self.expect(*Frame)
+                if kind in (Frame.REFUSE, Frame.FAILED, Frame.CANCEL):
+                    return words(payload)
+        except (StreamBroken, StreamCorrupt):
+            return ""
+        return ""
+
+    def finish(self, seconds: float = _LAST_WORDS_SECONDS) -> None:
+        """Say that nothing more comes, and read on until the other side has closed.
+
+        A socket closed with something unread would take what was said last
+        away from the other side.
+        """
+        end, rest = time.monotonic() + seconds, bytearray(1 << 16)
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+            while (left := end - time.monotonic()) > 0 and self.readable(left):
+                if not socket.socket.recv_into(self._sock, rest):
+                    return
+        except OSError:
+            # it is gone already: nothing is left to be read
+            return
+
+
+def words(payload: bytes) -> str:
+    """Return a frame's words, printable; they are the other side's."""
+    return "".join(c if c.isprintable() else "?" for c in payload[:_MAX_TEXT].decode(errors="replace"))
+
+
+_TLS = {
+    "CERTIFICATE_VERIFY_FAILED": "the other side's certificate is not of the authority that --tls-ca names",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "the other side showed no certificate",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the other side wants a certificate (--tls-cert, --tls-key)",
+    "TLSV1_ALERT_UNKNOWN_CA": "the other side does not know the authority of this side's certificate",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "the other side does not accept this side's certificate",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "this side's certificate has expired",
+    "UNEXPECTED_EOF_WHILE_READING": "the other side closed the connection",
+    "WRONG_VERSION_NUMBER": "the other side does not speak TLS",
+    "HTTP_REQUEST": "the other side does not speak TLS",
+    "UNSUPPORTED_PROTOCOL": "the other side does not speak TLS 1.3",
+    "TLSV1_ALERT_PROTOCOL_VERSION": "the other side does not speak TLS 1.3",
+}
+
+
+def tls_trouble(error: ssl.SSLError) -> str:
+    """Return what went wrong in TLS."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"TLS: the other side's certificate is refused: {error.verify_message}"
+    return f"TLS: {_TLS.get(error.reason or '', error.reason or str(error))}"
