@@ -442,7 +442,7 @@ class VhostVdpa:
         finally:
             self.batch_asid = None if burst.batch < 0 else int(burst.batch)
             result = -burst.error if burst.error else burst.done
-            self.trace.record(burst.begin, burst.end, "IOTLB_BURST", f"messages={burst.count}", result)
+            self.trace.record(burst.begin, burst.end, "burst", {"messages": int(burst.count)}, result)
         if burst.error:
             raise KernelError(burst.error, "write IOTLB messages", f"message {burst.done + 1} of {burst.count}")
 
@@ -461,8 +461,8 @@ class VhostVdpa:
         raw = argument.ljust(row.size, b"\0")
         done: int = lib.ioctl_repeat(fd, row.request, raw, len(raw), count, took, error)
         if done < count:
-            self._failed(t, name, argument.hex(), error[0])
-        self.trace.record(t, time.monotonic_ns(), name, f"{count} times", 0)
+            self._failed(t, name, {"argument": argument.hex()}, error[0])
+        self.trace.record(t, time.monotonic_ns(), name, {"times": count}, 0)
         return list(took)
 
     def _follow_batch(self, accepted: Sequence[IotlbMessage]) -> None:
