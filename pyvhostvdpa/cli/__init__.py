@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import VhostVdpaError
+from . import bench as bench_command
 from . import dev as dev_command
 from . import doctor as doctor_command
 from . import help as help_command
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     probe_command.register(commands)
     migrate_command.register(commands)
     ladder_command.register(commands)
+    bench_command.register(commands)
     help_command.register(commands)
     return parser
 
