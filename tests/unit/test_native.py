@@ -20,9 +20,12 @@ BUDGET = {1: 200, 4: 250, 64: 300}
 """Instructions per element relayed both ways, by memory regions."""
 
 
-def build(tmp_path: Path, name: str, *flags: str) -> Path:
+PAGES_SOURCES = ("pages.c", "sum.c", "svq.c")
+
+
+def build(tmp_path: Path, name: str, *flags: str, core: tuple[str, ...] = ("svq.c",)) -> Path:
     program = tmp_path / name
-    sources = [NATIVE / f"{name}.c", ROOT / "cdefs" / "svq.c"]
+    sources = [NATIVE / f"{name}.c", *(ROOT / "cdefs" / source for source in core)]
     includes = [f"-I{ROOT / 'cdefs'}", f"-I{NATIVE}"]
     subprocess.run(["cc", "-std=gnu11", "-Wall", "-Wextra", *flags, *includes, *sources, "-o", program], check=True)
     return program
@@ -32,6 +35,12 @@ def test_arbitrary_guests_and_devices_under_sanitizers(tmp_path: Path) -> None:
     fuzz = build(tmp_path, "svq_fuzz", *SANITIZED)
     subprocess.run([fuzz, *CORPUS], check=True)
     done = subprocess.run([fuzz, "-r", str(INPUTS), "1"], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith(f"{INPUTS} inputs")
+
+
+def test_arbitrary_frames_and_sets_of_pages_under_sanitizers(tmp_path: Path) -> None:
+    fuzz = build(tmp_path, "pages_fuzz", *SANITIZED, core=PAGES_SOURCES)
+    done = subprocess.run([fuzz, str(INPUTS)], check=True, capture_output=True, text=True)
     assert done.stdout.startswith(f"{INPUTS} inputs")
 
 
