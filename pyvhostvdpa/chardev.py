@@ -18,13 +18,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from ._cdefs import ffi, lib
 from .errors import DeviceBusy, DeviceClosed, KernelError, NotVhostVdpa
 from .trace import DeviceTrace, Fields, Trace, describe
 from .uapi import (
     IOCTLS,
+    MESSAGE_SIZE,
     BackendFeature,
     IotlbType,
     IovaRange,
@@ -36,6 +37,8 @@ from .uapi import (
     VringFile,
     VringState,
 )
+
+_RECORDED_AS = {kind: f"IOTLB_{kind.name}" for kind in IotlbType}
 
 
 class IotlbMessage(NamedTuple):
@@ -415,12 +418,52 @@ class VhostVdpa:
         times = ffi.new("int64_t[]", 2 * count)
         error = ffi.new("int *")
         done: int = lib.iotlb_write_burst(fd, raw, count, times, error)
+        stamps = ffi.unpack(times, 2 * count)
         for i, m in enumerate(messages[: done + 1]):
-            result = ffi.sizeof("struct vhost_msg_v2") if i < done else -error[0]
-            self.trace.record(times[2 * i], times[2 * i + 1], f"IOTLB_{m.type.name}", m.fields, result)
+            result = MESSAGE_SIZE if i < done else -error[0]
+            self.trace.record(stamps[2 * i], stamps[2 * i + 1], _RECORDED_AS[m.type], m.fields, result)
         self._follow_batch(messages[:done])
         if done < count:
             raise IotlbWriteError(error[0], messages[done], done)
+
+    def send_prepared(self, burst: Any, deliver_signals_ns: int = 100_000_000) -> None:
+        """Write the messages of a C ``struct iotlb_burst`` that are not done yet; :mod:`pyvhostvdpa.burst` makes one.
+
+        One event of the trace for all of them, no work per message outside C.
+        Comes back to Python every ``deliver_signals_ns``, so that Ctrl-C ends
+        a long one. Raises the bare errno of the first that fails, with
+        ``burst.done`` telling how many are in force.
+        """
+        fd = self.fileno()
+        burst.batch = -1 if self.batch_asid is None else self.batch_asid
+        try:
+            while burst.done < burst.count and not burst.error:
+                lib.iotlb_send(fd, burst, time.monotonic_ns() + deliver_signals_ns)
+        finally:
+            self.batch_asid = None if burst.batch < 0 else int(burst.batch)
+            result = -burst.error if burst.error else burst.done
+            self.trace.record(burst.begin, burst.end, "burst", {"messages": int(burst.count)}, result)
+        if burst.error:
+            raise KernelError(burst.error, "write IOTLB messages", f"message {burst.done + 1} of {burst.count}")
+
+    def repeat(self, name: str, argument: bytes, count: int) -> list[int]:
+        """Make a request ``count`` times from C, each with its own copy of ``argument``; how long each took, in ns.
+
+        ``argument`` is at most 64 bytes; it is filled up with zeros to the
+        size that the kernel reads.
+        """
+        row = IOCTLS[name]
+        fd = self.fileno()
+        if len(argument) > 64:
+            raise ValueError(f"an argument of {len(argument)} bytes")
+        took, error = ffi.new("int64_t[]", count), ffi.new("int *")
+        t = time.monotonic_ns()
+        raw = argument.ljust(row.size, b"\0")
+        done: int = lib.ioctl_repeat(fd, row.request, raw, len(raw), count, took, error)
+        if done < count:
+            self._failed(t, name, {"argument": argument.hex()}, error[0])
+        self.trace.record(t, time.monotonic_ns(), name, {"times": count}, 0)
+        return list(took)
 
     def _follow_batch(self, accepted: Sequence[IotlbMessage]) -> None:
         for m in accepted:

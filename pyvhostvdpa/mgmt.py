@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from .errors import DeviceBusy, ManagementFailed, MissingFeature, VhostVdpaError
 SYSFS_DEVICES = Path("/sys/bus/vdpa/devices")
 _VDPA_TIMEOUT = 10.0
 _QUEUE_TIMEOUT = 2.0
+_CHARDEV_POLL = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +228,18 @@ def _chardev(device: Path) -> str | None:
     for entry in device.glob("vhost-vdpa-*"):
         return f"/dev/{entry.name}"
     return None
+
+
+def wait_for_chardev(name: str, seconds: float = 10.0) -> str:
+    """Return the chardev of a device that was just made; MissingFeature if it has none within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while True:
+        chardev = _chardev((SYSFS_DEVICES / name).resolve())
+        if chardev is not None and os.path.exists(chardev):
+            return chardev
+        if time.monotonic() > deadline:
+            raise MissingFeature(f"{name} got no chardev within {seconds:g} s", hint="modprobe vhost_vdpa")
+        time.sleep(_CHARDEV_POLL)
 
 
 def list_devices() -> list[VdpaDevice]:

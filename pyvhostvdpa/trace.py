@@ -46,7 +46,7 @@ class Event(NamedTuple):
     device: str
     phase: str
     event: str
-    """``VHOST_…`` for an ioctl, ``IOTLB_…`` for a message, ``open``, ``close``, ``mmap``, or the name of a note."""
+    """``VHOST_…`` for an ioctl, ``IOTLB_…`` for a message, ``burst`` for many; ``open``, ``close``, ``mmap``; a note"""
     fields: Fields
     result: int | None
     """What the call returned; a negative errno if it failed. None for a note."""

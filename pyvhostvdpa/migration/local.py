@@ -20,7 +20,7 @@ from ..chardev import check_path
 from ..device import State, VdpaNetDevice
 from ..errors import MigrationFailed, MigrationRefused, VhostVdpaError
 from ..memory import DEFAULT_GPA, GuestMemory, check_available
-from ..net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
+from ..net.control import ANNOUNCE_ACK, OK, VQ_PAIRS_SET, Class, ControlModel, command
 from ..net.control_queue import GuestControl
 from ..net.features import CONTROL, SUPPORTED
 from ..net.nic import MAX_FRAME, MIN_FRAME, GuestNic, NicOptions
@@ -109,6 +109,7 @@ class _Migration:
         self.memory = stack.enter_context(GuestMemory([(DEFAULT_GPA, options.memory)], self._allocated))
         self.nic = GuestNic(self.memory, self._nic_options())
         stack.callback(self.nic.close)
+        self.source.guest_config = self.destination.guest_config = self.nic.config
         self.control: GuestControl | None = None
         if self.nic.control is not None:
             model = ControlModel(self.source.features, mac=self.source.mac)
@@ -190,6 +191,12 @@ class _Migration:
             if answer != OK:
                 raise MigrationFailed(f"{self.source.path} refused to use {self.options.pairs} queue pairs")
 
+    def _announce(self) -> None:
+        """What a guest's driver does that is asked to announce itself; there is no network to tell here."""
+        driver = self.nic.control
+        if driver is not None and self.nic.config.asks_to_announce:
+            driver.send(command(Class.ANNOUNCE, ANNOUNCE_ACK))
+
     # -- the two phases ---------------------------------------------------------
 
     def _switch(self) -> None:
@@ -209,6 +216,7 @@ class _Migration:
         with self.destination.trace.in_phase("dest.start"):
             self.destination.start_passthrough(self.nic.queues, self.control)
         self.traffic.run()
+        self._announce()
         self.observe("destination")
         self.book.drops_before["destination"] = self._drops(self.destination)
 

@@ -151,6 +151,12 @@ class ControlQueue:
                     break
                 used += len(waiting[count])
                 count += 1
+            if not count:
+                # a state that somebody else vouched for, or a ring of one descriptor
+                raise ControlFailed(
+                    f"control command class {waiting[0][0]} number {waiting[0][1]} of {len(waiting[0])} bytes "
+                    f"does not fit a queue of {self.area.layout.num} with {BUFFER_SIZE} bytes"
+                )
             self._exchange(waiting[:count])
             del waiting[:count]
 

@@ -103,7 +103,8 @@ class GuestConfig:
         """
         self._below, self._model = below, model
         below.set_config_call(self.call)
-        self._last_config = below.read_config()
+        if not self._last_config:
+            self._last_config = below.read_config()
         moved = self._last_path not in ("", below.path)
         self._last_path = below.path
         if moved:

@@ -8,11 +8,13 @@ the traces; whatever the report does not have is left out, and said.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..errors import VhostVdpaError
 from ..migration.spans import Kind, Span, downtimes, spans
 from ..trace import Trace
 from . import events, perfetto
@@ -22,12 +24,15 @@ from .page import cell, facts, figure, heading, notes, page, paragraph, wide_tab
 Row = Mapping[str, Any]
 
 TITLE = "What a live migration's downtime is made of"
+_PAGE = "index.html"
 _DESTINATION = ("dest.start",)
 _MEASURES = {
     "dt1": ("DT1", "DT1: switching to shadow virtqueues", True),
     "dt2": ("DT2", "DT2: stopping on the source", False),
     "dest": ("start", "starting on the destination, in neither DT1 nor DT2", False),
 }
+_DWARFED = 1 / 8
+"""Bars that are shorter than this part of the longest are shown once more, larger."""
 _NOTHING = "-"
 _COUNTS = {"ioctls": "ioctls", "messages": "messages", "set_maps": "set_map", "heavy": "heavy"}
 _KINDS = {
@@ -44,22 +49,41 @@ _KINDS = {
 }
 
 
+def prepare(directory: Path) -> None:
+    """Make ``directory``, before a run of minutes that would end at one that cannot be written (VhostVdpaError)."""
+    with _explained(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / _PAGE).touch()
+
+
 def write(report: Mapping[str, Any], traces: Mapping[str, Trace], directory: Path) -> Path:
     """Write ``index.html``, ``ladder.json`` and each row's trace in two formats into ``directory``; return the page.
 
     ``report`` is of schema ``pyvhostvdpa/ladder/1``; ``traces`` has one run of
-    each row that was possible. Raises OSError if a file cannot be written.
+    each row that was possible. Raises :class:`~pyvhostvdpa.errors.VhostVdpaError`
+    if a file cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "ladder.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    for row, trace in traces.items():
-        with open(directory / f"{row}.perfetto.json", "w", encoding="utf-8") as file:
-            perfetto.write(trace, file)
-        with open(directory / f"{row}.events.jsonl", "w", encoding="utf-8") as file:
-            events.write(trace, file)
-    index = directory / "index.html"
-    index.write_text(render(report, traces), encoding="utf-8")
+    prepare(directory)
+    index = directory / _PAGE
+    with _explained(directory):
+        (directory / "ladder.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        for row, trace in traces.items():
+            with open(directory / f"{row}.perfetto.json", "w", encoding="utf-8") as file:
+                perfetto.write(trace, file)
+            with open(directory / f"{row}.events.jsonl", "w", encoding="utf-8") as file:
+                events.write(trace, file)
+        index.write_text(render(report, traces), encoding="utf-8")
     return index
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise VhostVdpaError(
+            f"{e.filename or directory} cannot be written: {e.strerror}", hint="name another folder with --report"
+        ) from e
 
 
 def render(report: Mapping[str, Any], traces: Mapping[str, Trace]) -> str:
@@ -260,8 +284,18 @@ def _where(rows: Sequence[Row], measured: Mapping[str, Any]) -> list[str]:
         marks = " The black marks are what was published." if any(bar.published for bar in bars) else ""
         caption = f"{what}; {'the worst device' if worst else 'the sum of all devices'}.{marks}"
         parts.append(figure(stacked(bars, f"{short} by row and kind of call"), caption))
+        parts += _larger(short, bars)
         parts.append(_numbers(short, bars))
     return parts
+
+
+def _larger(short: str, bars: Sequence[Bar]) -> list[str]:
+    """The short bars once more, on a scale of their own, if they are dwarfed by the long ones."""
+    longest = max(bar.total for bar in bars)
+    small = [bar for bar in bars if 0 < bar.total < longest * _DWARFED]
+    if len(small) < 2:
+        return []
+    return [figure(stacked(small, f"{short} of the short rows by kind of call"), f"{short}: the short rows, larger.")]
 
 
 def _legend() -> str:

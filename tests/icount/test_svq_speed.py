@@ -35,6 +35,7 @@ def test_shadowing_costs_a_fifth_of_the_frames_at_most(pairs: int) -> None:
     try:
         for pair in guest.nic.pairs:
             pair.c.frame_size, pair.c.window = FRAME, WINDOW
+        guest.restart_driver()
         guest.start()
         guest.use_all_pairs()
         guest.traffic.run()

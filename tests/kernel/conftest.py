@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import hwsim
 import lab
 from hw_guest import HwGuest, Make
+from hwsim import HwSim
 
 from pyvhostvdpa.device import VdpaNetDevice
 from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory, pinned_bytes
@@ -141,26 +143,22 @@ def forgetful_guest(devices: tuple[str, str]) -> Iterator[Guest]:
 @pytest.fixture
 def make() -> Iterator[Make]:
     """Make guests on vdpa_hwsim devices with the given parameters."""
-    made: list[HwGuest] = []
+    with ExitStack() as stack:
+        made: list[HwSim] = []
 
-    def build(
-        pairs: int = 1,
-        wanted: Feature = SUPPORTED | CONTROL,
-        without: BackendFeature = NOTHING,
-        ring_size: int = 256,
-        memory: int = lab.SMALL * 2,
-        **parameters: object,
-    ) -> HwGuest:
-        sim = hwsim.add(f"hw{len(made)}", pairs, **parameters)
-        try:
-            made.append(HwGuest(sim, pairs, wanted, without, ring_size, memory))
-        except BaseException:
-            hwsim.remove(sim.name)
-            raise
-        return made[-1]
+        def build(
+            pairs: int = 1,
+            wanted: Feature = SUPPORTED | CONTROL,
+            without: BackendFeature = NOTHING,
+            ring_size: int = 256,
+            memory: int = lab.SMALL * 2,
+            **parameters: object,
+        ) -> HwGuest:
+            sim = hwsim.add(f"hw{len(made)}", pairs, **parameters)
+            made.append(sim)
+            stack.callback(hwsim.remove, sim.name)
+            guest = HwGuest(sim, pairs, wanted, without, ring_size, memory)
+            stack.callback(guest.close)
+            return guest
 
-    yield build
-    for guest in made:
-        sim = guest.sim
-        guest.close()
-        hwsim.remove(sim.name)
+        yield build

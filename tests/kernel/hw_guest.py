@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import lab
 from hwsim import HwSim
 
 from pyvhostvdpa import GuestMemory, State, VdpaNetDevice
+from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.memory import DEFAULT_GPA
 from pyvhostvdpa.net import control
 from pyvhostvdpa.net.control import Class, ControlModel, command
@@ -18,6 +20,7 @@ from pyvhostvdpa.net.features import Feature
 from pyvhostvdpa.net.nic import GuestNic, NicOptions
 from pyvhostvdpa.net.traffic import Traffic
 from pyvhostvdpa.uapi import ALL_BACKEND_FEATURES, BackendFeature
+from pyvhostvdpa.virtqueue.layout import SplitLayout
 
 Make = Callable[..., "HwGuest"]
 
@@ -38,12 +41,16 @@ class HwGuest:
         self.wanted, self.without = wanted, without
         self.memory = GuestMemory([(DEFAULT_GPA, memory)])
         self.devices: list[VdpaNetDevice] = []
-        self.device = self.attach(sim)
-        index = self.device.groups.control_index
-        self.nic = GuestNic(
-            self.memory,
-            NicOptions(pairs=pairs, ring_size=ring_size, features=self.device.features, control_index=index),
-        )
+        with ExitStack() as undo:
+            undo.callback(self.memory.close)
+            undo.callback(self._close_devices)
+            self.device = self.attach(sim)
+            index = self.device.groups.control_index
+            self.nic = GuestNic(
+                self.memory,
+                NicOptions(pairs=pairs, ring_size=ring_size, features=self.device.features, control_index=index),
+            )
+            undo.pop_all()
         self.device.guest_config = self.nic.config
         self.traffic = Traffic(self.nic)
         self.model = ControlModel(self.device.features, mac=sim.mac)
@@ -57,10 +64,13 @@ class HwGuest:
 
     def close(self) -> None:
         self.traffic.pause()
-        for device in self.devices:
-            device.close()
+        self._close_devices()
         self.nic.close()
         self.memory.close()
+
+    def _close_devices(self) -> None:
+        for device in self.devices:
+            device.close()
 
     def start(self, mode: State = State.PASSTHROUGH) -> None:
         start = self.device.start_shadow if mode is State.SHADOW else self.device.start_passthrough
@@ -82,6 +92,17 @@ class HwGuest:
         self.start()
         if running:
             self.traffic.run()
+
+    def restart_driver(self) -> None:
+        """What a guest does after a reset: its rings and its account begin anew."""
+        for pair in self.nic.pairs:
+            for queue in pair.queues:
+                size = SplitLayout(queue.num).size
+                ffi.memmove(ffi.cast("char *", self.memory.hva(queue.desc, size)), bytes(size), size)
+            p = pair.c
+            p.rx_avail = p.rx_used = p.tx_avail = p.tx_used = p.sent = p.received = p.highest = 0
+            ffi.memmove(p.seen, bytes(ffi.sizeof(p.seen)), ffi.sizeof(p.seen))
+            lib.nic_start(p)
 
     def send(self, kind: Class, number: int, payload: bytes = b"") -> int:
         assert self.nic.control is not None

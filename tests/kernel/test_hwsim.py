@@ -11,7 +11,7 @@ import pytest
 from hw_guest import Make
 
 from pyvhostvdpa import Options, OutOfOrder, State, migrate
-from pyvhostvdpa._cdefs import ffi, lib
+from pyvhostvdpa._cdefs import ffi
 from pyvhostvdpa.memory import PAGE_SIZE
 from pyvhostvdpa.net.features import CONTROL, RING, SUPPORTED, Feature
 from pyvhostvdpa.uapi import BackendFeature
@@ -126,7 +126,7 @@ def test_ring_features_work_in_both_modes(make: Make, ring: Feature) -> None:
 
 @pytest.mark.parametrize("ring_size", [2, 1024, 32768])
 def test_rings_of_any_size_work(make: Make, ring_size: int) -> None:
-    guest = make(1, ring_size=ring_size, memory=160 << 20, ring_max=32768)
+    guest = make(1, ring_size=ring_size, memory=300 << 20, ring_max=32768)
     guest.start(State.SHADOW)
     guest.traffic.run()
     for _ in range(2):
@@ -202,7 +202,7 @@ def test_buffers_across_regions_are_cut_and_arrive_whole(make: Make, elsewhere: 
     [pair], [region], c_map = guest.nic.pairs, guest.memory.regions, guest.memory.c_map
     for name in ("rx_gpa", "rx_hva", "tx_gpa", "tx_hva"):
         setattr(pair.c, name, getattr(pair.c, name) + 1000)
-    lib.nic_start(pair.c)
+    guest.restart_driver()
     count, whole = region.size // PIECE, c_map.regions
     pieces = ffi.new("struct memory_region[]", count)
     with guest.device.iotlb.space(0).batch() as batch:

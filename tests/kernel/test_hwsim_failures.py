@@ -20,6 +20,7 @@ from pyvhostvdpa.errors import DeviceNeedsReset, KernelError, OutOfOrder, QueueB
 from pyvhostvdpa.net import control
 from pyvhostvdpa.net.config import ANNOUNCE, NetConfig
 from pyvhostvdpa.net.control import Class
+from pyvhostvdpa.net.features import SUPPORTED
 from pyvhostvdpa.net.nic import NicPair
 from pyvhostvdpa.uapi import Status
 
@@ -119,7 +120,7 @@ def test_a_guest_that_breaks_its_control_queue_is_told_and_its_frames_go_on(make
     assert is_told(guest)
     with pytest.raises(QueueBroken, match=r"control queue: guest: avail\.idx moved"):
         guest.device.check()
-    guest.receives(200)
+    goes_on(guest.nic.pairs[0])
     guest.settle()
 
 
@@ -155,13 +156,12 @@ def test_a_guest_that_resets_starts_anew(make: Make) -> None:
     with pytest.raises(QueueBroken):
         guest.device.stop()
     guest.nic.config.reset()
-    [pair] = guest.nic.pairs
-    lib.nic_start(pair.c)
-    pair.c.sent = pair.c.received = pair.c.highest = 0
+    guest.restart_driver()
     guest.start()
     assert not guest.nic.config.status & Status.NEEDS_RESET
     guest.traffic.run()
     guest.receives(200)
+    guest.settle()
 
 
 FACES = {
@@ -201,7 +201,7 @@ def test_a_closed_eventfd_of_the_control_queue_is_reported(make: Make) -> None:
 
 
 def test_a_device_is_not_started_with_a_closed_eventfd(make: Make) -> None:
-    guest = make()
+    guest = make(wanted=SUPPORTED)
     with closed(guest.nic.queues[1].kick), pytest.raises(KernelError, match=r"SET_VRING_KICK.*EBADF"):
         guest.start()
     assert guest.device.state is State.RESET
@@ -238,7 +238,7 @@ def test_a_guest_killed_anywhere_leaves_rings_that_a_new_one_can_use(make: Make,
     [pair] = guest.nic.pairs
     ring, chance = pair.c.rx, random.Random(5)
     for _ in range(5):
-        lib.nic_start(pair.c)
+        guest.restart_driver()
         child = os.fork()
         if child == 0:
             while True:
@@ -255,8 +255,14 @@ def test_a_guest_killed_anywhere_leaves_rings_that_a_new_one_can_use(make: Make,
             guest.device.stop()
         except OutOfOrder:
             # it died between writing a slot and publishing it
+            assert mode is State.PASSTHROUGH
             guest.device.reset()
         assert guest.device.state is State.RESET
+    guest.restart_driver()
+    guest.start(mode)
+    guest.traffic.run()
+    guest.receives(100)
+    guest.settle()
 
 
 # -- what else the guest is told --------------------------------------------------
@@ -284,7 +290,6 @@ def test_a_guest_that_moved_is_asked_to_announce_itself_until_it_has(make: Make)
         guest.switch()
         while guest.is_interrupted(0.2):
             assert not announce_wanted(guest)
-        left = guest.sim
         guest.move(destination)
         assert guest.is_interrupted()
         assert announce_wanted(guest)
@@ -295,7 +300,6 @@ def test_a_guest_that_moved_is_asked_to_announce_itself_until_it_has(make: Make)
         assert destination.read("stats")["cvq_command"] == commands, "it is answered by us"
         guest.switch()
         assert not announce_wanted(guest)
-        guest.sim = left
     finally:
         for device in guest.devices:
             device.close()

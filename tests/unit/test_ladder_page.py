@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import traces
 
+from pyvhostvdpa.errors import VhostVdpaError
 from pyvhostvdpa.migration.downtime import DT1, DT2, milliseconds
 from pyvhostvdpa.migration.spans import Kind, downtimes
 from pyvhostvdpa.report import ladder
@@ -158,11 +159,29 @@ def test_the_bars_are_what_the_downtimes_are() -> None:
     assert sum(sums(found["dt2"], worst=False).values()) / 1e6 == pytest.approx(total)
 
 
+def test_all_ticks_of_an_axis_are_in_one_unit() -> None:
+    svg = stacked([Bar("a", {Kind.SUSPEND: 2_000_000_000})], "")
+    assert re.findall(r'class="s m".*?>(.*?)<', svg) == ["0", "0.5 s", "1.0 s", "1.5 s", "2.0 s"]
+
+
 def test_the_segments_of_a_bar_are_as_long_as_their_share() -> None:
     svg = stacked([Bar("a", {Kind.SUSPEND: 10, Kind.RESET: 30}), Bar("b", {Kind.RESET: 20})], "")
     widths = [float(width) for width in re.findall(r'class="k\d" .*?width="([\d.]+)"', svg)]
     assert widths[1] == pytest.approx(3 * widths[0], abs=0.05)
     assert widths[2] == pytest.approx(2 * widths[0], abs=0.05)
+
+
+def slower(trace: Trace, times: int) -> Trace:
+    result = Trace()
+    result.events = [e._replace(t_begin=times * e.t_begin, t_end=times * e.t_end) for e in trace.events]
+    return result
+
+
+def test_rows_that_are_dwarfed_by_others_are_shown_once_more() -> None:
+    fast, slow = traces.migration(), slower(traces.migration(), 20)
+    larger = "DT1: the short rows, larger."
+    assert larger in Page(ladder.render(report(*ROWS), {"baseline": slow, "batch": fast, "ours": fast})).texts
+    assert larger not in Page(ladder.render(report(*ROWS), {"baseline": fast, "batch": fast, "ours": fast})).texts
 
 
 def test_text_from_outside_is_only_text() -> None:
@@ -194,6 +213,15 @@ def test_the_folder_has_the_page_the_figures_and_the_traces(tmp_path: Path) -> N
     assert json.loads((folder / "ladder.json").read_text())["rows"][0]["row"] == "baseline"
     links = {value for name, value in Page(index.read_text()).attributes if name == "href"}
     assert links == {"ladder.json", "batch.perfetto.json", "batch.events.jsonl"}
+
+
+def test_a_folder_that_cannot_be_written_is_told_beforehand(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for attempt in (lambda: ladder.prepare(file / "folder"), lambda: ladder.write(report(*ROWS), {}, file)):
+        with pytest.raises(VhostVdpaError, match="cannot be written") as refused:
+            attempt()
+        assert "--report" in refused.value.hint
 
 
 @pytest.mark.parametrize(
