@@ -63,9 +63,8 @@ class VdpaNetDevice:
         self.memory: GuestMemory | None = None
         try:
             self._inspect(use, wanted)
-            self._procedure = procedure(
-                Target(self.chardev, self.iotlb, self.features, self.backend_features, self.groups)
-            )
+            self.target = Target(self.chardev, self.iotlb, self.features, self.backend_features, self.groups)
+            self._procedure = procedure(self.target)
         except BaseException:
             self.chardev.close()
             raise
@@ -201,7 +200,7 @@ class VdpaNetDevice:
         self._procedure.suspend()
 
     def stop(self, then: State | None = None) -> None:
-        """Suspend, take the queues over, reset.
+        """Suspend, take the queues over, reset; a procedure may leave the reset to the next start or :meth:`close`.
 
         Afterwards each guest ring stands as a device finds it that starts at
         the ring's used index. ``then`` is the state in which the device is to

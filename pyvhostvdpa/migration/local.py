@@ -254,11 +254,11 @@ class _Migration:
 
     def _drops(self, device: VdpaNetDevice) -> dict[str, int]:
         """Counters of frames that a device lost, as far as the parent has any."""
-        found = {}
-        for queue in self.nic.queues:
-            for name, value in mgmt.vendor_statistics(device.path, queue.index).items():
-                if any(word in name for word in ("drop", "overrun", "error")):
-                    found[name] = value
+        found: dict[str, int] = {}
+        told = mgmt.vendor_statistics(device.path, [queue.index for queue in self.nic.queues])
+        for name, value in (each for counters in told.values() for each in counters.items()):
+            if any(word in name for word in ("drop", "overrun", "error")):
+                found[name] = found.get(name, 0) + value
         return found
 
     def _finish(self, outcome: str, device: VdpaNetDevice, role: str) -> Report:

@@ -31,6 +31,8 @@ _MEASURES = {
     "dt2": ("DT2", "DT2: stopping on the source", False),
     "dest": ("start", "starting on the destination, in neither DT1 nor DT2", False),
 }
+_DWARFED = 1 / 8
+"""Bars that are shorter than this part of the longest are shown once more, larger."""
 _NOTHING = "-"
 _COUNTS = {"ioctls": "ioctls", "messages": "messages", "set_maps": "set_map", "heavy": "heavy"}
 _KINDS = {
@@ -282,8 +284,18 @@ def _where(rows: Sequence[Row], measured: Mapping[str, Any]) -> list[str]:
         marks = " The black marks are what was published." if any(bar.published for bar in bars) else ""
         caption = f"{what}; {'the worst device' if worst else 'the sum of all devices'}.{marks}"
         parts.append(figure(stacked(bars, f"{short} by row and kind of call"), caption))
+        parts += _larger(short, bars)
         parts.append(_numbers(short, bars))
     return parts
+
+
+def _larger(short: str, bars: Sequence[Bar]) -> list[str]:
+    """The short bars once more, on a scale of their own, if they are dwarfed by the long ones."""
+    longest = max(bar.total for bar in bars)
+    small = [bar for bar in bars if 0 < bar.total < longest * _DWARFED]
+    if len(small) < 2:
+        return []
+    return [figure(stacked(small, f"{short} of the short rows by kind of call"), f"{short}: the short rows, larger.")]
 
 
 def _legend() -> str:

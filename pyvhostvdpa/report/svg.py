@@ -61,8 +61,16 @@ class TimeAxis:
         for k in range(math.floor(self._longest / self._step) + 1):
             x = self.x(k * self._step)
             parts.append(line("grid", (x, top), (x, bottom)))
-            parts.append(words(duration(k * self._step, self._step), x, bottom + 14, "s m"))
+            parts.append(words(self._tick(k * self._step), x, bottom + 14, "s m"))
         return parts
+
+    def _tick(self, ns: float) -> str:
+        """A tick's label: all in the unit of the longest, as exact as the step is."""
+        if not ns:
+            return "0"
+        name, unit = _unit(self._longest)
+        places = max(0, -math.floor(math.log10(self._step / unit) + 1e-9))
+        return f"{ns / unit:.{places}f} {name}"
 
 
 def _round_step(rough: float) -> float:
@@ -73,14 +81,14 @@ def _round_step(rough: float) -> float:
 _UNITS = (("s", 1e9), ("ms", 1e6), ("µs", 1e3), ("ns", 1.0))
 
 
-def duration(ns: float, resolution: float | None = None) -> str:
-    """Return a time for people: three digits, or as exact as ``resolution`` (ns) asks for."""
+def _unit(ns: float) -> tuple[str, float]:
+    return next((each for each in _UNITS if abs(ns) >= each[1]), _UNITS[-1])
+
+
+def duration(ns: float) -> str:
+    """Return a time for people, in three digits."""
     if not ns:
         return "0"
-    name, unit = next((each for each in _UNITS if abs(ns) >= each[1]), _UNITS[-1])
-    value = ns / unit
-    if resolution is None:
-        places = max(0, 2 - math.floor(math.log10(abs(value))))
-    else:
-        places = max(0, -math.floor(math.log10(resolution / unit) + 1e-9))
-    return f"{value:.{places}f} {name}"
+    name, unit = _unit(ns)
+    places = max(0, 2 - math.floor(math.log10(abs(ns / unit))))
+    return f"{ns / unit:.{places}f} {name}"

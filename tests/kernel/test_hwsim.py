@@ -126,7 +126,7 @@ def test_ring_features_work_in_both_modes(make: Make, ring: Feature) -> None:
 
 @pytest.mark.parametrize("ring_size", [2, 1024, 32768])
 def test_rings_of_any_size_work(make: Make, ring_size: int) -> None:
-    guest = make(1, ring_size=ring_size, memory=160 << 20, ring_max=32768)
+    guest = make(1, ring_size=ring_size, memory=300 << 20, ring_max=32768)
     guest.start(State.SHADOW)
     guest.traffic.run()
     for _ in range(2):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import hostile
 import hwsim
 import pytest
+import unharmed
 
 ROUNDS = 12
 CYCLES = 5
@@ -16,7 +17,7 @@ CYCLES = 5
 @pytest.fixture(autouse=True)
 def kernel() -> Iterator[None]:
     """The kernel has nothing to report in its log."""
-    with hostile.watched_kernel():
+    with unharmed.watched_kernel():
         yield
 
 

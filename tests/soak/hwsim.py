@@ -14,7 +14,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernel"))
 
 import hostile
-from hostile import Usage
+import unharmed
+from unharmed import Usage
 
 from pyvhostvdpa.memory import pinned_bytes
 
@@ -30,7 +31,7 @@ WARM_UP = 30
 def kernel() -> Iterator[None]:
     """Nothing is reported in the kernel's log, nothing stays pinned, no descriptor open."""
     descriptors = len(os.listdir("/proc/self/fd"))
-    with hostile.watched_kernel():
+    with unharmed.watched_kernel():
         yield
     assert pinned_bytes() == 0
     assert len(os.listdir("/proc/self/fd")) == descriptors

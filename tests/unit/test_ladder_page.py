@@ -159,11 +159,29 @@ def test_the_bars_are_what_the_downtimes_are() -> None:
     assert sum(sums(found["dt2"], worst=False).values()) / 1e6 == pytest.approx(total)
 
 
+def test_all_ticks_of_an_axis_are_in_one_unit() -> None:
+    svg = stacked([Bar("a", {Kind.SUSPEND: 2_000_000_000})], "")
+    assert re.findall(r'class="s m".*?>(.*?)<', svg) == ["0", "0.5 s", "1.0 s", "1.5 s", "2.0 s"]
+
+
 def test_the_segments_of_a_bar_are_as_long_as_their_share() -> None:
     svg = stacked([Bar("a", {Kind.SUSPEND: 10, Kind.RESET: 30}), Bar("b", {Kind.RESET: 20})], "")
     widths = [float(width) for width in re.findall(r'class="k\d" .*?width="([\d.]+)"', svg)]
     assert widths[1] == pytest.approx(3 * widths[0], abs=0.05)
     assert widths[2] == pytest.approx(2 * widths[0], abs=0.05)
+
+
+def slower(trace: Trace, times: int) -> Trace:
+    result = Trace()
+    result.events = [e._replace(t_begin=times * e.t_begin, t_end=times * e.t_end) for e in trace.events]
+    return result
+
+
+def test_rows_that_are_dwarfed_by_others_are_shown_once_more() -> None:
+    fast, slow = traces.migration(), slower(traces.migration(), 20)
+    larger = "DT1: the short rows, larger."
+    assert larger in Page(ladder.render(report(*ROWS), {"baseline": slow, "batch": fast, "ours": fast})).texts
+    assert larger not in Page(ladder.render(report(*ROWS), {"baseline": fast, "batch": fast, "ours": fast})).texts
 
 
 def test_text_from_outside_is_only_text() -> None:

@@ -8,7 +8,7 @@ REPORT = re.compile(
     r"|possible (recursive|circular|irq lock|deadlock)|inconsistent lock state|INFO: (task|trying|rcu|lockdep)"
     r"|suspicious RCU usage|lock held when returning|bad unlock balance|turning off the locking correctness"
     r"|refcount_t:|ODEBUG:|Bad page|list_(add|del) corruption|scheduling while atomic|sleeping function"
-    r"|soft lockup|blocked for more than|Kernel panic|Modules linked in|unreferenced object"
+    r"|leak detector disabled|soft lockup|blocked for more than|Kernel panic|Modules linked in|unreferenced object"
 )
 
 

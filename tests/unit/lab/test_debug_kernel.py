@@ -30,6 +30,7 @@ REPORTS = (
     "WARNING: CPU: 0 PID: 12 at lib/refcount.c:28 refcount_warn_saturate+0x1/0x2",
     "BUG: sleeping function called from invalid context at kernel/locking/mutex.c:585",
     "BUG: MAX_LOCKDEP_ENTRIES too low!",
+    "kmemleak: Kernel memory leak detector disabled",
     "INFO: task kworker/u4:1:33 blocked for more than 120 seconds.",
     "Oops: general protection fault, probably for non-canonical address",
 )

@@ -6,7 +6,7 @@ export PATH
 busybox mount -t proc proc /proc
 busybox mount -t sysfs sys /sys
 busybox mount -t debugfs debugfs /sys/kernel/debug
-busybox mountpoint -q /dev || busybox mount -t devtmpfs dev /dev
+mountpoint -q /dev || busybox mount -t devtmpfs dev /dev
 busybox mount -t tmpfs -o mode=1777 tmp /tmp
 busybox mount -t tmpfs -o mode=755 run /run
 busybox mkdir -p /dev/pts /dev/shm
@@ -16,8 +16,11 @@ busybox mount -t tmpfs -o mode=1777 shm /dev/shm
 busybox ip link set lo up
 modprobe vhost_vdpa && insmod /lab/run/vdpa_hwsim.ko || echo "lab: the module cannot be loaded"
 
-(lab_command) </dev/null
-echo $? >/lab/run/status
+# Through a pipe, so that nothing takes the console for a terminal.
+{
+    (lab_command) 2>&1
+    echo $? >/lab/run/status
+} </dev/null | cat
 
 # kmemleak names a block when a scan finds nothing that points to it, and not before it is some seconds old.
 for scan in 1 2; do
