@@ -11,5 +11,6 @@
 #include "virtio_net.h"
 #include "vring.h"
 #include "pages.h"
+#include "bench.h"
 
 #endif

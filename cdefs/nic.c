@@ -4,7 +4,6 @@
  * on it: numbered, checksummed frames that the device loops back.
  */
 #include "ring_access.h"
-#include "cdefs.h"
 
 #define ETH_HEADER 14
 #define ETHERTYPE_EXPERIMENTAL 0x88b5 /* IEEE 802 local experimental 1 */
@@ -237,10 +236,20 @@ static void set_tx_slot(struct nic_pair *p, uint16_t head)
 	};
 }
 
+/* as a driver does: a NIC that was here before may have left its indices */
+static void clear_ring(const struct vring *r)
+{
+	memset(r->desc, 0, r->num * sizeof(*r->desc));
+	memset(r->avail, 0, sizeof(*r->avail) + 2 * r->num + 2);
+	memset(r->used, 0, sizeof(*r->used) + r->num * sizeof(r->used->ring[0]) + 2);
+}
+
 void nic_start(struct nic_pair *p)
 {
 	uint16_t i;
 
+	clear_ring(&p->rx);
+	clear_ring(&p->tx);
 	p->tx_free_count = 0;
 	for (i = 0; i + p->tx_descs <= p->tx.num; i += p->tx_descs) {
 		set_tx_slot(p, i);

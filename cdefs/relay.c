@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: MIT */
 #include "ring_access.h"
-#include "cdefs.h"
 
 static uint32_t relay_round(struct relay *r)
 {
@@ -22,6 +21,16 @@ static int count_broken(const struct relay *r)
 	for (i = 0; i < r->count; i++)
 		n += r->queues[i]->broken != SVQ_OK;
 	return n;
+}
+
+/* A guest learns by its config interrupt that it has to look at the device's status. */
+static void tell_of_broken(struct relay *r)
+{
+	const int broken = count_broken(r);
+
+	if (broken > r->broken)
+		eventfd_raise(r->config_call);
+	r->broken = broken;
 }
 
 static int ended(const struct relay *r, int64_t deadline)
@@ -71,7 +80,10 @@ static void relay_busily(struct relay *r, int64_t deadline)
 	int64_t idle_since = 0;
 
 	while (!ended(r, deadline)) {
-		if (relay_round(r)) {
+		const uint32_t moved = relay_round(r);
+
+		tell_of_broken(r);
+		if (moved) {
 			idle_since = 0;
 			continue;
 		}
@@ -93,7 +105,9 @@ int relay_run(struct relay *r, int64_t deadline)
 		if (ended(r, deadline))
 			return count_broken(r);
 		/* what came before the notifications were asked for */
-		if (!relay_round(r))
-			wait_for_notification(r, deadline);
+		if (relay_round(r))
+			continue;
+		tell_of_broken(r);
+		wait_for_notification(r, deadline);
 	}
 }

@@ -16,6 +16,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "cdefs.h"
+
 #define NSEC_PER_SEC 1000000000LL
 
 static inline uint16_t load_once16(const uint16_t *p)
@@ -67,16 +69,18 @@ static inline int64_t now_ns(void)
 	return t.tv_sec * NSEC_PER_SEC + t.tv_nsec;
 }
 
-static inline void eventfd_raise(int fd)
+/* 0, or -1 if this is no eventfd any more; -1 is none, a full one is raised already */
+static inline int eventfd_raise(int fd)
 {
 	const uint64_t one = 1;
 	ssize_t r;
 
 	if (fd < 0)
-		return;
+		return 0;
 	do
 		r = write(fd, &one, sizeof(one));
 	while (r < 0 && errno == EINTR);
+	return r < 0 && errno != EAGAIN ? -1 : 0;
 }
 
 /* the eventfds are non-blocking: an empty one is no error */
@@ -88,6 +92,32 @@ static inline void eventfd_clear(int fd)
 	do
 		r = read(fd, &count, sizeof(count));
 	while (r < 0 && errno == EINTR);
+}
+
+/* virtio 1.3, 2.7.7.2: notify if event lies in what was added since old */
+static inline int need_event(uint16_t event, uint16_t new, uint16_t old)
+{
+	return (uint16_t)(new - event - 1) < (uint16_t)(new - old);
+}
+
+static inline uint16_t *used_event(const struct vring *r)
+{
+	return &r->avail->ring[r->num];
+}
+
+static inline uint16_t *avail_event(const struct vring *r)
+{
+	return (uint16_t *)&r->used->ring[r->num];
+}
+
+static inline struct vring_desc read_desc(const struct vring_desc *s)
+{
+	return (struct vring_desc){
+		.addr = load_once64(&s->addr),
+		.len = load_once32(&s->len),
+		.flags = load_once16(&s->flags),
+		.next = load_once16(&s->next),
+	};
 }
 
 /* milliseconds to wait for poll(), never longer than the deadline allows */

@@ -8,25 +8,8 @@
 #include <stdlib.h>
 
 #include "ring_access.h"
-#include "cdefs.h"
 
 #define DIRTY_PAGE_SHIFT 12
-
-/* virtio 1.3, 2.7.7.2: notify if event lies in what was added since old */
-static inline int need_event(uint16_t event, uint16_t new, uint16_t old)
-{
-	return (uint16_t)(new - event - 1) < (uint16_t)(new - old);
-}
-
-static inline uint16_t *used_event(const struct vring *r)
-{
-	return &r->avail->ring[r->num];
-}
-
-static inline uint16_t *avail_event(const struct vring *r)
-{
-	return (uint16_t *)&r->used->ring[r->num];
-}
 
 static const struct memory_region *search_region(const struct memory_map *m,
 						 uint32_t *hint, uint64_t gpa)
@@ -68,6 +51,36 @@ uint8_t *memory_hva(const struct memory_map *m, uint64_t gpa, uint64_t size)
 	if (!r || size > r->size - (gpa - r->gpa))
 		return NULL;
 	return r->hva + (gpa - r->gpa);
+}
+
+uint8_t *memory_part(const struct memory_map *m, uint64_t gpa, uint64_t *size)
+{
+	uint32_t hint = 0;
+	const struct memory_region *r = find_region(m, &hint, gpa);
+
+	if (!r)
+		return NULL;
+	if (*size > r->size - (gpa - r->gpa))
+		*size = r->size - (gpa - r->gpa);
+	return r->hva + (gpa - r->gpa);
+}
+
+int memory_read(const struct memory_map *m, uint64_t gpa, void *to, uint64_t size)
+{
+	uint8_t *at = to;
+
+	while (size) {
+		uint64_t part = size;
+		const uint8_t *from = memory_part(m, gpa, &part);
+
+		if (!from)
+			return -1;
+		memcpy(at, from, part);
+		at += part;
+		gpa += part;
+		size -= part;
+	}
+	return 0;
 }
 
 static inline void mark_region(const struct memory_region *r, uint64_t gpa,
@@ -172,16 +185,6 @@ struct chain {
 	uint32_t writable;
 };
 
-static inline struct vring_desc read_desc(const struct vring_desc *s)
-{
-	return (struct vring_desc){
-		.addr = load_once64(&s->addr),
-		.len = load_once32(&s->len),
-		.flags = load_once16(&s->flags),
-		.next = load_once16(&s->next),
-	};
-}
-
 /* Check one guest buffer and cut it at region boundaries; 0, or why not. */
 static inline int add_buffer(struct svq *q, struct chain *c,
 			     const struct vring_desc *d)
@@ -231,15 +234,12 @@ static int add_indirect(struct svq *q, struct chain *c, uint64_t table,
 	if (!count || size % entry)
 		return SVQ_BAD_INDIRECT;
 	for (steps = 0; steps < count; steps++) {
-		const uint8_t *at = memory_hva(q->memory,
-					       table + (uint64_t)i * entry, entry);
 		struct vring_desc d;
 		int bad;
 
-		if (!at)
-			return SVQ_BAD_ADDRESS;
 		/* a table need not be aligned: copy once, then look */
-		memcpy(&d, at, entry);
+		if (memory_read(q->memory, table + (uint64_t)i * entry, &d, entry))
+			return SVQ_BAD_ADDRESS;
 		d = read_desc(&d);
 		if (d.flags & VRING_DESC_F_INDIRECT)
 			return SVQ_BAD_INDIRECT;
@@ -392,7 +392,8 @@ static void kick_device(struct svq *q, uint16_t old)
 		   VRING_USED_F_NO_NOTIFY) {
 		return;
 	}
-	eventfd_raise(q->device_kick);
+	if (eventfd_raise(q->device_kick))
+		q->broken = SVQ_BAD_EVENTFD;
 	q->kicks++;
 }
 
@@ -511,7 +512,8 @@ static void call_guest(struct svq *q, uint16_t old)
 		   VRING_AVAIL_F_NO_INTERRUPT) {
 		return;
 	}
-	eventfd_raise(q->guest_call);
+	if (eventfd_raise(q->guest_call))
+		q->broken = SVQ_BAD_EVENTFD;
 	q->calls++;
 }
 

@@ -26,3 +26,25 @@
  */
 uint32_t iotlb_write_burst(int fd, const struct vhost_msg_v2 *messages,
 			   uint32_t count, int64_t *times, int *error);
+
+/* Prepared messages on their way to the kernel. */
+struct iotlb_burst {
+	struct vhost_msg_v2 *messages;
+	uint32_t count;
+	uint32_t done;		/* those that the kernel took */
+	int64_t begin, end;	/* CLOCK_MONOTONIC, ns: before the first, after the last so far */
+	int64_t batch;		/* the address space whose batch is open, -1 for none */
+	int error;		/* errno of messages[done], 0 if it was not refused */
+};
+
+/*
+ * Write message after message from done on, without a time for each, until
+ * the end, an error, or the time until (looked at every few messages).
+ */
+void iotlb_send(int fd, struct iotlb_burst *b, int64_t until);
+/*
+ * Make count messages of the first: each further one lies a step behind the
+ * one before it.
+ */
+void iotlb_repeat(struct vhost_msg_v2 *first, uint32_t count,
+		  uint64_t iova_step, uint64_t uaddr_step);

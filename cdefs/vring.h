@@ -133,6 +133,10 @@ uint16_t svq_in_flight(const struct svq *q, uint16_t *heads);
 uint16_t svq_republish(struct svq *q);
 /* Map a guest range to the process: the pointer, or NULL if it is not one range of guest memory. */
 uint8_t *memory_hva(const struct memory_map *m, uint64_t gpa, uint64_t size);
+/* The same for as much of the range as lies in the first region; *size is cut to that. */
+uint8_t *memory_part(const struct memory_map *m, uint64_t gpa, uint64_t *size);
+/* Copy out of guest memory, across regions: 0, or -1 if some of it is not guest memory. */
+int memory_read(const struct memory_map *m, uint64_t gpa, void *to, uint64_t size);
 
 /* Several SVQs served by one thread, in array order (put RX before TX). */
 struct relay {
@@ -140,7 +144,9 @@ struct relay {
 	struct svq **queues;
 	void *pollfds;			/* room for 2 * count + 1 struct pollfd */
 	int wake;			/* eventfd that ends a wait */
+	int config_call;		/* eventfd to raise when a queue breaks, or -1 */
 	int stop;			/* set by another thread */
+	int broken;			/* queues found broken so far */
 	int64_t busy_poll;		/* ns to go on looking before it sleeps */
 	uint64_t rounds, sleeps;
 };
@@ -159,6 +165,7 @@ int relay_run(struct relay *r, int64_t deadline);
 struct ctrl_guest {
 	struct vring ring;
 	const struct memory_map *memory;
+	uint32_t features;	/* SVQ_F_... */
 	uint16_t last_avail;
 	uint16_t used_idx;
 	uint16_t head;		/* the element taken last */
@@ -181,14 +188,17 @@ void ctrl_guest_answer(struct ctrl_guest *g, uint8_t ack);
 /* A control queue that we drive: a command is one readable and one writable descriptor. */
 struct ctrl_driver {
 	struct vring ring;
+	uint32_t features;	/* SVQ_F_... */
 	uint16_t avail_idx, used_idx;
 	uint16_t open;		/* commands without an answer */
+	uint64_t tables_gpa;	/* with SVQ_F_INDIRECT: 32 bytes a command, or 0 */
+	struct vring_desc *tables;
 	int kick, call;
 };
 
 void ctrl_driver_start(struct ctrl_driver *d);
 /*
- * Queue a command of size bytes at address, answered in one byte at ack (both
+ * Queue a command of size bytes (in an indirect table where there are tables) at address, answered in one byte at ack (both
  * as the device sees them). Returns its slot, or -1 if the ring is full.
  */
 int ctrl_driver_add(struct ctrl_driver *d, uint64_t address, uint32_t size,
@@ -197,8 +207,8 @@ int ctrl_driver_add(struct ctrl_driver *d, uint64_t address, uint32_t size,
 void ctrl_driver_kick(struct ctrl_driver *d);
 /*
  * Wait until every command is answered or deadline (CLOCK_MONOTONIC, ns) has
- * passed. Returns the commands still open, or -1 if the device used what it
- * was not given.
+ * passed. Returns the commands still open, -1 if the device used what it was
+ * not given, -2 if an eventfd was closed.
  */
 int ctrl_driver_wait(struct ctrl_driver *d, int64_t deadline);
 

@@ -18,14 +18,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from ._cdefs import ffi, lib
 from .errors import DeviceBusy, DeviceClosed, KernelError, NotVhostVdpa
-from .trace import DeviceTrace, Trace
+from .trace import DeviceTrace, Fields, Trace, describe
 from .uapi import (
     IOCTLS,
-    Access,
+    MESSAGE_SIZE,
     BackendFeature,
     IotlbType,
     IovaRange,
@@ -36,8 +36,9 @@ from .uapi import (
     VringAddr,
     VringFile,
     VringState,
-    names,
 )
+
+_RECORDED_AS = {kind: f"IOTLB_{kind.name}" for kind in IotlbType}
 
 
 class IotlbMessage(NamedTuple):
@@ -50,13 +51,18 @@ class IotlbMessage(NamedTuple):
     uaddr: int = 0
     perm: int = 0
 
-    def __str__(self) -> str:
+    @property
+    def fields(self) -> dict[str, int | str]:
+        """What the type of the message gives a meaning to."""
         if self.type in (IotlbType.BATCH_BEGIN, IotlbType.BATCH_END):
-            return f"asid={self.asid}"
-        text = f"asid={self.asid} iova={self.iova:#x} size={self.size:#x}"
+            return {"asid": self.asid}
+        found: dict[str, int | str] = {"asid": self.asid, "iova": self.iova, "size": self.size}
         if self.type is IotlbType.UPDATE:
-            text += f" uaddr={self.uaddr:#x} perm={Access(self.perm).name or 'none'}"
-        return text
+            found["uaddr"], found["perm"] = self.uaddr, self.perm
+        return found
+
+    def __str__(self) -> str:
+        return describe(self.fields)
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
@@ -100,8 +106,8 @@ class VhostVdpa:
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as e:
-            self._failed(t, "open", "", e.errno or errno.EIO)
-        self.trace.record(t, time.monotonic_ns(), "open", "", 0)
+            self._failed(t, "open", {}, e.errno or errno.EIO)
+        self.trace.record(t, time.monotonic_ns(), "open", {"fd": self._fd}, 0)
 
     def fileno(self) -> int:
         """Return the file descriptor. It cannot be polled (epoll: EPERM)."""
@@ -121,7 +127,7 @@ class VhostVdpa:
         fd, self._fd = self._fd, -1
         t = time.monotonic_ns()
         os.close(fd)
-        self.trace.record(t, time.monotonic_ns(), "close", "", 0)
+        self.trace.record(t, time.monotonic_ns(), "close", {}, 0)
 
     def __enter__(self) -> Self:
         return self
@@ -133,21 +139,22 @@ class VhostVdpa:
 
     # -- the door ----------------------------------------------------------
 
-    def _failed(self, t_begin: int, call: str, arguments: str, number: int) -> None:
-        self.trace.record(t_begin, time.monotonic_ns(), call, arguments, -number)
+    def _failed(self, t_begin: int, call: str, fields: Fields, number: int) -> None:
+        self.trace.record(t_begin, time.monotonic_ns(), call, fields, -number)
         kind = DeviceBusy if call == "open" and number == errno.EBUSY else KernelError
-        raise kind(number, call, arguments or self.path if call == "open" else arguments)
+        raise kind(number, call, self.path if call == "open" else describe(fields))
 
-    def _ioctl(self, name: str, argument: bytearray | None = None, text: str = "") -> int:
+    def _ioctl(self, name: str, argument: bytearray | None = None, fields: Fields | None = None) -> int:
         fd = self.fileno()
+        fields = {} if fields is None else fields
         request = IOCTLS[name].request
         t = time.monotonic_ns()
         try:
             result = int(fcntl.ioctl(fd, request, 0 if argument is None else argument))
         except OSError as e:
-            self._failed(t, name, text, e.errno or errno.EIO)
+            self._failed(t, name, fields, e.errno or errno.EIO)
             raise
-        self.trace.record(t, time.monotonic_ns(), name, text, result)
+        self.trace.record(t, time.monotonic_ns(), name, fields, result)
         return result
 
     def request(self, name: str, argument: bytes | None = b"") -> bytes:
@@ -162,18 +169,23 @@ class VhostVdpa:
             self._ioctl(name)
             return b""
         buffer = bytearray(argument.ljust(row.size, b"\0"))
-        self._ioctl(name, buffer, argument.hex())
+        self._ioctl(name, buffer, {"argument": argument.hex()})
         return bytes(buffer)
 
-    def _read(self, name: str) -> int:
+    def _read(self, name: str, what: str) -> int:
         buffer = bytearray(IOCTLS[name].size)
-        self._ioctl(name, buffer)
-        return int.from_bytes(buffer, "little")
+        fields: dict[str, int | str] = {}
+        self._ioctl(name, buffer, fields)
+        fields[what] = value = int.from_bytes(buffer, "little")
+        return value
 
     def _vring(self, name: str, index: int, num: int = 0) -> int:
         buffer = bytearray(VringState(index, num))
-        self._ioctl(name, buffer, f"index={index} num={num}" if IOCTLS[name].direction == "W" else f"index={index}")
-        return int(VringState.from_buffer(buffer).num)
+        writes = IOCTLS[name].direction == "W"
+        fields: dict[str, int | str] = {"index": index, "num": num} if writes else {"index": index}
+        self._ioctl(name, buffer, fields)
+        fields["num"] = value = int(VringState.from_buffer(buffer).num)
+        return value
 
     # -- ownership, features, status -----------------------------------------
 
@@ -188,49 +200,53 @@ class VhostVdpa:
         and 1, ENOTTY where the kernel was built without the choice
         (drivers/vhost/vhost.c:vhost_dev_ioctl).
         """
-        self._ioctl("VHOST_SET_FORK_FROM_OWNER", bytearray([int(fork)]), str(int(fork)))
+        self._ioctl("VHOST_SET_FORK_FROM_OWNER", bytearray([int(fork)]), {"fork_from_owner": int(fork)})
 
     def get_fork_from_owner(self) -> bool:
         """Return what :meth:`set_fork_from_owner` set."""
-        return bool(self._read("VHOST_GET_FORK_FROM_OWNER"))
+        return bool(self._read("VHOST_GET_FORK_FROM_OWNER", "fork_from_owner"))
 
     def set_mem_table(self) -> None:
         """Give vhost an empty memory table. Accepted and without effect: a device's memory is its maps."""
-        self._ioctl("VHOST_SET_MEM_TABLE", bytearray(VhostMemory()), "nregions=0")
+        self._ioctl("VHOST_SET_MEM_TABLE", bytearray(VhostMemory()), {"nregions": 0})
 
     def get_features(self) -> int:
         """Return the device's virtio feature bits."""
-        return self._read("VHOST_GET_FEATURES")
+        return self._read("VHOST_GET_FEATURES", "features")
 
     def set_features(self, features: int) -> None:
         """Set the driver's feature bits. EBUSY after FEATURES_OK, EINVAL if the parent refuses."""
-        self._ioctl("VHOST_SET_FEATURES", bytearray(features.to_bytes(8, "little")), f"{features:#x}")
+        self._ioctl("VHOST_SET_FEATURES", bytearray(features.to_bytes(8, "little")), {"features": features})
 
     def get_backend_features(self) -> BackendFeature:
         """Return what vhost-vdpa and the parent advertise. MSG_V2, BATCH and ASID always are."""
-        return BackendFeature(self._read("VHOST_GET_BACKEND_FEATURES"))
+        return BackendFeature(self._read("VHOST_GET_BACKEND_FEATURES", "backend_features"))
 
     def set_backend_features(self, features: BackendFeature) -> None:
         """Acknowledge backend features until close. EOPNOTSUPP, EINVAL for DESC_ASID without IOTLB_ASID."""
-        self._ioctl("VHOST_SET_BACKEND_FEATURES", bytearray(int(features).to_bytes(8, "little")), names(features))
+        self._ioctl(
+            "VHOST_SET_BACKEND_FEATURES",
+            bytearray(int(features).to_bytes(8, "little")),
+            {"backend_features": int(features)},
+        )
 
     def get_device_id(self) -> int:
         """Return the virtio device id (1 is net)."""
-        return self._read("VHOST_VDPA_GET_DEVICE_ID")
+        return self._read("VHOST_VDPA_GET_DEVICE_ID", "device_id")
 
     def get_status(self) -> Status:
         """Return the virtio status byte."""
-        return Status(self._read("VHOST_VDPA_GET_STATUS"))
+        return Status(self._read("VHOST_VDPA_GET_STATUS", "status"))
 
     def set_status(self, status: Status) -> None:
         """Write the status byte; 0 resets. EINVAL if it would clear a bit. Read back what the parent accepted."""
-        self._ioctl("VHOST_VDPA_SET_STATUS", bytearray([int(status)]), names(status))
+        self._ioctl("VHOST_VDPA_SET_STATUS", bytearray([int(status)]), {"status": int(status)})
 
     # -- configuration space --------------------------------------------------
 
     def get_config_size(self) -> int:
         """Return the size of the configuration space in bytes."""
-        return self._read("VHOST_VDPA_GET_CONFIG_SIZE")
+        return self._read("VHOST_VDPA_GET_CONFIG_SIZE", "config_size")
 
     def get_config(self, offset: int, length: int) -> bytes:
         """Return bytes of the configuration space. EINVAL beyond its end.
@@ -240,27 +256,27 @@ class VhostVdpa:
         """
         head = bytes(VdpaConfig(offset, length))
         buffer = bytearray(head + bytes(length))
-        self._ioctl("VHOST_VDPA_GET_CONFIG", buffer, f"off={offset} len={length}")
+        self._ioctl("VHOST_VDPA_GET_CONFIG", buffer, {"off": offset, "len": length})
         return bytes(buffer[len(head) :])
 
     def set_config(self, offset: int, data: bytes) -> None:
         """Write bytes of the configuration space. A parent that ignores it reports no error."""
         buffer = bytearray(bytes(VdpaConfig(offset, len(data))) + data)
-        self._ioctl("VHOST_VDPA_SET_CONFIG", buffer, f"off={offset} len={len(data)}")
+        self._ioctl("VHOST_VDPA_SET_CONFIG", buffer, {"off": offset, "len": len(data)})
 
     def set_config_call(self, eventfd: int) -> None:
         """Set the eventfd of the configuration interrupt, -1 for none."""
-        self._ioctl("VHOST_VDPA_SET_CONFIG_CALL", bytearray(ctypes.c_int32(eventfd)), f"fd={eventfd}")
+        self._ioctl("VHOST_VDPA_SET_CONFIG_CALL", bytearray(ctypes.c_int32(eventfd)), {"fd": eventfd})
 
     # -- virtqueues ----------------------------------------------------------
 
     def get_vqs_count(self) -> int:
         """Return the number of virtqueues, control queue included."""
-        return self._read("VHOST_VDPA_GET_VQS_COUNT")
+        return self._read("VHOST_VDPA_GET_VQS_COUNT", "vqs_count")
 
     def get_vring_num(self) -> int:
         """Return the largest ring size."""
-        return self._read("VHOST_VDPA_GET_VRING_NUM")
+        return self._read("VHOST_VDPA_GET_VRING_NUM", "vring_num")
 
     def get_vring_size(self, index: int) -> int:
         """Return one queue's ring size. EOPNOTSUPP where the parent has no get_vq_size."""
@@ -281,19 +297,19 @@ class VhostVdpa:
     def set_vring_addr(self, index: int, desc: int, avail: int, used: int) -> None:
         """Set ring addresses (IOVAs in the ASID of the descriptor group). EINVAL while the device runs."""
         buffer = bytearray(VringAddr(index, 0, desc, used, avail, 0))
-        self._ioctl("VHOST_SET_VRING_ADDR", buffer, f"index={index} desc={desc:#x} avail={avail:#x} used={used:#x}")
+        self._ioctl("VHOST_SET_VRING_ADDR", buffer, {"index": index, "desc": desc, "avail": avail, "used": used})
 
     def set_vring_kick(self, index: int, eventfd: int) -> None:
         """Set the eventfd that notifies the device, -1 for none. One with a count kicks at once."""
-        self._ioctl("VHOST_SET_VRING_KICK", bytearray(VringFile(index, eventfd)), f"index={index} fd={eventfd}")
+        self._ioctl("VHOST_SET_VRING_KICK", bytearray(VringFile(index, eventfd)), {"index": index, "fd": eventfd})
 
     def set_vring_call(self, index: int, eventfd: int) -> None:
         """Set the eventfd that the device signals, -1 for none."""
-        self._ioctl("VHOST_SET_VRING_CALL", bytearray(VringFile(index, eventfd)), f"index={index} fd={eventfd}")
+        self._ioctl("VHOST_SET_VRING_CALL", bytearray(VringFile(index, eventfd)), {"index": index, "fd": eventfd})
 
     def set_vring_err(self, index: int, eventfd: int) -> None:
         """Set the error eventfd; vhost-vdpa stores and never signals it."""
-        self._ioctl("VHOST_SET_VRING_ERR", bytearray(VringFile(index, eventfd)), f"index={index} fd={eventfd}")
+        self._ioctl("VHOST_SET_VRING_ERR", bytearray(VringFile(index, eventfd)), {"index": index, "fd": eventfd})
 
     def set_vring_busyloop_timeout(self, index: int, microseconds: int) -> None:
         """Store a busy-loop timeout. Without effect: nothing polls a vhost-vdpa ring."""
@@ -325,9 +341,9 @@ class VhostVdpa:
                 fd, mmap.PAGESIZE, flags=mmap.MAP_SHARED, prot=mmap.PROT_WRITE, offset=index * mmap.PAGESIZE
             )
         except OSError as e:
-            self._failed(t, "mmap", f"index={index}", e.errno or errno.EIO)
+            self._failed(t, "mmap", {"index": index}, e.errno or errno.EIO)
             raise
-        self.trace.record(t, time.monotonic_ns(), "mmap", f"index={index}", 0)
+        self.trace.record(t, time.monotonic_ns(), "mmap", {"index": index}, 0)
         return page
 
     def set_vring_enable(self, index: int, enable: bool) -> None:
@@ -339,17 +355,19 @@ class VhostVdpa:
     def get_iova_range(self) -> tuple[int, int]:
         """Return the first and last IOVA that can be mapped, both inclusive."""
         buffer = bytearray(IovaRange())
-        self._ioctl("VHOST_VDPA_GET_IOVA_RANGE", buffer)
+        fields: dict[str, int | str] = {}
+        self._ioctl("VHOST_VDPA_GET_IOVA_RANGE", buffer, fields)
         both = IovaRange.from_buffer(buffer)
-        return int(both.first), int(both.last)
+        fields["first"], fields["last"] = first, last = int(both.first), int(both.last)
+        return first, last
 
     def get_group_num(self) -> int:
         """Return the number of virtqueue groups."""
-        return self._read("VHOST_VDPA_GET_GROUP_NUM")
+        return self._read("VHOST_VDPA_GET_GROUP_NUM", "group_num")
 
     def get_as_num(self) -> int:
         """Return the number of address spaces."""
-        return self._read("VHOST_VDPA_GET_AS_NUM")
+        return self._read("VHOST_VDPA_GET_AS_NUM", "as_num")
 
     def get_vring_group(self, index: int) -> int:
         """Return a queue's group. EOPNOTSUPP where the parent has no groups."""
@@ -400,12 +418,52 @@ class VhostVdpa:
         times = ffi.new("int64_t[]", 2 * count)
         error = ffi.new("int *")
         done: int = lib.iotlb_write_burst(fd, raw, count, times, error)
+        stamps = ffi.unpack(times, 2 * count)
         for i, m in enumerate(messages[: done + 1]):
-            result = ffi.sizeof("struct vhost_msg_v2") if i < done else -error[0]
-            self.trace.record(times[2 * i], times[2 * i + 1], f"IOTLB_{m.type.name}", str(m), result)
+            result = MESSAGE_SIZE if i < done else -error[0]
+            self.trace.record(stamps[2 * i], stamps[2 * i + 1], _RECORDED_AS[m.type], m.fields, result)
         self._follow_batch(messages[:done])
         if done < count:
             raise IotlbWriteError(error[0], messages[done], done)
+
+    def send_prepared(self, burst: Any, deliver_signals_ns: int = 100_000_000) -> None:
+        """Write the messages of a C ``struct iotlb_burst`` that are not done yet; :mod:`pyvhostvdpa.burst` makes one.
+
+        One event of the trace for all of them, no work per message outside C.
+        Comes back to Python every ``deliver_signals_ns``, so that Ctrl-C ends
+        a long one. Raises the bare errno of the first that fails, with
+        ``burst.done`` telling how many are in force.
+        """
+        fd = self.fileno()
+        burst.batch = -1 if self.batch_asid is None else self.batch_asid
+        try:
+            while burst.done < burst.count and not burst.error:
+                lib.iotlb_send(fd, burst, time.monotonic_ns() + deliver_signals_ns)
+        finally:
+            self.batch_asid = None if burst.batch < 0 else int(burst.batch)
+            result = -burst.error if burst.error else burst.done
+            self.trace.record(burst.begin, burst.end, "burst", {"messages": int(burst.count)}, result)
+        if burst.error:
+            raise KernelError(burst.error, "write IOTLB messages", f"message {burst.done + 1} of {burst.count}")
+
+    def repeat(self, name: str, argument: bytes, count: int) -> list[int]:
+        """Make a request ``count`` times from C, each with its own copy of ``argument``; how long each took, in ns.
+
+        ``argument`` is at most 64 bytes; it is filled up with zeros to the
+        size that the kernel reads.
+        """
+        row = IOCTLS[name]
+        fd = self.fileno()
+        if len(argument) > 64:
+            raise ValueError(f"an argument of {len(argument)} bytes")
+        took, error = ffi.new("int64_t[]", count), ffi.new("int *")
+        t = time.monotonic_ns()
+        raw = argument.ljust(row.size, b"\0")
+        done: int = lib.ioctl_repeat(fd, row.request, raw, len(raw), count, took, error)
+        if done < count:
+            self._failed(t, name, {"argument": argument.hex()}, error[0])
+        self.trace.record(t, time.monotonic_ns(), name, {"times": count}, 0)
+        return list(took)
 
     def _follow_batch(self, accepted: Sequence[IotlbMessage]) -> None:
         for m in accepted:

@@ -23,6 +23,7 @@ from .iotlb import Iotlb, Limits
 from .memory import GuestMemory
 from .net.control_queue import GuestControl
 from .net.features import CONTROL, SUPPORTED, Feature, negotiate
+from .net.guest_config import GuestConfig
 from .procedure.base import OWN_ASID, Procedure, State, Target
 from .procedure.direct import Direct
 from .trace import DeviceTrace, Trace
@@ -62,9 +63,8 @@ class VdpaNetDevice:
         self.memory: GuestMemory | None = None
         try:
             self._inspect(use, wanted)
-            self._procedure = procedure(
-                Target(self.chardev, self.iotlb, self.features, self.backend_features, self.groups)
-            )
+            self.target = Target(self.chardev, self.iotlb, self.features, self.backend_features, self.groups)
+            self._procedure = procedure(self.target)
         except BaseException:
             self.chardev.close()
             raise
@@ -127,6 +127,24 @@ class VdpaNetDevice:
         self._procedure.relay_options = options
 
     @property
+    def control_deadline(self) -> float:
+        """Seconds that the device may go on without answering control commands, from the next start on."""
+        return self._procedure.control_deadline
+
+    @control_deadline.setter
+    def control_deadline(self, seconds: float) -> None:
+        self._procedure.control_deadline = seconds
+
+    @property
+    def guest_config(self) -> GuestConfig | None:
+        """What the guest sees beside its queues; it is kept up from the next start on."""
+        return self._procedure.guest_config
+
+    @guest_config.setter
+    def guest_config(self, config: GuestConfig | None) -> None:
+        self._procedure.guest_config = config
+
+    @property
     def ring_asid(self) -> int:
         """Where shadow rings are mapped: apart from guest memory if the device can fetch descriptors from there."""
         return self._procedure.ring_asid
@@ -182,7 +200,7 @@ class VdpaNetDevice:
         self._procedure.suspend()
 
     def stop(self, then: State | None = None) -> None:
-        """Suspend, take the queues over, reset.
+        """Suspend, take the queues over, reset; a procedure may leave the reset to the next start or :meth:`close`.
 
         Afterwards each guest ring stands as a device finds it that starts at
         the ring's used index. ``then`` is the state in which the device is to
@@ -202,8 +220,16 @@ class VdpaNetDevice:
         self._procedure.reset()
 
     def check(self) -> None:
-        """Raise :class:`QueueBroken` if a shadow queue or the control queue was given up."""
+        """Raise :class:`QueueBroken` if a queue was given up, :class:`DeviceNeedsReset` if the device gave up."""
         self._procedure.check()
+
+    def standing(self) -> dict[int, float]:
+        """Return the transmit queues that have work and do not move, with the seconds since they last did.
+
+        A dead device is told from a slow one by the caller's patience only,
+        so nothing fails by itself. Seconds count from the first call on.
+        """
+        return self._procedure.standing()
 
     def close(self) -> None:
         """Reset and close; the kernel drops every map. Twice is no error."""

@@ -117,5 +117,9 @@ class QueueBroken(VhostVdpaError):
     """A ring holds what no correct guest or device writes; the queue was given up."""
 
 
+class DeviceNeedsReset(VhostVdpaError):
+    """A device gave up and asks to be reset (VIRTIO_CONFIG_S_NEEDS_RESET); nothing goes through it any more."""
+
+
 class OutOfOrder(VhostVdpaError):
     """A device in passthrough uses descriptors out of order: it cannot be taken over. It goes on as before."""

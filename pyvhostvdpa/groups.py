@@ -39,7 +39,7 @@ class Groups:
 def probe_groups(chardev: VhostVdpa, features: Feature, vqs_count: int) -> Groups:
     """Ask for every queue's groups under ``features``; the device is reset afterwards."""
     max_pairs = 1
-    if Feature.MQ in features:
+    if features & (Feature.MQ | Feature.RSS):
         max_pairs = int.from_bytes(chardev.get_config(_MAX_PAIRS_OFFSET, 2), "little")
     control_index = 2 * max_pairs if Feature.CTRL_VQ in features else None
     chardev.set_status(Status.ACKNOWLEDGE | Status.DRIVER)

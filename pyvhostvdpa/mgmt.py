@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from .errors import DeviceBusy, ManagementFailed, MissingFeature, VhostVdpaError
 
 SYSFS_DEVICES = Path("/sys/bus/vdpa/devices")
 _VDPA_TIMEOUT = 10.0
+_QUEUE_TIMEOUT = 2.0
+_CHARDEV_POLL = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +87,20 @@ def stuck() -> tuple[int, ...]:
 
 def _run(arguments: Sequence[str]) -> tuple[int, str, str]:
     """Run ``vdpa`` and return its status, output and complaints; TimeoutError if it does not come back."""
+    return _outcome([_tool(), *arguments], _VDPA_TIMEOUT)
+
+
+def _tool() -> str:
     tool = shutil.which("vdpa")
     if tool is None:
         raise FileNotFoundError("vdpa")
-    process = subprocess.Popen([tool, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return tool
+
+
+def _outcome(argv: Sequence[str], timeout: float) -> tuple[int, str, str]:
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        said, complained = process.communicate(timeout=_VDPA_TIMEOUT)
+        said, complained = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         # not waited for: in the kernel's lock not even a kill ends it
         process.kill()
@@ -219,6 +230,18 @@ def _chardev(device: Path) -> str | None:
     return None
 
 
+def wait_for_chardev(name: str, seconds: float = 10.0) -> str:
+    """Return the chardev of a device that was just made; MissingFeature if it has none within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while True:
+        chardev = _chardev((SYSFS_DEVICES / name).resolve())
+        if chardev is not None and os.path.exists(chardev):
+            return chardev
+        if time.monotonic() > deadline:
+            raise MissingFeature(f"{name} got no chardev within {seconds:g} s", hint="modprobe vhost_vdpa")
+        time.sleep(_CHARDEV_POLL)
+
+
 def list_devices() -> list[VdpaDevice]:
     """Return the devices of the vdpa bus, by name."""
     if not SYSFS_DEVICES.is_dir():
@@ -271,13 +294,43 @@ def name_of(chardev: str | os.PathLike[str]) -> str | None:
     return node.parent.name if node.name.startswith("vhost-vdpa-") else None
 
 
-def vendor_statistics(chardev: str | os.PathLike[str], queue: int) -> dict[str, int]:
-    """Return a queue's vendor statistics by name; {} where the parent has none."""
+_EACH_QUEUE = """tool=$1 name=$2; shift 2
+for queue; do printf '\n%s ' "$queue"; "$tool" -j dev vstats show "$name" qidx "$queue"; done"""
+
+
+def vendor_statistics(chardev: str | os.PathLike[str], queues: Sequence[int]) -> dict[int, dict[str, int]]:
+    """Return the vendor statistics of queues by their names, as far as the parent has any and may be asked now.
+
+    The kernel answers for one queue at a time
+    (drivers/vdpa/vdpa.c:vdpa_nl_cmd_dev_stats_get_doit), and so does iproute2's
+    ``vdpa``. One shell runs it for all of them: to start it from here is what
+    costs. Asking the kernel ourselves would be cheaper still, but a deletion
+    that waits for us to close the device would have us wait for it.
+    """
     name = name_of(chardev)
-    if name is None:
+    if name is None or stuck():
         return {}
-    shown = vdpa_json("dev", "vstats", "show", name, "qidx", str(queue)).get("vstats", {}).get(name, {})
-    return {key: value for key, value in shown.items() if isinstance(value, int)}
+    try:
+        argv = ["sh", "-c", _EACH_QUEUE, "sh", _tool(), name, *map(str, queues)]
+        _, said, _ = _outcome(argv, _VDPA_TIMEOUT + _QUEUE_TIMEOUT * len(queues))
+    except (FileNotFoundError, TimeoutError):
+        return {}
+    return parse_vendor_statistics(said, name)
+
+
+def parse_vendor_statistics(said: str, name: str) -> dict[int, dict[str, int]]:
+    """Read lines of a queue's number and what ``vdpa -j dev vstats show`` said of it, which may be nothing."""
+    found = {}
+    for line in said.splitlines():
+        queue, _, text = line.partition(" ")
+        try:
+            shown = json.loads(text or "{}").get("vstats", {}).get(name, {})
+        except json.JSONDecodeError:
+            continue
+        values = {key: value for key, value in shown.items() if isinstance(value, int)}
+        if values:
+            found[int(queue)] = values
+    return found
 
 
 @dataclass(frozen=True, slots=True)

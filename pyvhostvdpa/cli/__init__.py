@@ -15,9 +15,11 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import VhostVdpaError
+from . import bench as bench_command
 from . import dev as dev_command
 from . import doctor as doctor_command
 from . import help as help_command
+from . import ladder as ladder_command
 from . import list as list_command
 from . import migrate as migrate_command
 from . import probe as probe_command
@@ -35,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     dev_command.register(commands)
     probe_command.register(commands)
     migrate_command.register(commands)
+    ladder_command.register(commands)
+    bench_command.register(commands)
     help_command.register(commands)
     return parser
 

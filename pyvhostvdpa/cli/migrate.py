@@ -10,9 +10,12 @@ import time
 from typing import Any
 
 from ..errors import MigrationFailed
+from ..migration import spans
 from ..migration.local import Options, migrate
 from ..migration.report import Report
 from ..net.nic import MAX_FRAME, MIN_FRAME
+from ..trace import Trace
+from . import tracing
 from .table import table
 from .units import count, seconds, size
 
@@ -52,6 +55,7 @@ def register(commands: Any) -> None:
         default="256",
         help=f"Ethernet frame, {MIN_FRAME} to {MAX_FRAME} (default %(default)s)",
     )
+    tracing.add_options(parser)
     parser.add_argument("--json", "-j", action="store_true", help="print JSON, and nothing else on standard output")
     parser.set_defaults(run=run)
 
@@ -70,13 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
     options = Options(
         memory=arguments.memory, pairs=arguments.pairs, seconds=arguments.seconds, frame_size=arguments.frame_size
     )
-    try:
-        report = migrate(arguments.source, arguments.destination, options, _Progress())
-    except MigrationFailed as e:
-        if e.report is not None:
-            _print(e.report, arguments.json)
-        raise
-    _print(report, arguments.json)
+    with tracing.writing(arguments) as trace:
+        try:
+            report = migrate(arguments.source, arguments.destination, options, _Progress(), trace)
+        except MigrationFailed as e:
+            if e.report is not None:
+                _print(e.report, arguments, trace)
+            raise
+    _print(report, arguments, trace)
     return 0 if _sound(report) else 1
 
 
@@ -85,11 +90,14 @@ def _sound(report: Report) -> bool:
     return not (frames.lost or frames.duplicated or frames.corrupted)
 
 
-def _print(report: Report, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+def _print(report: Report, arguments: argparse.Namespace, trace: Trace) -> None:
+    if arguments.json:
+        more = {"spans": spans.to_dict(trace)} if arguments.spans else {}
+        print(json.dumps(report.to_dict() | more, indent=2))
         return
     print(_summary(report))
+    if arguments.spans:
+        print(f"\n{tracing.render_spans(trace)}")
 
 
 def _summary(report: Report) -> str:

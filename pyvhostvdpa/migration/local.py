@@ -20,7 +20,7 @@ from ..chardev import check_path
 from ..device import State, VdpaNetDevice
 from ..errors import MigrationFailed, MigrationRefused, VhostVdpaError
 from ..memory import DEFAULT_GPA, GuestMemory, check_available
-from ..net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
+from ..net.control import ANNOUNCE_ACK, OK, VQ_PAIRS_SET, Class, ControlModel, command
 from ..net.control_queue import GuestControl
 from ..net.features import CONTROL, SUPPORTED
 from ..net.nic import MAX_FRAME, MIN_FRAME, GuestNic, NicOptions
@@ -55,9 +55,11 @@ def migrate(
     destination: str | os.PathLike[str],
     options: Options | None = None,
     observer: Observer = lambda part: None,
+    trace: Trace | None = None,
 ) -> Report:
     """Migrate a guest with traffic from ``source`` to ``destination``; both are reset in the end.
 
+    ``trace`` takes what passed the doors of both, also of a migration that failed.
     Raises :class:`~pyvhostvdpa.errors.MigrationRefused` before anything is
     touched, :class:`~pyvhostvdpa.errors.MigrationFailed` (with ``report``)
     if the guest had to stay on the source, and whatever opening or mapping
@@ -77,7 +79,7 @@ def migrate(
     check_available(options.memory)
     with ExitStack() as stack:
         observer("prepare")
-        return _Migration(source, destination, options, observer, stack).run()
+        return _Migration((source, destination), options, observer, stack, trace or Trace()).run()
 
 
 @dataclass
@@ -90,24 +92,24 @@ class _Bookkeeping:
 class _Migration:
     def __init__(
         self,
-        source: str | os.PathLike[str],
-        destination: str | os.PathLike[str],
+        paths: tuple[str | os.PathLike[str], str | os.PathLike[str]],
         options: Options,
         observer: Observer,
         stack: ExitStack,
+        trace: Trace,
     ) -> None:
         self.options = options
         self.observe = observer
-        self.trace = Trace()
+        self.trace = trace
         self.source, self.destination = (
-            stack.enter_context(VdpaNetDevice(path, self.trace, options.use, SUPPORTED | CONTROL))
-            for path in (source, destination)
+            stack.enter_context(VdpaNetDevice(path, self.trace, options.use, SUPPORTED | CONTROL)) for path in paths
         )
         self._check_devices()
         self._memory_done, self._memory_told = 0, time.monotonic()
         self.memory = stack.enter_context(GuestMemory([(DEFAULT_GPA, options.memory)], self._allocated))
         self.nic = GuestNic(self.memory, self._nic_options())
         stack.callback(self.nic.close)
+        self.source.guest_config = self.destination.guest_config = self.nic.config
         self.control: GuestControl | None = None
         if self.nic.control is not None:
             model = ControlModel(self.source.features, mac=self.source.mac)
@@ -189,6 +191,12 @@ class _Migration:
             if answer != OK:
                 raise MigrationFailed(f"{self.source.path} refused to use {self.options.pairs} queue pairs")
 
+    def _announce(self) -> None:
+        """What a guest's driver does that is asked to announce itself; there is no network to tell here."""
+        driver = self.nic.control
+        if driver is not None and self.nic.config.asks_to_announce:
+            driver.send(command(Class.ANNOUNCE, ANNOUNCE_ACK))
+
     # -- the two phases ---------------------------------------------------------
 
     def _switch(self) -> None:
@@ -208,6 +216,7 @@ class _Migration:
         with self.destination.trace.in_phase("dest.start"):
             self.destination.start_passthrough(self.nic.queues, self.control)
         self.traffic.run()
+        self._announce()
         self.observe("destination")
         self.book.drops_before["destination"] = self._drops(self.destination)
 
@@ -245,11 +254,11 @@ class _Migration:
 
     def _drops(self, device: VdpaNetDevice) -> dict[str, int]:
         """Counters of frames that a device lost, as far as the parent has any."""
-        found = {}
-        for queue in self.nic.queues:
-            for name, value in mgmt.vendor_statistics(device.path, queue.index).items():
-                if any(word in name for word in ("drop", "overrun", "error")):
-                    found[name] = value
+        found: dict[str, int] = {}
+        told = mgmt.vendor_statistics(device.path, [queue.index for queue in self.nic.queues])
+        for name, value in (each for counters in told.values() for each in counters.items()):
+            if any(word in name for word in ("drop", "overrun", "error")):
+                found[name] = found.get(name, 0) + value
         return found
 
     def _finish(self, outcome: str, device: VdpaNetDevice, role: str) -> Report:

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from .. import mgmt
 from ..device import VdpaNetDevice
 from ..net.nic import FrameCounts
 from ..uapi import names
@@ -91,6 +92,7 @@ def environment(devices: dict[str, VdpaNetDevice], memory: int) -> dict[str, Any
         "devices": {
             role: {
                 "path": device.path,
+                "driver": mgmt.parent_of(device.path).module,
                 "features": names(device.features),
                 "backend_features": names(device.backend_features),
                 "pinned": device.iotlb.limits.pinned,

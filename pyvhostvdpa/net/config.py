@@ -38,7 +38,7 @@ class NetConfig:
         return cls(
             mac=mac.hex(":") if Feature.MAC in features else None,
             link_up=bool(status & LINK_UP) if Feature.STATUS in features else None,
-            max_pairs=pairs if Feature.MQ in features else None,
+            max_pairs=pairs if features & (Feature.MQ | Feature.RSS) else None,
             mtu=mtu if Feature.MTU in features else None,
             speed=speed if known else None,
             raw=raw,

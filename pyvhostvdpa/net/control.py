@@ -20,6 +20,8 @@ MAC_TABLE_ENTRIES = 64
 LARGEST_COMMAND = 2 + 2 * 4 + MAC_TABLE_ENTRIES * 6
 MAX_VLAN = 4096
 RSS_KEY_MAX = 40
+_RSS_HEAD = struct.Struct("<IHH")
+_HASH_TYPES, _HASH_RESERVED = 4, 8
 
 
 class Class(enum.IntEnum):
@@ -83,6 +85,27 @@ def parse_mac_table(payload: bytes) -> tuple[list[bytes], list[bytes]]:
     return tables[0], tables[1]
 
 
+def _rss_key_at(payload: bytes) -> int:
+    if len(payload) < _RSS_HEAD.size:
+        raise BadCommand(f"RSS configuration of {len(payload)} bytes")
+    mask: int = _RSS_HEAD.unpack_from(payload)[1]
+    if mask & (mask + 1):
+        raise BadCommand(f"RSS table mask {mask:#x}")
+    return _RSS_HEAD.size + 2 * (mask + 1) + 2
+
+
+def _check_key(payload: bytes, at: int) -> None:
+    if len(payload) <= at or payload[at] > RSS_KEY_MAX or len(payload) != at + 1 + payload[at]:
+        raise BadCommand(f"hash configuration of {len(payload)} bytes, its key's length at {at}")
+
+
+def rss_pairs(payload: bytes) -> int:
+    """Return how many TX queues RSS_CONFIG takes into use; BadCommand if its lengths do not add up."""
+    at = _rss_key_at(payload)
+    _check_key(payload, at)
+    return int.from_bytes(payload[at - 2 : at], "little")
+
+
 @dataclass
 class ControlModel:
     """What the guest set through its control queue, since the device knows it only until the next reset.
@@ -137,11 +160,16 @@ class ControlModel:
             raise BadCommand(f"MAC command {number} with {len(payload)} bytes")
 
     def set_mac_table(self, unicast: Sequence[bytes], multicast: Sequence[bytes]) -> None:
-        """Keep both tables, or that one of them overflowed."""
-        self.unicast_overflow = len(unicast) > MAC_TABLE_ENTRIES
-        self.unicast = [] if self.unicast_overflow else list(unicast)
-        self.multicast_overflow = len(self.unicast) + len(multicast) > MAC_TABLE_ENTRIES
-        self.multicast = [] if self.multicast_overflow else list(multicast)
+        """Keep both tables, or that they were more than a command to the device holds."""
+        overflow = len(unicast) + len(multicast) > MAC_TABLE_ENTRIES
+        self.unicast_overflow = self.multicast_overflow = overflow
+        self.unicast = [] if overflow else list(unicast)
+        self.multicast = [] if overflow else list(multicast)
+
+    def receives(self, mode: Rx) -> bool:
+        """Whether the device is in a receive mode: the guest wants it, or its table is too large to do without."""
+        overflow = {Rx.PROMISC: self.unicast_overflow, Rx.ALLMULTI: self.multicast_overflow}
+        return self.rx[mode] or overflow.get(mode, False)
 
     def _vlan(self, number: int, payload: bytes) -> None:
         if number not in (VLAN_ADD, VLAN_DEL) or len(payload) != 2:
@@ -159,26 +187,45 @@ class ControlModel:
     def _mq(self, number: int, payload: bytes) -> None:
         if number == VQ_PAIRS_SET and len(payload) == 2:
             self.pairs = int.from_bytes(payload, "little")
-            self.rss = self.hash_config = None
-        elif number == RSS_CONFIG and len(payload) >= 9:
-            self.rss = payload
-        elif number == HASH_CONFIG and len(payload) >= 13:
-            self.hash_config = payload
+            if self.rss is not None:
+                self._end_rss(self.rss)
+        elif number == RSS_CONFIG:
+            self.pairs = rss_pairs(payload)
+            self.rss, self.hash_config = payload, None
+        elif number == HASH_CONFIG:
+            _check_key(payload, _HASH_TYPES + _HASH_RESERVED)
+            self.rss, self.hash_config = None, payload
         else:
             raise BadCommand(f"MQ command {number} with {len(payload)} bytes")
+
+    def _end_rss(self, rss: bytes) -> None:
+        """VQ_PAIRS_SET ends the spreading; hashes go on being reported to who asked for that."""
+        if Feature.HASH_REPORT in self.features:
+            key = rss[_rss_key_at(rss) :]
+            self.hash_config = rss[:_HASH_TYPES] + bytes(_HASH_RESERVED) + key
+        self.rss = None
 
     def _offloads(self, number: int, payload: bytes) -> None:
         if number != GUEST_OFFLOADS_SET or len(payload) != 8:
             raise BadCommand(f"GUEST_OFFLOADS command {number} with {len(payload)} bytes")
         self.offloads = int.from_bytes(payload, "little")
 
-    def for_device(self, data: bytes) -> bytes:
-        """Return what the device is sent for a guest's command: itself, or promiscuous mode for a table too large."""
-        if data[:2] == bytes([Class.MAC, MAC_TABLE_SET]):
-            unicast, multicast = parse_mac_table(data[2:])
-            if len(unicast) + len(multicast) > MAC_TABLE_ENTRIES:
-                return command(Class.RX, Rx.PROMISC, b"\1")
-        return data
+    def for_device(self, data: bytes, wanted: ControlModel) -> list[bytes]:
+        """Return what the device is sent for a guest's command that leads to ``wanted``.
+
+        That is the command, unless a MAC table is, or was, too large for the
+        device: then promiscuous mode stands in for it, whatever the guest
+        says of the mode itself. What widens comes before what narrows.
+        """
+        if not (self.unicast_overflow or wanted.unicast_overflow) or data[0] not in (Class.RX, Class.MAC):
+            return [data]
+        if data[:2] == bytes([Class.MAC, MAC_ADDR_SET]) or (data[0] == Class.RX and data[1] > Rx.ALLMULTI):
+            return [data]
+        changed = [mode for mode in (Rx.PROMISC, Rx.ALLMULTI) if self.receives(mode) != wanted.receives(mode)]
+        commands = [command(Class.RX, mode, b"\1") for mode in changed if wanted.receives(mode)]
+        if (self.unicast, self.multicast) != (wanted.unicast, wanted.multicast):
+            commands.append(command(Class.MAC, MAC_TABLE_SET, mac_table(wanted.unicast, wanted.multicast)))
+        return commands + [command(Class.RX, mode, b"\0") for mode in changed if not wanted.receives(mode)]
 
     def replay(self) -> list[bytes]:
         """Return the commands that bring a device after reset to this state, in the order of QEMU's restore."""
@@ -208,9 +255,9 @@ class ControlModel:
         if Feature.CTRL_RX not in self.features:
             return []
         commands = []
-        if not self.unicast_overflow and not self.rx[Rx.PROMISC]:
+        if not self.receives(Rx.PROMISC):
             commands.append(command(Class.RX, Rx.PROMISC, b"\0"))
-        if self.multicast_overflow or self.rx[Rx.ALLMULTI]:
+        if self.receives(Rx.ALLMULTI):
             commands.append(command(Class.RX, Rx.ALLMULTI, b"\1"))
         if Feature.CTRL_RX_EXTRA in self.features:
             extra = (Rx.ALLUNI, Rx.NOMULTI, Rx.NOUNI, Rx.NOBCAST)

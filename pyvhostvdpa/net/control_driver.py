@@ -12,10 +12,13 @@ from ..memory import GuestMemory
 from ..virtqueue.driver import GuestArena, place_queue
 from ..virtqueue.layout import GuestQueue, map_queue
 from .control import ERR
+from .features import Feature, ring_bits
 from .nic_state import MAX_INDEX, BadState, ControlDriverState, check_memory, check_place, place_of, queue_of
 
 CONTROL_RING = 64
 _BUFFER = 1 << 16
+_TABLES_AT = _BUFFER - (1 << 12)
+"""Where in the buffer indirect tables begin, behind the longest command that a device of ours takes."""
 
 
 class ControlDriver:
@@ -57,6 +60,14 @@ class ControlDriver:
         return ControlDriverState(
             place_of(self.queue), self._command, self._answer, int(d.avail_idx), int(d.used_idx), int(d.open)
         )
+
+    def use_ring_features(self, memory: GuestMemory, features: Feature) -> None:
+        """Use the ring as negotiated: indirect tables, notifications by index."""
+        self._driver.features = ring_bits(features)
+        if Feature.INDIRECT_DESC in features:
+            at = self._command + _TABLES_AT
+            self._driver.tables_gpa = at
+            self._driver.tables = ffi.cast("struct vring_desc *", memory.hva(at, _BUFFER - _TABLES_AT))
 
     def send(self, data: bytes, seconds: float = 10.0) -> int:
         """Send a command and return its answer; TimeoutError if there is none within ``seconds``."""

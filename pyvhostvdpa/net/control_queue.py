@@ -21,9 +21,10 @@ from typing import Any
 from .._cdefs import ffi, lib
 from ..errors import QueueBroken
 from ..memory import PAGE_SIZE, GuestMemory
-from ..virtqueue.layout import GuestQueue, SplitLayout, fill_vring, map_queue
+from ..trace import DeviceTrace, Trace
+from ..virtqueue.layout import GuestQueue, RingLayout, fill_vring, map_queue
 from ..virtqueue.shadow import reason
-from .control import ERR, LARGEST_COMMAND, OK, BadCommand, Class, ControlModel
+from .control import ERR, OK, VQ_PAIRS_SET, BadCommand, Class, ControlModel
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,9 @@ GUEST_COMMAND_MAX = 1 << 16
 """A guest's command longer than this is answered with ERR."""
 BUFFER_SIZE = PAGE_SIZE
 DEFAULT_DEADLINE = 1.0
-"""Seconds that the device may take for an answer."""
+"""Seconds that the device may go on without an answer while there are commands."""
+_LOOK_MS = 1000
+_CLOSED = "an eventfd of the control queue was closed"
 
 
 class ControlFailed(QueueBroken):
@@ -53,7 +56,7 @@ class ControlArea:
     Ring, then one page of commands, then one page of answers.
     """
 
-    layout: SplitLayout
+    layout: RingLayout
     hva: int
     iova: int
 
@@ -78,16 +81,36 @@ class ControlArea:
         return self.layout.size + 2 * BUFFER_SIZE
 
 
+@dataclass(frozen=True, slots=True)
+class ControlOptions:
+    """How the control queue is served.
+
+    ``deadline`` is how many seconds the device may go on without an answer,
+    ``ring`` the ring features negotiated on both faces (``SVQ_F_*``),
+    ``config_call`` an eventfd to raise when the queue is given up, or -1.
+    """
+
+    deadline: float = DEFAULT_DEADLINE
+    ring: int = 0
+    config_call: int = -1
+
+
 class ControlQueue:
     """Serves a guest's control queue and drives the device's."""
 
     def __init__(
-        self, guest: GuestControl, memory: GuestMemory, area: ControlArea, deadline: float = DEFAULT_DEADLINE
+        self,
+        guest: GuestControl,
+        memory: GuestMemory,
+        area: ControlArea,
+        options: ControlOptions = ControlOptions(),
+        trace: DeviceTrace | None = None,
     ) -> None:
         self.queue = guest.queue
         self.model = guest.model
         self.area = area
-        self.deadline = deadline
+        self.options = options
+        self.trace = trace or Trace().device("")
         self.failed = ""
         self.kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.call = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -98,11 +121,13 @@ class ControlQueue:
         g: Any = ffi.new("struct ctrl_guest *")
         map_queue(g.ring, guest.queue, memory)
         g.memory, g.used_gpa, g.call = memory.c_map, guest.queue.used, guest.queue.call
+        g.features = options.ring
         self._guest = g
         d: Any = ffi.new("struct ctrl_driver *")
         num = area.layout.num
         fill_vring(d.ring, num, area.hva, area.hva + area.layout.avail_offset, area.hva + area.device_area)
         d.kick, d.call = self.kick, self.call
+        d.features = options.ring & lib.SVQ_F_EVENT_IDX
         self._driver = d
         self._commands = ffi.buffer(ffi.cast("char *", area.hva + area.commands), BUFFER_SIZE)
         self._answers = ffi.buffer(ffi.cast("char *", area.hva + area.answers), BUFFER_SIZE)
@@ -115,6 +140,8 @@ class ControlQueue:
         """Bring the device, just started, to the guest's state; several commands in flight.
 
         Raises :class:`ControlFailed` if it refuses one or does not answer.
+        Each command and each answer is noted, as QEMU traces its own (patches
+        39 and 40 of the series).
         """
         waiting = self.model.replay()
         while waiting:
@@ -124,14 +151,31 @@ class ControlQueue:
                     break
                 used += len(waiting[count])
                 count += 1
+            if not count:
+                # a state that somebody else vouched for, or a ring of one descriptor
+                raise ControlFailed(
+                    f"control command class {waiting[0][0]} number {waiting[0][1]} of {len(waiting[0])} bytes "
+                    f"does not fit a queue of {self.area.layout.num} with {BUFFER_SIZE} bytes"
+                )
             self._exchange(waiting[:count])
             del waiting[:count]
 
     def _exchange(self, commands: list[bytes]) -> None:
+        for data in commands:
+            self._note_command(data)
         answers = self._send(commands)
+        for data, answer in zip(commands, answers, strict=True):
+            self.trace.note("vhost_vdpa_net_load_cmd_retval", **{"class": data[0], "cmd": data[1], "r": answer})
         for data, answer in zip(commands, answers, strict=True):
             if answer != OK:
                 raise ControlFailed(f"the device answered {answer} to control command class {data[0]} number {data[1]}")
+
+    def _note_command(self, data: bytes) -> None:
+        payload = data[2:]
+        if (data[0], data[1]) == (Class.MQ, VQ_PAIRS_SET):
+            self.trace.note("vhost_vdpa_net_load_mq", ncurqps=int.from_bytes(payload, "little"))
+        fields = {"class": data[0], "cmd": data[1], "data_num": int(bool(payload)), "data_size": len(payload)}
+        self.trace.note("vhost_vdpa_net_load_cmd", **fields)
 
     def _send(self, commands: list[bytes]) -> bytes:
         at = 0
@@ -151,22 +195,32 @@ class ControlQueue:
         for place in places:
             self._answers[place : place + 1] = b"\xff"
         lib.ctrl_driver_kick(self._driver)
-        left: int = lib.ctrl_driver_wait(self._driver, time.monotonic_ns() + int(self.deadline * 1e9))
-        if left < 0:
-            raise ControlFailed("the device used a control descriptor that it was not given")
-        if left:
-            raise ControlFailed(f"the device did not answer {left} control commands within {self.deadline} s")
+        self._wait(len(commands))
         return b"".join(self._answers[place : place + 1] for place in places)
+
+    def _wait(self, left: int) -> None:
+        """Wait until every command is answered, the deadline counted anew from each sign of life."""
+        deadline = self.options.deadline
+        while left:
+            before = left
+            left = lib.ctrl_driver_wait(self._driver, time.monotonic_ns() + int(deadline * 1e9))
+            if left == -1:
+                raise ControlFailed("the device used a control descriptor that it was not given")
+            if left < 0:
+                raise ControlFailed(_CLOSED)
+            if left == before:
+                raise ControlFailed(f"the device did not answer {left} control commands within {deadline} s")
 
     # -- the guest's side --------------------------------------------------------
 
     def start(self) -> None:
         """Serve the guest in a thread of its own."""
+        self._stopping = False
         self._thread = threading.Thread(target=self._serve, name="control-queue", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; a command that was not taken stays in the guest's ring."""
+        """End the thread behind the command that it is at; others stay in the guest's ring."""
         self._stopping = True
         if self._wake >= 0:
             os.eventfd_write(self._wake, 1)
@@ -188,15 +242,19 @@ class ControlQueue:
             poll.register(fd, select.POLLIN)
         while not self._stopping:
             self._serve_pending()
-            for fd, _ in poll.poll():
+            # a descriptor that is closed while it is waited for is seen at the next look only
+            for fd, event in poll.poll(_LOOK_MS):
+                if event & (select.POLLNVAL | select.POLLERR):
+                    self._fail(_CLOSED)
+                    return
                 _clear(fd)
 
     def _serve_pending(self) -> None:
         buffer = ffi.new("uint8_t[]", GUEST_COMMAND_MAX)
         while not self._stopping:
             length: int = lib.ctrl_guest_take(self._guest, buffer, GUEST_COMMAND_MAX)
-            if self._guest.broken and not self.failed:
-                self.failed = reason(self._guest.broken)
+            if self._guest.broken:
+                self._fail(reason(self._guest.broken))
             if not length:
                 return
             answer = ERR if length > GUEST_COMMAND_MAX else self.handle(bytes(ffi.buffer(buffer, length)))
@@ -209,22 +267,39 @@ class ControlQueue:
         wanted = copy.deepcopy(self.model)
         try:
             wanted.apply(data)
-            sent = wanted.for_device(data)
-            if len(sent) > max(LARGEST_COMMAND, 512):
-                return ERR
-            # announcing is ours: the device knows nothing of a migration
-            answer = OK if data[0] == Class.ANNOUNCE else self._send([sent])[0]
+            done = self._carry_out(data, wanted)
         except BadCommand as e:
             log.debug("guest's control command refused: %s", e)
             return ERR
         except ControlFailed as e:
-            self.failed = str(e)
-            log.warning("control queue given up: %s", e)
+            self._fail(str(e))
             return ERR
-        if answer != OK:
+        if not done:
             return ERR
         vars(self.model).update(vars(wanted))
         return OK
+
+    def _carry_out(self, data: bytes, wanted: ControlModel) -> bool:
+        """Bring the device to a new state; whether it accepts that. If not, it keeps the old one."""
+        # announcing is ours: the device knows nothing of a migration
+        if data[0] == Class.ANNOUNCE:
+            return True
+        commands = self.model.for_device(data, wanted)
+        if sum(map(len, commands)) > BUFFER_SIZE:
+            raise BadCommand(f"command of {len(data)} bytes")
+        accepted = all(answer == OK for answer in self._send(commands))
+        if not accepted and len(commands) > 1:
+            self._send(wanted.for_device(data, self.model))
+        return accepted
+
+    def _fail(self, why: str) -> None:
+        """Give the queue up and tell the guest."""
+        if self.failed:
+            return
+        self.failed = why
+        log.warning("control queue given up: %s", why)
+        if self.options.config_call >= 0:
+            os.eventfd_write(self.options.config_call, 1)
 
 
 def _clear(fd: int) -> None:

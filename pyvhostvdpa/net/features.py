@@ -88,6 +88,13 @@ def negotiate(offered: int, wanted: Feature = SUPPORTED) -> Feature:
     return taken if Feature.CTRL_VQ in taken else taken & ~CONTROL
 
 
+def offered_to_guest(features: Feature) -> Feature:
+    """Return what a guest is offered on a device with ``features``: announcing itself needs nothing of the device."""
+    if Feature.CTRL_VQ in features and Feature.STATUS in features:
+        return features | Feature.GUEST_ANNOUNCE
+    return features
+
+
 def ring_bits(features: Feature) -> int:
     """Return the C loops' ``SVQ_F_*`` for the ring features among ``features``."""
     bits = 0

@@ -17,7 +17,8 @@ from ..virtqueue.driver import GuestArena, place_queue
 from ..virtqueue.layout import GuestQueue, map_queue
 from .control import ControlModel
 from .control_driver import ControlDriver
-from .features import Feature, ring_bits
+from .features import Feature, offered_to_guest, ring_bits
+from .guest_config import GuestConfig
 from .nic_state import SEEN_BYTES, BadState, NicState, PairState, check_memory, check_place, place_of, queue_of
 
 BUFFER_SIZE = 2048
@@ -236,8 +237,10 @@ class GuestNic:
         arena = arena or GuestArena(memory)
         if options.control_index is not None:
             self.control = ControlDriver.place(memory, arena, options.control_index)
+            self.control.use_ring_features(memory, options.features)
         for number in range(options.pairs):
             self.pairs.append(NicPair.place(memory, arena, number, options))
+        self.config = GuestConfig(offered_to_guest(options.features))
 
     @classmethod
     def restore(cls, memory: GuestMemory, state: NicState) -> Self:
@@ -245,9 +248,11 @@ class GuestNic:
         nic = cls.__new__(cls)
         nic.memory, nic.features = memory, Feature(state.features)
         nic.pairs, nic.control = [], None
+        nic.config = GuestConfig(offered_to_guest(nic.features))
         try:
             if state.control is not None:
                 nic.control = ControlDriver.restore(memory, state.control)
+                nic.control.use_ring_features(memory, nic.features)
             for number, pair in enumerate(state.pairs):
                 if (pair.rx.index, pair.tx.index) != (2 * number, 2 * number + 1):
                     raise BadState(f"pair {number} has virtqueues {pair.rx.index} and {pair.tx.index}")
@@ -283,3 +288,4 @@ class GuestNic:
         if self.control is not None:
             self.control.close()
             self.control = None
+        self.config.close()

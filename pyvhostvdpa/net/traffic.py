@@ -29,6 +29,11 @@ class Traffic:
         """Whether the guest runs."""
         return bool(self._threads)
 
+    @property
+    def dead(self) -> list[int]:
+        """The pairs whose thread ended although the guest runs."""
+        return [number for number, thread in enumerate(self._threads) if not thread.is_alive()]
+
     def run(self) -> None:
         """Let the guest run."""
         if self._threads:

@@ -16,14 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..chardev import VhostVdpa
-from ..errors import KernelError, MissingFeature, OutOfOrder, QueueBroken, VhostVdpaError
+from ..errors import DeviceNeedsReset, KernelError, MissingFeature, OutOfOrder, QueueBroken, VhostVdpaError
 from ..groups import Groups
 from ..iotlb import Iotlb
 from ..memory import HUGE_PAGE, GuestMemory, IovaAllocator, SharedMemory, Translation
-from ..net.control_queue import ControlArea, ControlQueue, GuestControl
+from ..net.control_queue import DEFAULT_DEADLINE, ControlArea, ControlOptions, ControlQueue, GuestControl
 from ..net.features import Feature, ring_bits
+from ..net.guest_config import GuestConfig
 from ..uapi import BackendFeature, Status, names
-from ..virtqueue.layout import GuestQueue, SplitLayout, in_order, indices
+from ..virtqueue.layout import GuestQueue, in_order, indices, ring_layout
+from ..virtqueue.progress import Progress
 from ..virtqueue.shadow import RelayOptions, Relays, ShadowVirtqueue
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,9 @@ GUEST_ASID = 0
 """The address space in which guest memory is mapped."""
 OWN_ASID = 1
 """The address space of what is ours: the control queue, and shadow rings where descriptors have their own group."""
+
+CONTROL_ROOM = 1 << 20
+"""Bytes of our own memory that are kept for the control queue, at its end."""
 
 READY = Status.ACKNOWLEDGE | Status.DRIVER
 FEATURES_SET = READY | Status.FEATURES_OK
@@ -97,10 +102,13 @@ class Procedure(ABC):
         self.state = State.RESET
         self.shadows: list[ShadowVirtqueue] = []
         self.relay_options = RelayOptions()
+        self.control_deadline = DEFAULT_DEADLINE
+        self.guest_config: GuestConfig | None = None
         self._relay: Relays | None = None
         self._control: ControlQueue | None = None
         self._memories: Memories | None = None
         self._queues: tuple[GuestQueue, ...] = ()
+        self._progress: Progress | None = None
         self._started_at: dict[int, int] = {}
         """Used index of each guest ring when passthrough started, by queue index."""
         self._ours: list[tuple[int, int]] = []
@@ -136,13 +144,18 @@ class Procedure(ABC):
     def attach(self, memory: GuestMemory) -> None:
         """Take the guest's memory, and get memory for shadow rings ready."""
         limits = self.target.iotlb.limits
-        # a huge page: each ring is one physically contiguous run
         self._memories = Memories(
             guest=memory,
-            own=SharedMemory("shadow-rings", HUGE_PAGE),
+            own=SharedMemory("shadow-rings", self._own_size()),
             holes=IovaAllocator(limits.first, limits.last, [(r.gpa, r.size) for r in memory.regions]),
         )
         self._attached()
+
+    def _own_size(self) -> int:
+        """Room for every ring at its largest and the control queue, in huge pages: each ring is one physical run."""
+        c = self.target.chardev
+        rings = c.get_vqs_count() * ring_layout(c.get_vring_num()).size
+        return -(-(rings + CONTROL_ROOM) // HUGE_PAGE) * HUGE_PAGE
 
     @property
     def memories(self) -> Memories:
@@ -154,6 +167,8 @@ class Procedure(ABC):
     def start(self, mode: State, queues: Sequence[GuestQueue], control: GuestControl | None) -> None:
         """Start the device in ``mode`` on a guest's queues; a failure leaves it reset."""
         self._queues = tuple(queues)
+        self._note_shadowed(mode, control)
+        self._progress = Progress(queues, self.memories.guest)
         try:
             self._start(mode, control)
         except BaseException:
@@ -162,6 +177,15 @@ class Procedure(ABC):
         self.state = mode
         self._notify()
 
+    def _note_shadowed(self, mode: State, control: GuestControl | None) -> None:
+        """For the trace: whose rings are ours from now on. The control queue's always are."""
+        shadowed = [*(self._queues if mode is State.SHADOW else ()), *([control.queue] if control else [])]
+        self.target.chardev.trace.note("shadow_vqs", queues=" ".join(str(queue.index) for queue in shadowed))
+
+    def _note_base(self, queue: GuestQueue, base: int) -> None:
+        """For the trace: a shadowed queue's base, which no call tells."""
+        self.target.chardev.trace.note("vhost_vdpa_get_vring_base", index=queue.index, num=base, svq=True)
+
     def suspend(self) -> None:
         """Make the device stop processing; MissingFeature without the SUSPEND backend feature."""
         if BackendFeature.SUSPEND not in self.target.backend_features:
@@ -169,7 +193,14 @@ class Procedure(ABC):
                 f"{self.target.path} cannot be suspended, so its queues cannot be taken over without loss",
                 hint="vhost-vdpa list shows the driver; SUSPEND needs support there",
             )
-        self.target.chardev.suspend()
+        # a command of the guest is answered before the device stands still, or never
+        if self._control is not None:
+            self._control.stop()
+        try:
+            self.target.chardev.suspend()
+        except BaseException:
+            self._serve_control()
+            raise
 
     def resume(self) -> None:
         """Let a suspended device go on; MissingFeature without the RESUME backend feature."""
@@ -180,6 +211,7 @@ class Procedure(ABC):
             # mlx5_vdpa forgets that its control queue is ready
             # (drivers/vdpa/mlx5/net/mlx5_vnet.c:mlx5_vdpa_cvq_suspend)
             self.target.chardev.set_vring_enable(self._control.queue.index, True)
+        self._serve_control()
 
     def stop(self, then: State | None = None) -> None:
         """Suspend, take the queues over, reset; see :meth:`pyvhostvdpa.device.VdpaNetDevice.stop`."""
@@ -198,8 +230,12 @@ class Procedure(ABC):
     def reset(self) -> None:
         """Reset the device. Guest rings stand as they are."""
         self._stop_serving()
-        self._reset()
-        self._forget()
+        try:
+            if self.guest_config is not None:
+                self.guest_config.disconnect()
+        finally:
+            self._reset()
+            self._forget()
 
     def abandon(self) -> None:
         """After a failure: reset as far as that goes, and let the first error be the one that is told."""
@@ -210,12 +246,47 @@ class Procedure(ABC):
             self._stop_serving()
 
     def check(self) -> None:
-        """Raise QueueBroken if a shadow queue or the control queue was given up."""
+        """Raise QueueBroken if a queue was given up, DeviceNeedsReset if the device gave up."""
+        if broken := self._broken_queue():
+            raise QueueBroken(f"{self.target.path} {broken}")
+        if self._gave_up():
+            raise DeviceNeedsReset(f"{self.target.path} gave up and asks to be reset (NEEDS_RESET)")
+
+    def standing(self) -> dict[int, float]:
+        """Seconds that each transmit queue with work has not moved, as far as this was asked for; by queue index."""
+        running = self._progress is not None and self.state in (State.PASSTHROUGH, State.SHADOW)
+        return self._progress.standing() if running and self._progress is not None else {}
+
+    def _broken_queue(self) -> str:
         for shadow in self.shadows:
             if shadow.broken:
-                raise QueueBroken(f"{self.target.path} virtqueue {shadow.queue.index}: {shadow.broken}")
+                return f"virtqueue {shadow.queue.index}: {shadow.broken}"
         if self._control is not None and self._control.failed:
-            raise QueueBroken(f"{self.target.path} control queue: {self._control.failed}")
+            return f"control queue: {self._control.failed}"
+        return ""
+
+    def _gave_up(self) -> bool:
+        running = self.state in (State.PASSTHROUGH, State.SHADOW)
+        return running and bool(self.target.chardev.get_status() & Status.NEEDS_RESET)
+
+    # -- what the guest's configuration stands on ------------------------------------
+
+    @property
+    def path(self) -> str:
+        """The chardev's path."""
+        return self.target.path
+
+    def failure(self) -> str:
+        """Why the guest has to reset its device; "" while it works."""
+        return self._broken_queue() or ("the device gave up" if self._gave_up() else "")
+
+    def read_config(self) -> bytes:
+        """The device's configuration space."""
+        return self.target.chardev.get_config(0, self.target.chardev.get_config_size())
+
+    def set_config_call(self, eventfd: int) -> None:
+        """Where the device raises its configuration interrupt, -1 for nowhere."""
+        self.target.chardev.set_config_call(eventfd)
 
     def release(self) -> None:
         """Let go of everything; the device must be closed."""
@@ -240,9 +311,9 @@ class Procedure(ABC):
         """Make the shadow of a guest's queue, its ring behind those that there are."""
         own = self.memories.own
         at = own.hva + sum(shadow.layout.size for shadow in self.shadows)
-        layout = SplitLayout(queue.num)
-        if at + layout.size > own.hva + own.size // 2:
-            raise MissingFeature(f"{self.target.path}: the shadow rings do not fit {own.size // 2} bytes")
+        layout = ring_layout(queue.num)
+        if at + layout.size > own.hva + own.size - CONTROL_ROOM:
+            raise MissingFeature(f"{self.target.path}: the shadow rings do not fit {own.size - CONTROL_ROOM} bytes")
         shadow = ShadowVirtqueue(queue, self.memories.guest, at, ring_bits(self.target.features), translation)
         self.shadows.append(shadow)
         return shadow
@@ -250,11 +321,16 @@ class Procedure(ABC):
     def _make_control(self, control: GuestControl) -> ControlQueue:
         """Make our side of the control queue, at the end of our memory; its IOVA is taken from the holes."""
         own = self.memories.own
-        layout = SplitLayout(control.queue.num)
+        layout = ring_layout(control.queue.num)
         size = ControlArea(layout, 0, 0).size
         area = ControlArea(layout, own.hva + own.size - size, self._allocate(size))
-        self._control = ControlQueue(control, self.memories.guest, area)
+        options = ControlOptions(self.control_deadline, ring_bits(self.target.features), self._config_call)
+        self._control = ControlQueue(control, self.memories.guest, area, options, self.target.chardev.trace)
         return self._control
+
+    @property
+    def _config_call(self) -> int:
+        return -1 if self.guest_config is None else self.guest_config.call
 
     def _allocate(self, size: int) -> int:
         """Return an IOVA for memory of ours, free again once the device is reset."""
@@ -276,8 +352,12 @@ class Procedure(ABC):
             self.memories.holes.free(iova)
 
     def _serve(self) -> None:
-        self._relay = Relays(self.shadows, self.relay_options)
+        self._relay = Relays(self.shadows, self.relay_options, self._config_call)
         self._relay.start()
+
+    def _serve_control(self) -> None:
+        if self._control is not None:
+            self._control.start()
 
     def _notify(self) -> None:
         # a notification raised while nobody listened must not be lost; RX
@@ -285,12 +365,28 @@ class Procedure(ABC):
         for queue in self._queues:
             os.eventfd_write(queue.kick, 1)
             os.eventfd_write(queue.call, 1)
+        if self.guest_config is not None:
+            self.guest_config.connect(self, None if self._control is None else self._control.model)
 
     def _used_index(self, queue: GuestQueue) -> int:
         """Return from where a device is to go on in a guest's ring, and remember it."""
         _, used = indices(queue, self.memories.guest)
         self._started_at[queue.index] = used
         return used
+
+    def _take_over_shadows(self) -> None:
+        """Hand the guest what the device used and what it did not; a broken queue keeps no other from that."""
+        first: QueueBroken | None = None
+        for shadow in self.shadows:
+            try:
+                shadow.drain()
+            except QueueBroken as e:
+                first = first or e
+        for shadow in self.shadows:
+            if not shadow.broken:
+                self._note_base(shadow.queue, shadow.republish())
+        if first is not None:
+            raise first
 
     def _check_order(self) -> None:
         for queue in self._queues:

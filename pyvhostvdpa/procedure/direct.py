@@ -35,8 +35,7 @@ class Direct(Procedure):
 
     def _start(self, mode: State, control: GuestControl | None) -> None:
         self._begin()
-        if mode is State.SHADOW and self.ring_asid == OWN_ASID and self.target.groups.descriptors is not None:
-            self.target.chardev.set_group_asid(self.target.groups.descriptors, OWN_ASID)
+        self._bind_descriptors(mode)
         if control is not None and self.target.groups.control is not None:
             self._set_up_control(control, self.target.groups.control)
         if mode is State.SHADOW:
@@ -59,6 +58,10 @@ class Direct(Procedure):
         self._set_features()
         c.set_status(FEATURES_SET)
         self._check_features(c.get_status())
+
+    def _bind_descriptors(self, mode: State) -> None:
+        if mode is State.SHADOW and self.ring_asid == OWN_ASID and self.target.groups.descriptors is not None:
+            self.target.chardev.set_group_asid(self.target.groups.descriptors, OWN_ASID)
 
     def _set_ring(self, index: int, num: int, base: int, addresses: tuple[int, int, int]) -> None:
         desc, avail, used = addresses
@@ -151,10 +154,7 @@ class Direct(Procedure):
 
     def _take_shadow_queues(self) -> None:
         self._stop_serving()
-        for shadow in self.shadows:
-            shadow.drain()
-        for shadow in self.shadows:
-            shadow.republish()
+        self._take_over_shadows()
 
     def _reset(self) -> None:
         """Reset the device and take shadow rings away. Guest memory stays mapped.

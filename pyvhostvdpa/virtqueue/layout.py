@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from .._cdefs import ffi, lib
+from ..errors import MissingFeature
 from ..memory import PAGE_SIZE, GuestMemory
 
 _SETTLE_NS = 200_000_000
@@ -15,6 +16,37 @@ _SETTLE_NS = 200_000_000
 
 MAX_NUM = 32768
 """Largest ring size the specification allows."""
+
+
+class RingLayout(Protocol):
+    """Sizes and offsets of a virtqueue's parts: all that placing and mapping one needs to know of its format."""
+
+    @property
+    def num(self) -> int:
+        """Descriptors."""
+
+    @property
+    def avail_offset(self) -> int:
+        """Bytes from the descriptors to what the driver tells the device."""
+
+    @property
+    def driver_area(self) -> int:
+        """Bytes that the driver writes, in whole pages."""
+
+    @property
+    def device_area(self) -> int:
+        """Bytes that the device writes, in whole pages behind the driver's."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of both areas."""
+
+
+def ring_layout(num: int, packed: bool = False) -> RingLayout:
+    """Return the layout of a ring in the format negotiated; :class:`MissingFeature` for a packed one."""
+    if packed:
+        raise MissingFeature("packed rings cannot be shadowed: negotiate without VIRTIO_F_RING_PACKED")
+    return SplitLayout(num)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +114,9 @@ def fill_vring(ring: Any, num: int, desc: int, avail: int, used: int) -> None:
 
 
 def map_queue(ring: Any, queue: GuestQueue, memory: GuestMemory) -> None:
-    """Point a C ``struct vring`` at a guest's ring; ValueError if that is not guest memory."""
+    """Point a C ``struct vring`` at a guest's ring; ValueError if that is not guest memory, or not aligned."""
+    if queue.desc % 16 or queue.avail % 2 or queue.used % 4:
+        raise ValueError(f"virtqueue {queue.index}: its parts are not aligned (virtio 1.3, 2.7)")
     fill_vring(
         ring,
         queue.num,

@@ -19,7 +19,7 @@ from typing import Any
 from .._cdefs import ffi, lib
 from ..errors import QueueBroken
 from ..memory import GuestMemory, Translation
-from .layout import GuestQueue, SplitLayout, fill_vring, map_queue
+from .layout import GuestQueue, fill_vring, map_queue, ring_layout
 
 _REASONS = {
     "SVQ_BAD_AVAIL_IDX": "guest: avail.idx moved by more than the ring size",
@@ -50,7 +50,7 @@ class ShadowVirtqueue:
     """One shadowed queue: the guest's ring on one face, ours on the other.
 
     ``area`` is where the shadow ring lies in this process,
-    :attr:`SplitLayout.size` bytes. The guest's ring is read on from its used
+    :attr:`RingLayout.size` bytes. The guest's ring is read on from its used
     index. ``features`` are the ring features negotiated on both
     faces, as the C loops number them (``SVQ_F_*``). ``translation`` is where
     the device has guest memory if that is not IOVA = GPA.
@@ -66,7 +66,7 @@ class ShadowVirtqueue:
     ) -> None:
         self.queue = queue
         self.area = area
-        layout = self.layout = SplitLayout(queue.num)
+        layout = self.layout = ring_layout(queue.num)
         self.kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.call = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._memory = translation or memory
@@ -129,10 +129,11 @@ class Relay:
     The order matters to a device that drops a frame for which it has no RX
     buffer: what the guest posted before it sent gets there first.
     ``busy_poll`` is for how many seconds it goes on looking when there is
-    nothing to do, before it asks for notifications and sleeps.
+    nothing to do, before it asks for notifications and sleeps; ``config_call``
+    is an eventfd to raise when a queue breaks, or -1.
     """
 
-    def __init__(self, queues: Sequence[ShadowVirtqueue], busy_poll: float = 0.0) -> None:
+    def __init__(self, queues: Sequence[ShadowVirtqueue], busy_poll: float = 0.0, config_call: int = -1) -> None:
         self._queues = list(queues)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         count = len(self._queues)
@@ -142,6 +143,7 @@ class Relay:
             "struct relay *", {"count": count, "queues": self._array, "pollfds": self._pollfds, "wake": self._wake}
         )
         self._c.busy_poll = int(busy_poll * 1e9)
+        self._c.config_call = config_call
         self._thread = threading.Thread(target=self._run, name="svq-relay", daemon=True)
 
     def start(self) -> None:
@@ -180,11 +182,11 @@ class RelayOptions:
 class Relays:
     """Relays for the queues of one device: RX and TX of a pair stay together, pairs are spread over threads."""
 
-    def __init__(self, queues: Sequence[ShadowVirtqueue], options: RelayOptions) -> None:
+    def __init__(self, queues: Sequence[ShadowVirtqueue], options: RelayOptions, config_call: int = -1) -> None:
         pairs = [queues[i : i + 2] for i in range(0, len(queues), 2)]
         count = max(1, min(options.threads, len(pairs)))
         shares = [[queue for pair in pairs[k::count] for queue in pair] for k in range(count)]
-        self._relays = [Relay(share, options.busy_poll) for share in shares]
+        self._relays = [Relay(share, options.busy_poll, config_call) for share in shares]
 
     def start(self) -> None:
         """Start every thread."""

@@ -3,16 +3,21 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import hwsim
 import lab
+from hw_guest import HwGuest, Make
+from hwsim import HwSim
 
 from pyvhostvdpa.device import VdpaNetDevice
 from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory, pinned_bytes
+from pyvhostvdpa.net.features import CONTROL, SUPPORTED, Feature
 from pyvhostvdpa.net.nic import GuestNic
 from pyvhostvdpa.net.traffic import Traffic
 from pyvhostvdpa.uapi import ALL_BACKEND_FEATURES, BackendFeature
@@ -133,3 +138,27 @@ def pinned_guest(pinned: tuple[str, str]) -> Iterator[Guest]:
 def forgetful_guest(devices: tuple[str, str]) -> Iterator[Guest]:
     """The same on a device whose maps are lost at reset (IOTLB_PERSIST not acknowledged)."""
     yield from _guest(devices[0], BackendFeature.IOTLB_PERSIST)
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    """Make guests on vdpa_hwsim devices with the given parameters."""
+    with ExitStack() as stack:
+        made: list[HwSim] = []
+
+        def build(
+            pairs: int = 1,
+            wanted: Feature = SUPPORTED | CONTROL,
+            without: BackendFeature = NOTHING,
+            ring_size: int = 256,
+            memory: int = lab.SMALL * 2,
+            **parameters: object,
+        ) -> HwGuest:
+            sim = hwsim.add(f"hw{len(made)}", pairs, **parameters)
+            made.append(sim)
+            stack.callback(hwsim.remove, sim.name)
+            guest = HwGuest(sim, pairs, wanted, without, ring_size, memory)
+            stack.callback(guest.close)
+            return guest
+
+        yield build

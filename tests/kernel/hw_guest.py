@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import select
+from collections.abc import Callable
+from contextlib import ExitStack
+
 import lab
 from hwsim import HwSim
 
 from pyvhostvdpa import GuestMemory, State, VdpaNetDevice
+from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.memory import DEFAULT_GPA
 from pyvhostvdpa.net import control
 from pyvhostvdpa.net.control import Class, ControlModel, command
@@ -14,31 +20,57 @@ from pyvhostvdpa.net.features import Feature
 from pyvhostvdpa.net.nic import GuestNic, NicOptions
 from pyvhostvdpa.net.traffic import Traffic
 from pyvhostvdpa.uapi import ALL_BACKEND_FEATURES, BackendFeature
+from pyvhostvdpa.virtqueue.layout import SplitLayout
+
+Make = Callable[..., "HwGuest"]
 
 
 class HwGuest:
-    """A guest with a control queue on a vdpa_hwsim device."""
+    """A guest on a vdpa_hwsim device, with a control queue where the device keeps that apart."""
 
-    def __init__(self, sim: HwSim, pairs: int, wanted: Feature, without: BackendFeature, ring_size: int = 256) -> None:
+    def __init__(
+        self,
+        sim: HwSim,
+        pairs: int,
+        wanted: Feature,
+        without: BackendFeature,
+        ring_size: int = 256,
+        memory: int = lab.SMALL * 2,
+    ) -> None:
         self.sim, self.pairs = sim, pairs
-        self.memory = GuestMemory([(DEFAULT_GPA, lab.SMALL * 2)])
-        self.device = VdpaNetDevice(sim.chardev, use=ALL_BACKEND_FEATURES & ~without, wanted=wanted)
-        self.device.attach(self.memory)
-        index = self.device.groups.control_index
-        self.nic = GuestNic(
-            self.memory,
-            NicOptions(pairs=pairs, ring_size=ring_size, features=self.device.features, control_index=index),
-        )
+        self.wanted, self.without = wanted, without
+        self.memory = GuestMemory([(DEFAULT_GPA, memory)])
+        self.devices: list[VdpaNetDevice] = []
+        with ExitStack() as undo:
+            undo.callback(self.memory.close)
+            undo.callback(self._close_devices)
+            self.device = self.attach(sim)
+            index = self.device.groups.control_index
+            self.nic = GuestNic(
+                self.memory,
+                NicOptions(pairs=pairs, ring_size=ring_size, features=self.device.features, control_index=index),
+            )
+            undo.pop_all()
+        self.device.guest_config = self.nic.config
         self.traffic = Traffic(self.nic)
         self.model = ControlModel(self.device.features, mac=sim.mac)
-        assert self.nic.control is not None
-        self.control = GuestControl(self.nic.control.queue, self.model)
+        self.control = None if self.nic.control is None else GuestControl(self.nic.control.queue, self.model)
+
+    def attach(self, sim: HwSim) -> VdpaNetDevice:
+        device = VdpaNetDevice(sim.chardev, use=ALL_BACKEND_FEATURES & ~self.without, wanted=self.wanted)
+        self.devices.append(device)
+        device.attach(self.memory)
+        return device
 
     def close(self) -> None:
         self.traffic.pause()
-        self.device.close()
+        self._close_devices()
         self.nic.close()
         self.memory.close()
+
+    def _close_devices(self) -> None:
+        for device in self.devices:
+            device.close()
 
     def start(self, mode: State = State.PASSTHROUGH) -> None:
         start = self.device.start_shadow if mode is State.SHADOW else self.device.start_passthrough
@@ -49,6 +81,29 @@ class HwGuest:
         self.device.stop()
         self.start(mode)
 
+    def move(self, sim: HwSim) -> None:
+        """Go on in passthrough on another device, as after a migration."""
+        device = self.attach(sim)
+        device.guest_config = self.nic.config
+        running = self.traffic.running
+        self.traffic.pause()
+        self.device.stop()
+        self.sim, self.device = sim, device
+        self.start()
+        if running:
+            self.traffic.run()
+
+    def restart_driver(self) -> None:
+        """What a guest does after a reset: its rings and its account begin anew."""
+        for pair in self.nic.pairs:
+            for queue in pair.queues:
+                size = SplitLayout(queue.num).size
+                ffi.memmove(ffi.cast("char *", self.memory.hva(queue.desc, size)), bytes(size), size)
+            p = pair.c
+            p.rx_avail = p.rx_used = p.tx_avail = p.tx_used = p.sent = p.received = p.highest = 0
+            ffi.memmove(p.seen, bytes(ffi.sizeof(p.seen)), ffi.sizeof(p.seen))
+            lib.nic_start(p)
+
     def send(self, kind: Class, number: int, payload: bytes = b"") -> int:
         assert self.nic.control is not None
         return self.nic.control.send(command(kind, number, payload))
@@ -56,6 +111,13 @@ class HwGuest:
     def use_all_pairs(self) -> None:
         if self.pairs > 1:
             assert self.send(Class.MQ, control.VQ_PAIRS_SET, self.pairs.to_bytes(2, "little")) == control.OK
+
+    def is_interrupted(self, seconds: float = 10.0) -> bool:
+        """Whether the guest gets a configuration interrupt; one that came is taken."""
+        came, _, _ = select.select([self.nic.config.call], [], [], seconds)
+        if came:
+            os.eventfd_read(self.nic.config.call)
+        return bool(came)
 
     def receives(self, frames: int, seconds: float = 60.0) -> None:
         """Wait until each pair has got that many more frames."""

@@ -1,64 +1,23 @@
-"""Shadow virtqueues and the control queue on a device with groups, pairs and descriptors in flight."""
+"""Shadow virtqueues on a device with groups, pairs and descriptors in flight."""
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator
 
 import hwsim
 import lab
 import pytest
-from hw_guest import HwGuest
+from hw_guest import Make
 
 from pyvhostvdpa import Options, OutOfOrder, State, migrate
-from pyvhostvdpa.errors import QueueBroken
-from pyvhostvdpa.net import control
-from pyvhostvdpa.net.control import Class, Rx, mac_table
-from pyvhostvdpa.net.control_queue import ControlFailed
+from pyvhostvdpa._cdefs import ffi
+from pyvhostvdpa.memory import PAGE_SIZE
 from pyvhostvdpa.net.features import CONTROL, RING, SUPPORTED, Feature
 from pyvhostvdpa.uapi import BackendFeature
 from pyvhostvdpa.virtqueue.shadow import RelayOptions
 
-EVERYTHING = SUPPORTED | CONTROL | RING | Feature.GUEST_CSUM | Feature.GUEST_TSO4
-OFFER_MORE = int(
-    Feature.CTRL_RX
-    | Feature.CTRL_RX_EXTRA
-    | Feature.CTRL_GUEST_OFFLOADS
-    | Feature.GUEST_TSO4
-    | Feature.RSS
-    | Feature.HASH_REPORT
-)
-
-
-Make = Callable[..., HwGuest]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    """Make guests on devices with the given parameters."""
-    made: list[HwGuest] = []
-
-    def build(
-        pairs: int = 1,
-        wanted: Feature = SUPPORTED | CONTROL,
-        without: BackendFeature = BackendFeature(0),  # noqa: B008
-        ring_size: int = 256,
-        **parameters: object,
-    ) -> HwGuest:
-        sim = hwsim.add(f"hw{len(made)}", pairs, **parameters)
-        try:
-            made.append(HwGuest(sim, pairs, wanted, without, ring_size))
-        except BaseException:
-            hwsim.remove(sim.name)
-            raise
-        return made[-1]
-
-    yield build
-    for guest in made:
-        guest.close()
-        hwsim.remove(guest.sim.name)
+ELSEWHERE = 0x7000_0000_0000
 
 
 @pytest.mark.parametrize("pairs", [1, 4, 16])
@@ -153,56 +112,6 @@ def test_an_idle_relay_uses_no_cpu(make: Make) -> None:
     assert time.process_time() - cpu < 0.02 * (time.monotonic() - begin)
 
 
-def test_a_device_that_stops_completing_hangs_nobody(make: Make) -> None:
-    guest = make(2)
-    guest.start(State.SHADOW)
-    guest.use_all_pairs()
-    guest.traffic.run()
-    guest.receives(100)
-    guest.sim.write("fault/stall", "Y")
-    time.sleep(0.2)
-    begin = time.monotonic()
-    guest.switch()
-    assert time.monotonic() - begin < 10
-    guest.sim.write("fault/stall", "N")
-    guest.device.stop()
-    guest.start()
-    guest.receives(100)
-    guest.settle()
-
-
-@pytest.mark.parametrize("knob", ["corrupt_used_id"])
-def test_a_device_that_lies_in_its_used_ring_breaks_that_queue_alone(make: Make, knob: str) -> None:
-    guest = make(2)
-    guest.start(State.SHADOW)
-    guest.use_all_pairs()
-    guest.traffic.run()
-    guest.receives(100)
-    guest.sim.write(f"fault/{knob}", 1)
-    lab.wait_for(lambda: any(shadow.broken for shadow in guest.device.shadows), "the queue that is given up")
-    broken = [shadow.queue.index // 2 for shadow in guest.device.shadows if shadow.broken]
-    assert len(broken) == 1
-    other = guest.nic.pairs[1 - broken[0]]
-    received = other.counts().received
-    lab.wait_for(lambda: other.counts().received > received + 200, "the other pair's traffic")
-    with pytest.raises(QueueBroken, match="device: used id that it was not given"):
-        guest.device.check()
-
-
-def test_a_closed_eventfd_breaks_its_queue_alone(make: Make) -> None:
-    guest = make(2)
-    guest.start(State.SHADOW)
-    guest.use_all_pairs()
-    victim = guest.device.shadows[0]
-    os.close(victim.call)
-    os.eventfd_write(guest.device.shadows[2].kick, 1)
-    os.eventfd_write(guest.device.shadows[2].call, 1)
-    lab.wait_for(lambda: victim.broken, "the queue that is given up")
-    victim.call = -1
-    assert "eventfd" in victim.broken
-    assert not guest.device.shadows[2].broken
-
-
 @pytest.mark.parametrize("ring", [Feature.EVENT_IDX, Feature.INDIRECT_DESC, RING])
 def test_ring_features_work_in_both_modes(make: Make, ring: Feature) -> None:
     guest = make(1, SUPPORTED | CONTROL | ring, extra_features=int(ring))
@@ -215,17 +124,107 @@ def test_ring_features_work_in_both_modes(make: Make, ring: Feature) -> None:
     guest.settle()
 
 
-def test_large_rings_work(make: Make) -> None:
-    guest = make(1, ring_size=1024, ring_max=32768)
+@pytest.mark.parametrize("ring_size", [2, 1024, 32768])
+def test_rings_of_any_size_work(make: Make, ring_size: int) -> None:
+    guest = make(1, ring_size=ring_size, memory=300 << 20, ring_max=32768)
     guest.start(State.SHADOW)
     guest.traffic.run()
-    guest.receives(5000)
-    guest.switch()
-    guest.receives(5000)
+    for _ in range(2):
+        guest.receives(2000)
+        guest.switch()
+    guest.receives(2000)
     guest.settle()
 
 
-@pytest.mark.parametrize("pairs", [1, 4, 16])
+ONE_SPACE: dict[str, dict[str, object]] = {
+    "one address space": {"nas": 1},
+    "one group": {"single_group": "Y"},
+    "one of both": {"nas": 1, "single_group": "Y"},
+}
+
+
+@pytest.mark.parametrize("kind", ONE_SPACE)
+def test_a_device_with_one_address_space_has_its_shadow_rings_in_holes_of_guest_memory(make: Make, kind: str) -> None:
+    guest = make(1, RING | SUPPORTED, extra_features=int(RING), inflight=8, **ONE_SPACE[kind])
+    assert guest.control is None
+    assert guest.device.ring_asid == 0
+    guest.start()
+    guest.traffic.run()
+    before = guest.device.iotlb.space(0).mappings
+    for _ in range(3):
+        guest.receives(200)
+        guest.switch()
+        rings = set(guest.device.iotlb.space(0).mappings) - set(before)
+        assert len(rings) == 4
+        assert not any(region.gpa <= ring.iova < region.end for ring in rings for region in guest.memory.regions)
+        guest.receives(200)
+        guest.switch()
+        assert guest.device.iotlb.space(0).mappings == before
+    guest.settle()
+
+
+@pytest.mark.parametrize("ring", [Feature(0), RING], ids=["plain ring", "indirect tables and event index"])
+def test_every_page_that_changed_while_shadowed_and_that_the_guest_did_not_write_is_dirty(
+    make: Make, ring: Feature
+) -> None:
+    guest = make(2, SUPPORTED | CONTROL | ring, extra_features=int(ring), inflight=8, reorder=1)
+    guest.start(State.SHADOW)
+    guest.use_all_pairs()
+    [region] = guest.memory.regions
+    before = bytes(region.memory.buffer)
+    guest.memory.start_dirty_log()
+    guest.traffic.run()
+    guest.receives(1000)
+    guest.settle()
+    guest.traffic.pause()
+    guest.device.stop()
+    now = bytes(region.memory.buffer)
+    places = [slice(at, at + PAGE_SIZE) for at in range(0, region.size, PAGE_SIZE)]
+    changed = {region.gpa + place.start for place in places if now[place] != before[place]}
+    written = set()
+    for pair in guest.nic.pairs:
+        p = pair.c
+        for gpa, size in ((p.tx_gpa, p.tx.num * p.buffer_size), (p.tx_table_gpa, 32 * p.tx.num)):
+            written |= set(range(gpa, gpa + size, PAGE_SIZE))
+        written |= {page for queue in pair.queues for page in range(queue.desc, queue.used, PAGE_SIZE)}
+    dirty = set(guest.memory.dirty_pages())
+    assert changed - written <= dirty
+    assert len(changed - written) > 100
+
+
+PIECE = 128 << 10
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["where the guest has them", "elsewhere, in reverse order"])
+def test_buffers_across_regions_are_cut_and_arrive_whole(make: Make, elsewhere: bool) -> None:
+    """Memory in regions that follow each other for the guest, and for the device perhaps not."""
+    guest = make(1)
+    [pair], [region], c_map = guest.nic.pairs, guest.memory.regions, guest.memory.c_map
+    for name in ("rx_gpa", "rx_hva", "tx_gpa", "tx_hva"):
+        setattr(pair.c, name, getattr(pair.c, name) + 1000)
+    guest.restart_driver()
+    count, whole = region.size // PIECE, c_map.regions
+    pieces = ffi.new("struct memory_region[]", count)
+    with guest.device.iotlb.space(0).batch() as batch:
+        for number, piece in enumerate(pieces):
+            offset = number * PIECE
+            piece.gpa, piece.size, piece.hva = region.gpa + offset, PIECE, whole[0].hva + offset
+            piece.iova = ELSEWHERE - offset if elsewhere else piece.gpa
+            if elsewhere:
+                batch.map(piece.iova, region.memory.hva + offset, PIECE)
+    c_map.regions, c_map.count = pieces, count
+    guest.start(State.SHADOW)
+    receive = guest.device.shadows[0]
+    lab.wait_for(lambda: len(receive.in_flight) == receive.queue.num, "all receive buffers to be with the device")
+    assert max(element.segments for element in receive.c.elements[0 : receive.queue.num]) == 2
+    guest.traffic.run()
+    guest.receives(3000)
+    guest.settle()
+    guest.device.stop()
+    c_map.regions, c_map.count = whole, 1
+
+
+@pytest.mark.parametrize("pairs", [pytest.param(1, marks=pytest.mark.smoke), 4, 16])
 def test_a_guest_migrates_with_all_its_pairs_and_its_address(pairs: int) -> None:
     source, destination = hwsim.add("hw0", pairs), hwsim.add("hw1", pairs)
     try:
@@ -245,117 +244,3 @@ def test_a_guest_migrates_with_all_its_pairs_and_its_address(pairs: int) -> None
     finally:
         for device in (source, destination):
             hwsim.remove(device.name)
-
-
-# -- control queue --------------------------------------------------------------
-
-MACS = [bytes([2, 0, 0, 0, 1, n]) for n in range(1, 70)]
-GROUPS = [bytes([1, 0, 0x5E, 0, 0, n]) for n in range(1, 5)]
-RSS = (0x07).to_bytes(4, "little") + (1).to_bytes(2, "little") + (0).to_bytes(2, "little")
-RSS += b"".join(n.to_bytes(2, "little") for n in (0, 2)) + (2).to_bytes(2, "little") + bytes([40]) + bytes(range(40))
-
-
-def state_after(guest: HwGuest) -> dict[str, str]:
-    """What the device itself says of what the control queue set."""
-    state = guest.sim.read("state")
-    wanted = ("mac", "pairs", "promisc", "allmulti", "alluni", "nomulti", "nouni", "nobcast", "vlans")
-    tables = ("mac_table_uni", "mac_table_multi", "guest_offloads", "rss_hash_types", "rss_table", "rss_key")
-    return {key: state[key] for key in (*wanted, *tables)}
-
-
-COMMANDS: dict[str, list[tuple[Class, int, bytes]]] = {
-    "MAC address": [(Class.MAC, control.MAC_ADDR_SET, bytes.fromhex("020000000042"))],
-    "MAC tables": [(Class.MAC, control.MAC_TABLE_SET, mac_table(MACS[:5], GROUPS))],
-    "RX modes": [
-        (Class.RX, Rx.PROMISC, b"\0"),
-        (Class.RX, Rx.ALLMULTI, b"\1"),
-        (Class.RX, Rx.ALLUNI, b"\1"),
-        (Class.RX, Rx.NOMULTI, b"\1"),
-        (Class.RX, Rx.NOUNI, b"\1"),
-        (Class.RX, Rx.NOBCAST, b"\1"),
-    ],
-    "RX modes back": [(Class.RX, Rx.ALLMULTI, b"\1"), (Class.RX, Rx.ALLMULTI, b"\0")],
-    "VLANs": [
-        *[(Class.VLAN, control.VLAN_ADD, vlan.to_bytes(2, "little")) for vlan in (1, 77, 4095)],
-        (Class.VLAN, control.VLAN_DEL, (77).to_bytes(2, "little")),
-    ],
-    "many VLANs": [(Class.VLAN, control.VLAN_ADD, vlan.to_bytes(2, "little")) for vlan in range(1, 200)],
-    "pairs": [(Class.MQ, control.VQ_PAIRS_SET, b"\3\0")],
-    "offloads": [(Class.GUEST_OFFLOADS, control.GUEST_OFFLOADS_SET, (1 << 7).to_bytes(8, "little"))],
-    "RSS": [(Class.MQ, control.RSS_CONFIG, RSS)],
-}
-
-
-@pytest.mark.parametrize("case", COMMANDS)
-def test_what_the_guest_set_is_the_devices_state_after_every_switch(make: Make, case: str) -> None:
-    guest = make(4, EVERYTHING, extra_features=OFFER_MORE)
-    guest.start()
-    assert [guest.send(*each) for each in COMMANDS[case]] == [control.OK] * len(COMMANDS[case])
-    meant = state_after(guest)
-    for _ in range(2):
-        guest.switch()
-        assert state_after(guest) == meant
-
-
-def test_a_mac_table_too_large_becomes_promiscuous_mode(make: Make) -> None:
-    guest = make(1, EVERYTHING, extra_features=OFFER_MORE)
-    guest.start()
-    assert guest.send(Class.RX, Rx.PROMISC, b"\0") == control.OK
-    assert guest.send(Class.MAC, control.MAC_TABLE_SET, mac_table(MACS, GROUPS)) == control.OK
-    for _ in range(2):
-        assert guest.sim.read("state")["promisc"] == "1"
-        guest.switch()
-
-
-BAD_COMMANDS = {
-    "class unknown": (9, 0, b""),
-    "MAC of 5 bytes": (Class.MAC, control.MAC_ADDR_SET, b"12345"),
-    "table longer than it is": (Class.MAC, control.MAC_TABLE_SET, (9999).to_bytes(4, "little")),
-    "VLAN 5000": (Class.VLAN, control.VLAN_ADD, (5000).to_bytes(2, "little")),
-    "no payload": (Class.RX, Rx.PROMISC, b""),
-    "more pairs than there are": (Class.MQ, control.VQ_PAIRS_SET, b"\x40\0"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_COMMANDS)
-def test_a_bad_command_is_answered_with_err_and_changes_nothing(make: Make, case: str) -> None:
-    kind, number, payload = BAD_COMMANDS[case]
-    guest = make(2, EVERYTHING, extra_features=OFFER_MORE)
-    guest.start()
-    before = state_after(guest)
-    assert guest.nic.control is not None
-    assert guest.nic.control.send(bytes([kind, number]) + payload) == control.ERR
-    assert state_after(guest) == before
-    guest.switch()
-    assert state_after(guest) == before
-
-
-def test_announce_is_answered_by_us(make: Make) -> None:
-    guest = make(1)
-    guest.start()
-    guest.model.announce = True
-    commands = guest.sim.read("stats")["cvq_command"]
-    assert guest.send(Class.ANNOUNCE, control.ANNOUNCE_ACK) == control.OK
-    assert not guest.model.announce
-    assert guest.sim.read("stats")["cvq_command"] == commands
-
-
-def test_a_device_that_never_answers_costs_the_deadline_and_no_more(make: Make) -> None:
-    guest = make(1)
-    guest.start()
-    guest.traffic.run()
-    guest.receives(100)
-    guest.sim.write("fault/cvq_mute", "Y")
-    begin = time.monotonic()
-    assert guest.send(Class.MAC, control.MAC_ADDR_SET, MACS[0]) == control.ERR
-    assert time.monotonic() - begin < 5
-    with pytest.raises(QueueBroken, match="did not answer"):
-        guest.device.check()
-    received = guest.nic.counts().received
-    lab.wait_for(lambda: guest.nic.counts().received > received + 100, "data queues that go on")
-    with pytest.raises(ControlFailed, match="did not answer"):
-        guest.switch()
-    assert guest.device.state is State.RESET
-    guest.sim.write("fault/cvq_mute", "N")
-    guest.start()
-    guest.settle()

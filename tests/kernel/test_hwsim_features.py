@@ -9,6 +9,8 @@ from pyvhostvdpa.chardev import VhostVdpa
 from pyvhostvdpa.errors import KernelError
 from pyvhostvdpa.uapi import BackendFeature
 
+pytestmark = pytest.mark.smoke
+
 EVERYTHING = BackendFeature(0x1FE)
 PARAMETERS = {
     "suspend": BackendFeature.SUSPEND,

@@ -60,6 +60,7 @@ def vlans(end: Interface) -> set[int]:
     return {int(tag) for tag in end.sim.read("state")["vlans"].split(",") if tag}
 
 
+@pytest.mark.smoke
 def test_answers_come_through_the_devices(ends: tuple[Interface, Interface], near: Interface) -> None:
     before = [sum(carried(end)) for end in ends]
     assert ping(near) == 5

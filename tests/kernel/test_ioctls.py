@@ -63,6 +63,7 @@ def identity(case: Case) -> str:
     return f"{case.ioctl.removeprefix('VHOST_')} {case.what}"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", [c for c in CASES if c.kind == "sim"], ids=identity)
 def test_on_a_device_with_set_map(devices: tuple[str, str], case: Case) -> None:
     run(devices[0], case)
@@ -90,6 +91,7 @@ def test_a_doorbell_that_the_parent_has_not_is_explained(devices: tuple[str, str
         assert "set_vring_kick" in refused.value.hint
 
 
+@pytest.mark.smoke
 def test_a_ring_larger_than_the_device_allows_is_refused_or_taken(devices: tuple[str, str]) -> None:
     """Kernels that compare with the device's maximum say EINVAL; older ones do not look."""
     with VhostVdpa(devices[0]) as dev:
@@ -100,6 +102,7 @@ def test_a_ring_larger_than_the_device_allows_is_refused_or_taken(devices: tuple
         dev.set_vring_num(0, dev.get_vring_num())
 
 
+@pytest.mark.smoke
 def test_binding_a_group_of_a_running_device_is_refused_or_taken(devices: tuple[str, str]) -> None:
     """Kernels that protect a running device say EBUSY, also while it is suspended; none after a reset."""
     with VhostVdpa(devices[0]) as dev:

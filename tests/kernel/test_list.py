@@ -5,7 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 
+import hwsim
 import lab
+from hw_guest import HwGuest
+
+from pyvhostvdpa import mgmt
+from pyvhostvdpa.net.features import CONTROL, SUPPORTED
+from pyvhostvdpa.uapi import BackendFeature
 
 
 def test_list_tells_names_drivers_and_addresses(devices: tuple[str, str]) -> None:
@@ -30,3 +36,23 @@ def test_the_table_shows_the_same(devices: tuple[str, str]) -> None:
     table = subprocess.run(["vhost-vdpa", "list"], capture_output=True, text=True, check=True).stdout.splitlines()
     assert table[0].split() == ["NAME", "CHARDEV", "DRIVER", "MGMTDEV", "VIRTIO-ID", "MAC", "HOLDER"]
     assert [line.split()[1] for line in table[1:]] == list(devices)
+
+
+def test_the_statistics_of_all_queues_are_the_devices_own() -> None:
+    sim = hwsim.add("hw0", 2)
+    try:
+        guest = HwGuest(sim, 2, SUPPORTED | CONTROL, BackendFeature(0))
+        try:
+            guest.start()
+            guest.use_all_pairs()
+            guest.traffic.run()
+            guest.receives(50)
+            guest.settle()
+            told = mgmt.vendor_statistics(sim.chardev, range(4))
+            stats = sim.read("stats")
+        finally:
+            guest.close()
+        assert [told[queue]["packets"] for queue in range(4)] == [int(stats[f"vq{n}.packets"]) for n in range(4)]
+        assert mgmt.vendor_statistics(sim.chardev, [0]) == {}, "none before FEATURES_OK"
+    finally:
+        hwsim.remove("hw0")

@@ -31,6 +31,7 @@ def migrates(seconds: str = "1.5") -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.smoke
 def test_a_guest_moves_with_all_its_frames(devices: tuple[str, str]) -> None:
     report = migrate(*devices, Options(memory=lab.SMALL, seconds=6))
     frames = report.frames

@@ -26,6 +26,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[hwsim.HwSim]:
     hwsim.remove(made.name)
 
 
+@pytest.mark.smoke
 def test_every_backend_feature_is_proved(device: hwsim.HwSim) -> None:
     told = probe(device.chardev, verify=True).to_dict()
     features = told["backend_features"]

@@ -29,7 +29,7 @@ int main(int argc, char **argv)
 	uint16_t avail = 0, taken = 0;
 	uint32_t b, i;
 
-	model_init(&m, 256, regions, 0);
+	model_init(&m, 256, regions, 0, 0);
 	for (b = 0; b < bursts; b++) {
 		for (i = 0; i < BURST; i++, avail++) {
 			/* as traffic does: the next buffer is anywhere */

@@ -3,43 +3,24 @@
  * Arbitrary guests and devices against the shadow virtqueue, to be built with
  * ASan and UBSan. Each input is a program of a few bytes an instruction; after
  * each step the queue's account must add up, and nothing may have been given
- * to the device that is not the guest's memory.
- *
- *   svq_fuzz FILE...          replay inputs
- *   svq_fuzz -r COUNT [SEED]  random ones
- *
- * With clang's -fsanitize=fuzzer and -DLIBFUZZER it is a libFuzzer target.
+ * to the device that is not the guest's memory. fuzz.h says how to run it.
  */
 /* small, since each input starts on fresh memory */
 #define MODEL_REGION 0x8000ULL
 #define MODEL_USED 0x2000
 #include "svq_model.h"
-
-#define CHECK(condition)                                                     \
-	do {                                                                 \
-		if (!(condition)) {                                          \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__,   \
-				#condition);                                 \
-			abort();                                             \
-		}                                                            \
-	} while (0)
+#include "fuzz.h"
 
 #define REGIONS 3
 
-struct input {
-	const uint8_t *data;
-	size_t left;
-};
-
-static uint32_t take(struct input *in, unsigned int bytes)
+static int is_guest_memory(const struct model *m, uint64_t iova, uint32_t len)
 {
-	uint32_t v = 0;
+	uint32_t i;
 
-	while (bytes-- && in->left) {
-		v = v << 8 | *in->data++;
-		in->left--;
-	}
-	return v;
+	for (i = 0; i < m->map.count; i++)
+		if (iova - m->regions[i].iova < MODEL_REGION)
+			return len <= MODEL_REGION - (iova - m->regions[i].iova);
+	return 0;
 }
 
 static void check_given(const struct model *m, uint16_t head)
@@ -49,11 +30,9 @@ static void check_given(const struct model *m, uint16_t head)
 
 	for (steps = 0; steps < q->device.num; steps++) {
 		const struct vring_desc *d = &q->device.desc[i];
-		uint64_t at = d->addr - MODEL_BASE;
 
 		CHECK(d->len);
-		CHECK(at / MODEL_STRIDE < REGIONS);
-		CHECK(at % MODEL_STRIDE + d->len <= MODEL_REGION);
+		CHECK(is_guest_memory(m, d->addr, d->len));
 		CHECK(!(d->flags & VRING_DESC_F_INDIRECT));
 		if (!(d->flags & VRING_DESC_F_NEXT))
 			return;
@@ -81,23 +60,12 @@ static void check(const struct model *m)
 	CHECK(q->forwarded - q->returned == elements);
 }
 
-static uint64_t some_address(struct input *in)
-{
-	uint32_t v = take(in, 3);
-
-	/* mostly in or around the regions, sometimes anywhere */
-	if (v & 0x800000)
-		return (uint64_t)take(in, 4) << 16 | v;
-	return MODEL_BASE + (v & 3) * MODEL_STRIDE + (v >> 2 & 0xffff) -
-	       0x4000;
-}
-
 static void write_desc(struct model *m, struct input *in)
 {
 	struct svq *q = &m->q;
 	uint16_t num = q->guest.num;
 	struct vring_desc d = {
-		.addr = some_address(in),
+		.addr = some_address(in, m),
 		.len = take(in, 2) * (take(in, 1) & 1 ? 1 : 4099),
 		.flags = (uint16_t)take(in, 1) & 7,
 		.next = (uint16_t)take(in, 1) % (num + 1),
@@ -161,7 +129,11 @@ static void finish(struct model *m)
 {
 	struct svq *q = &m->q;
 	uint16_t heads[256], n = svq_in_flight(q, heads), k;
-	uint16_t base = svq_republish(q);
+	uint16_t base;
+
+	/* whatever the rings hold, the answer comes at once */
+	vring_in_order(&q->guest, q->used_idx, 0);
+	base = svq_republish(q);
 
 	CHECK(base == q->used_idx);
 	for (k = 0; k < n; k++)
@@ -169,14 +141,14 @@ static void finish(struct model *m)
 		      heads[k]);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	struct input in = { data, size };
 	uint32_t kind = take(&in, 1);
 	struct model m;
 
-	model_init(&m, (uint16_t)(2 << (kind & 3)), REGIONS, kind >> 2 & 3);
+	model_init(&m, (uint16_t)(2 << (kind & 3)), REGIONS, kind >> 2 & 3,
+		   kind >> 4 & 3);
 	m.q.guest.avail->idx = m.q.guest.used->idx = kind & 0x80 ? 0xfffe : 0;
 	svq_start(&m.q);
 	while (in.left) {
@@ -187,57 +159,3 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	model_free(&m);
 	return 0;
 }
-
-#ifndef LIBFUZZER
-static int replay(const char *path)
-{
-	static uint8_t data[1 << 16];
-	FILE *f = fopen(path, "rb");
-	size_t size;
-
-	if (!f) {
-		perror(path);
-		return 1;
-	}
-	size = fread(data, 1, sizeof(data), f);
-	fclose(f);
-	return LLVMFuzzerTestOneInput(data, size);
-}
-
-static uint64_t xorshift(uint64_t *state)
-{
-	*state ^= *state << 13;
-	*state ^= *state >> 7;
-	*state ^= *state << 17;
-	return *state;
-}
-
-static int random_inputs(uint64_t count, uint64_t seed)
-{
-	static uint8_t data[512];
-	uint64_t i, k;
-
-	for (i = 0; i < count; i++) {
-		uint64_t state = (seed + i) * 0x9e3779b97f4a7c15ULL | 1;
-
-		for (k = 0; k < sizeof(data); k++)
-			data[k] = (uint8_t)(xorshift(&state) >> 24);
-		LLVMFuzzerTestOneInput(data, sizeof(data));
-	}
-	printf("%llu inputs from seed %llu\n", (unsigned long long)count,
-	       (unsigned long long)seed);
-	return 0;
-}
-
-int main(int argc, char **argv)
-{
-	int i, bad = 0;
-
-	if (argc > 2 && !strcmp(argv[1], "-r"))
-		return random_inputs(strtoull(argv[2], NULL, 0),
-				     argc > 3 ? strtoull(argv[3], NULL, 0) : 1);
-	for (i = 1; i < argc; i++)
-		bad |= replay(argv[i]);
-	return bad;
-}
-#endif

@@ -20,9 +20,15 @@
 #define MODEL_USED 0x90000
 #endif
 
+/* How guest memory lies. */
+#define MODEL_ADJACENT 1	/* regions follow each other without a gap */
+#define MODEL_TRANSLATED 2	/* the device sees them elsewhere, and in reverse order */
+#define MODEL_IOVA 0x700000000000ULL
+
 struct model {
 	struct memory_region *regions;
 	struct memory_map map;
+	uint64_t stride;	/* from one region to the next */
 	struct svq q;
 	void *shadow;
 };
@@ -37,25 +43,48 @@ static inline void *model_alloc(size_t size)
 	return p;
 }
 
-/* Guest rings at the start of region 0, region i at BASE + i * STRIDE. */
-static inline void model_init(struct model *m, uint16_t num, uint32_t regions,
-			      uint32_t features)
+static inline void model_memory(struct model *m, uint32_t regions, int layout)
 {
-	struct svq *q = &m->q;
-	uint8_t *rings, *shadow;
 	uint32_t i;
 
-	memset(m, 0, sizeof(*m));
+	m->stride = layout & MODEL_ADJACENT ? MODEL_REGION : MODEL_STRIDE;
 	m->regions = model_alloc(regions * sizeof(*m->regions));
-	for (i = 0; i < regions; i++)
+	for (i = 0; i < regions; i++) {
+		const uint64_t gpa = MODEL_BASE + i * m->stride;
+
 		m->regions[i] = (struct memory_region){
-			.gpa = MODEL_BASE + i * MODEL_STRIDE,
+			.gpa = gpa,
 			.size = MODEL_REGION,
-			.iova = MODEL_BASE + i * MODEL_STRIDE,
+			.iova = layout & MODEL_TRANSLATED ?
+					MODEL_IOVA - i * MODEL_REGION :
+					gpa,
 			.hva = model_alloc(MODEL_REGION),
 			.dirty = model_alloc(MODEL_REGION / 4096 / 8),
 		};
+	}
 	m->map = (struct memory_map){ regions, m->regions };
+}
+
+static inline void model_free_memory(struct model *m)
+{
+	uint32_t i;
+
+	for (i = 0; i < m->map.count; i++) {
+		free(m->regions[i].hva);
+		free(m->regions[i].dirty);
+	}
+	free(m->regions);
+}
+
+/* Guest rings at the start of region 0. */
+static inline void model_init(struct model *m, uint16_t num, uint32_t regions,
+			      uint32_t features, int layout)
+{
+	struct svq *q = &m->q;
+	uint8_t *rings, *shadow;
+
+	memset(m, 0, sizeof(*m));
+	model_memory(m, regions, layout);
 	rings = m->regions[0].hva;
 	shadow = m->shadow = model_alloc(16 * num + 8192 + 8 * num + 6 + 4096);
 	q->guest = (struct vring){ num, (void *)rings,
@@ -78,13 +107,7 @@ static inline void model_init(struct model *m, uint16_t num, uint32_t regions,
 
 static inline void model_free(struct model *m)
 {
-	uint32_t i;
-
-	for (i = 0; i < m->map.count; i++) {
-		free(m->regions[i].hva);
-		free(m->regions[i].dirty);
-	}
-	free(m->regions);
+	model_free_memory(m);
 	free(m->shadow);
 	free(m->q.segments);
 	free(m->q.elements);

@@ -40,9 +40,14 @@ class Model:
         self.ring.avail.idx = self.ring.used.idx = start_idx
         self.avail_idx = self.last_used = start_idx
         self.shadow_memory = SharedMemory("shadow", 1 << 21)
-        translation = self.memory.translate([region.gpa + moved for region in self.memory.regions]) if moved else None
-        self.svq = ShadowVirtqueue(self.queue, self.memory, self.shadow_memory.hva, translation=translation)
+        iovas = [region.gpa + moved for region in self.memory.regions]
+        self.translation = self.memory.translate(iovas) if moved else None
+        self.svq = self.shadow()
+
+    def shadow(self, features: int = 0) -> ShadowVirtqueue:
+        """Begin to shadow the queue, for a device that was reset."""
         self.device_avail = 0
+        return ShadowVirtqueue(self.queue, self.memory, self.shadow_memory.hva, features, self.translation)
 
     def close(self) -> None:
         self.svq.close()
@@ -61,6 +66,17 @@ class Model:
             d.addr, d.len = segment.gpa, segment.size
             d.flags = (WRITE if segment.writable else 0) | (0 if last else NEXT)
             d.next = 0 if last else first + k + 1
+
+    def describe_indirect(self, head: int, table: int, segments: list[Segment]) -> None:
+        """Write a chain into an indirect table, and where that is into a descriptor."""
+        entries = ffi.cast("struct vring_desc *", self.memory.hva(table, 16 * len(segments)))
+        for k, segment in enumerate(segments):
+            last = k + 1 == len(segments)
+            entries[k].addr, entries[k].len = segment.gpa, segment.size
+            entries[k].flags = (WRITE if segment.writable else 0) | (0 if last else NEXT)
+            entries[k].next = 0 if last else k + 1
+        d = self.ring.desc[head]
+        d.addr, d.len, d.flags, d.next = table, 16 * len(segments), INDIRECT, 0
 
     def publish(self, head: int) -> None:
         self.ring.avail.ring[self.avail_idx % self.num] = head

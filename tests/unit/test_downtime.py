@@ -10,13 +10,13 @@ def recorded() -> Trace:
     trace = Trace()
     a, b = trace.device("a"), trace.device("b")
     with a.in_phase("dt1.stop"):
-        a.record(1_000_000, 2_000_000, "VHOST_VDPA_SUSPEND", "", 0)
-        a.record(2_500_000, 3_000_000, "VHOST_VDPA_SET_STATUS", "none", 0)
-    a.record(3_100_000, 3_200_000, "VHOST_GET_FEATURES", "", 0)
+        a.record(1_000_000, 2_000_000, "VHOST_VDPA_SUSPEND", {}, 0)
+        a.record(2_500_000, 3_000_000, "VHOST_VDPA_SET_STATUS", {"status": 0}, 0)
+    a.record(3_100_000, 3_200_000, "VHOST_GET_FEATURES", {}, 0)
     with a.in_phase("dt1.start"):
-        a.record(4_000_000, 6_000_000, "IOTLB_UPDATE", "", 72)
+        a.record(4_000_000, 6_000_000, "IOTLB_UPDATE", {}, 72)
     with b.in_phase("dt1.stop"):
-        b.record(9_000_000, 9_500_000, "VHOST_VDPA_SUSPEND", "", 0)
+        b.record(9_000_000, 9_500_000, "VHOST_VDPA_SUSPEND", {}, 0)
     return trace
 
 

@@ -11,7 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "tests" / "native"
-CORPUS = sorted((NATIVE / "corpus").iterdir())
+TARGETS = {
+    "svq_fuzz": ("svq",),
+    "ctrl_fuzz": ("svq", "ctrl"),
+    "pages_fuzz": ("pages", "sum", "svq"),
+    "relay_bench": ("svq",),
+}
+"""Programs of tests/native, and the sources of the package that each is built with."""
 INPUTS = int(os.environ.get("PYVHOSTVDPA_FUZZ_INPUTS", "5000"))
 """Each is a program of about 150 steps."""
 
@@ -20,26 +26,25 @@ BUDGET = {1: 200, 4: 250, 64: 300}
 """Instructions per element relayed both ways, by memory regions."""
 
 
-PAGES_SOURCES = ("pages.c", "sum.c", "svq.c")
-
-
-def build(tmp_path: Path, name: str, *flags: str, core: tuple[str, ...] = ("svq.c",)) -> Path:
+def build(tmp_path: Path, name: str, *flags: str) -> Path:
     program = tmp_path / name
-    sources = [NATIVE / f"{name}.c", *(ROOT / "cdefs" / source for source in core)]
+    sources = [NATIVE / f"{name}.c", *(ROOT / "cdefs" / f"{source}.c" for source in TARGETS[name])]
     includes = [f"-I{ROOT / 'cdefs'}", f"-I{NATIVE}"]
     subprocess.run(["cc", "-std=gnu11", "-Wall", "-Wextra", *flags, *includes, *sources, "-o", program], check=True)
     return program
 
 
-def test_arbitrary_guests_and_devices_under_sanitizers(tmp_path: Path) -> None:
-    fuzz = build(tmp_path, "svq_fuzz", *SANITIZED)
-    subprocess.run([fuzz, *CORPUS], check=True)
+@pytest.mark.parametrize("target", ["svq_fuzz", "ctrl_fuzz"])
+def test_arbitrary_guests_and_devices_under_sanitizers(tmp_path: Path, target: str) -> None:
+    fuzz = build(tmp_path, target, *SANITIZED)
+    corpus = sorted((NATIVE / "corpus" / target.removesuffix("_fuzz")).iterdir())
+    subprocess.run([fuzz, *corpus], check=True)
     done = subprocess.run([fuzz, "-r", str(INPUTS), "1"], check=True, capture_output=True, text=True)
     assert done.stdout.startswith(f"{INPUTS} inputs")
 
 
 def test_arbitrary_frames_and_sets_of_pages_under_sanitizers(tmp_path: Path) -> None:
-    fuzz = build(tmp_path, "pages_fuzz", *SANITIZED, core=PAGES_SOURCES)
+    fuzz = build(tmp_path, "pages_fuzz", *SANITIZED)
     done = subprocess.run([fuzz, str(INPUTS)], check=True, capture_output=True, text=True)
     assert done.stdout.startswith(f"{INPUTS} inputs")
 

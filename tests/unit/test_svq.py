@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from ring_model import BASE, INDIRECT, NEXT, WRITE, Model, Segment
 
 from pyvhostvdpa._cdefs import ffi, lib
@@ -198,77 +196,8 @@ def test_a_used_index_that_jumps_breaks_the_queue(model: Make) -> None:
     assert m.svq.c.broken == lib.SVQ_BAD_USED_IDX
 
 
-PROGRAMS, STEPS = 500, (400, 700)
-"""At least 200,000 steps between a guest, the queue and a device, by 500 programs of 400 to 700."""
-
-
-class Schedule:
-    """A guest, a queue and a device, one step a byte."""
-
-    def __init__(self, m: Model) -> None:
-        self.m = m
-        self.free = list(range(m.num))
-        self.lent: set[int] = set()
-        self.at_device: list[int] = []
-        self.steps = (self.publish, self.forward, self.fetch, self.complete, self.give_back)
-
-    def publish(self, choice: int) -> None:
-        if not self.free:
-            return
-        head = self.free.pop(choice % len(self.free))
-        across = self.m.num > 2 and choice & 1
-        self.m.describe(head, [Segment(self.m.memory.regions[0].end - 16 if across else DATA, 32)])
-        self.m.publish(head)
-        self.lent.add(head)
-
-    def forward(self, _: int) -> None:
-        self.m.forward()
-
-    def fetch(self, _: int) -> None:
-        self.at_device += [head for head, _ in self.m.fetch()]
-
-    def complete(self, choice: int) -> None:
-        if self.at_device:
-            self.m.complete(self.at_device.pop(choice % len(self.at_device)))
-
-    def give_back(self, _: int) -> None:
-        self.m.give_back()
-        for head, _ in self.m.used():
-            self.lent.remove(head)
-            self.free.append(head)
-
-    def check(self) -> None:
-        q = self.m.svq.c
-        assert q.broken == lib.SVQ_OK
-        assert q.free_count + sum(e.segments for e in q.elements[0 : self.m.num]) == self.m.num
-        assert q.forwarded - q.returned == (q.last_avail - q.used_idx) & 0xFFFF <= len(self.lent)
-
-
-@settings(max_examples=PROGRAMS, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from([2, 4, 16]), st.integers(0, 65535), st.binary(min_size=STEPS[0], max_size=STEPS[1]))
-def test_any_schedule_loses_nothing_and_keeps_the_free_slots_whole(num: int, start: int, program: bytes) -> None:
-    """Free slots and descriptors in flight always add up; every buffer lent comes back once."""
-    m = Model(num=num, regions=2, start_idx=start)
-    try:
-        schedule = Schedule(m)
-        for byte in program:
-            schedule.steps[byte % 5](byte // 5)
-            schedule.check()
-        assert len(m.svq.in_flight) == m.svq.c.forwarded - m.svq.c.returned
-    finally:
-        m.close()
-
-
 def _indirect(m: Model, head: int, table: int, segments: list[Segment]) -> None:
-    """Describe a chain in an indirect table, as the driver writes it."""
-    entries = ffi.cast("struct vring_desc *", m.memory.hva(table, 16 * len(segments)))
-    for k, segment in enumerate(segments):
-        last = k + 1 == len(segments)
-        entries[k].addr, entries[k].len = segment.gpa, segment.size
-        entries[k].flags = (WRITE if segment.writable else 0) | (0 if last else NEXT)
-        entries[k].next = 0 if last else k + 1
-    d = m.ring.desc[head]
-    d.addr, d.len, d.flags, d.next = table, 16 * len(segments), INDIRECT, 0
+    m.describe_indirect(head, table, segments)
     m.publish(head)
 
 
@@ -363,3 +292,66 @@ def test_asking_for_notifications_moves_both_events(model: Make) -> None:
     guest_avail_event = ffi.cast("uint16_t *", ffi.addressof(m.ring.used.ring, m.num))[0]
     assert guest_avail_event == 42
     assert m.svq.c.device.avail.ring[m.num] == 1
+
+
+def test_without_event_idx_flags_spare_both_sides_while_the_ring_is_polled(model: Make) -> None:
+    m = model()
+    for on in (0, 1):
+        lib.svq_want_notifications(m.svq.c, on)
+        assert m.ring.used.flags == (0 if on else lib.VRING_USED_F_NO_NOTIFY)
+        assert m.svq.c.device.avail.flags == (0 if on else lib.VRING_AVAIL_F_NO_INTERRUPT)
+
+
+def test_neither_side_is_notified_that_does_not_want_it(model: Make) -> None:
+    m = model()
+    m.svq.c.device.used.flags = lib.VRING_USED_F_NO_NOTIFY
+    m.ring.avail.flags = lib.VRING_AVAIL_F_NO_INTERRUPT
+    m.describe(0, [Segment(DATA, 8)])
+    m.publish(0)
+    m.forward()
+    m.complete(m.fetch()[0][0])
+    m.give_back()
+    assert (m.svq.statistics()["kicks"], m.svq.statistics()["calls"]) == (0, 0)
+
+
+def test_what_the_guest_writes_into_a_descriptor_that_was_taken_changes_nothing(model: Make) -> None:
+    m = model()
+    m.describe(0, [Segment(DATA, 8, True)])
+    m.publish(0)
+    m.forward()
+    m.ring.desc[0].addr, m.ring.desc[0].len = 0x1000, 1 << 20
+    [(head, segments)] = m.fetch()
+    assert segments == [Segment(DATA, 8, True)]
+    m.complete(head, 1 << 20)
+    m.give_back()
+    assert m.used() == [(0, 8)]
+
+
+@pytest.mark.parametrize("num", [2, 32768])
+def test_the_smallest_and_the_largest_ring_go_round(model: Make, num: int) -> None:
+    m = model(num=num, start_idx=65530)
+    for slot in range(num):
+        m.describe(slot, [Segment(DATA, 8)])
+    for _ in range(2):
+        for slot in range(num):
+            m.publish(slot)
+        assert m.forward() == num
+        for head, _ in m.fetch():
+            m.complete(head)
+        assert m.give_back() == num
+        assert [head for head, _ in m.used()] == list(range(num))
+
+
+def test_regions_that_only_the_guest_sees_side_by_side_are_apart_for_the_device(model: Make) -> None:
+    m = model(regions=2)
+    first, second = m.memory.regions
+    m.memory.c_map.regions[0].iova, m.memory.c_map.regions[1].iova = 0x20_0000_0000, 0x10_0000_0000
+    m.describe(0, [Segment(second.gpa - 100, 300, True)])
+    m.publish(0)
+    m.forward()
+    [(head, segments)] = m.fetch()
+    assert segments == [Segment(0x20_0000_0000 + first.size - 100, 100, True), Segment(0x10_0000_0000, 200, True)]
+    m.complete(head, 300)
+    m.give_back()
+    assert m.used() == [(0, 300)]
+    assert {second.gpa - PAGE_SIZE, second.gpa} <= set(m.memory.dirty_pages())

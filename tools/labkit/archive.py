@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from labkit.errors import LabError
 
 ARCH = "amd64"
+LATEST = "latest"
 IMAGE = re.compile(rf"^linux-image-(\d+\.\d+[^-]*-{ARCH})$")
 # The parts that a kernel image may be split into; the tools that make an initrd are not wanted.
 IMAGE_PARTS = re.compile(r"^linux-(image|modules|binary|base)-\d")
@@ -74,7 +75,7 @@ def order(version: str) -> tuple[int, ...]:
 
 def fits(release: str, wanted: str) -> bool:
     """Tell whether a release name is what was asked for: "latest", or a prefix that ends at a number's end."""
-    return wanted == "latest" or re.match(rf"{re.escape(wanted)}(?!\d)", release) is not None
+    return wanted == LATEST or re.match(rf"{re.escape(wanted)}(?!\d)", release) is not None
 
 
 def choose_kernel(packages: Iterable[Package], wanted: str) -> KernelChoice:

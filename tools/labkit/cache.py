@@ -29,6 +29,7 @@ class Cache:
         self.results = self.root / "results"
         self.mount_point = self.root / "mnt"
         self.accelerator = self.root / "accelerator.json"
+        self.latest_kernel = self.root / "latest-kernel"
 
     def create(self) -> None:
         """Make the folder; say what is wrong when that cannot be done."""
@@ -56,6 +57,10 @@ class Cache:
     def setting_up(self) -> contextlib.AbstractContextManager[None]:
         """Hold the right to change the cache, alone; wait for another set-up to end."""
         return self._locked("setup.lock", fcntl.LOCK_EX, "another set-up is at work in this cache", wait=True)
+
+    def building_kernel(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the right to build a debugging kernel, alone; everything else goes on meanwhile."""
+        return self._locked("debug.lock", fcntl.LOCK_EX, "a debugging kernel is being built in this cache", wait=True)
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
         """Hold the right to use what is there; shared by all runs."""

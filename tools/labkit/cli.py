@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
 
-from labkit import cache, devices, pair, soak, status, testing
+from labkit import cache, devices, ladder, pair, soak, status, testing, uml
 from labkit.errors import EXIT_INTERRUPTED, LabError
 from labkit.session import PROJECT, Request, Session
 
@@ -71,7 +71,19 @@ def build_parser() -> argparse.ArgumentParser:
     soak = commands.add_parser("soak", help="tests that are too long for every day; without a name: which there are")
     soak.add_argument("name", nargs="?", metavar="NAME")
     soak.add_argument("--minutes", type=float, default=10.0, metavar="M")
+    soak.add_argument(
+        "--debug-kernel", action="store_true", help="User Mode Linux with KASAN and lock checking; vdpa_hwsim alone"
+    )
     _vm_options(soak)
+    rows = commands.add_parser(
+        "ladder",
+        help="the series' table, row by row, on vdpa_hwsim in virtual time",
+        usage="tools/lab ladder [--kernel X] [--timeout S] [OPTION…]",
+        epilog="Every other option goes to vhost-vdpa ladder: tools/lab run -- vhost-vdpa ladder --help.",
+        allow_abbrev=False,
+    )
+    rows.add_argument("--kernel", default="6.12", metavar="X")
+    rows.add_argument("--timeout", type=float, metavar="S")
     pair = commands.add_parser("pair", help="two VMs with a network between them: a 10.77.0.1, b 10.77.0.2")
     _vm_options(pair)
     pair.add_argument("command", nargs="*", metavar="-- COMMAND_A --- COMMAND_B")
@@ -152,10 +164,15 @@ def _soak(options: argparse.Namespace) -> int:
         return 0
     path = soak.choose(PROJECT, options.name)
     wished = build_parser().parse_args(["soak", *soak.options(path), *options.given])
-    words = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "-s", str(path.relative_to(PROJECT))]
+    words = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "-s", *soak.tests(PROJECT, path)]
     asked = request(wished, words)
     minutes = {"PYVHOSTVDPA_SOAK_MINUTES": f"{wished.minutes:g}"}
-    return Session().run(replace(asked, environment={**minutes, **asked.environment}), "soak")
+    asked = replace(asked, environment={**minutes, **asked.environment})
+    return uml.run(Session(), asked) if wished.debug_kernel else Session().run(asked, "soak")
+
+
+def _ladder(options: argparse.Namespace) -> int:
+    return Session().run(ladder.request(options.rest, options.kernel, options.timeout), "ladder")
 
 
 def _pair(options: argparse.Namespace) -> int:
@@ -171,6 +188,7 @@ ACTIONS = {
     "demo": _demo,
     "test": _test,
     "soak": _soak,
+    "ladder": _ladder,
     "pair": _pair,
 }
 
@@ -198,7 +216,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if words[:1] == ["test"]:
         own, rest = split_test(words[1:])
         words = ["test", *own]
-    options = build_parser().parse_args(words)
+    parser = build_parser()
+    if words[:1] == ["ladder"]:
+        options, rest = parser.parse_known_args(words)
+    else:
+        options = parser.parse_args(words)
     options.rest = rest
     options.given = words[1:]
     return options

@@ -66,7 +66,9 @@ def cached(cache: Cache) -> list[Kernel]:
 
 
 def find(cache: Cache, wanted: str) -> Kernel | None:
-    """Return the newest kernel in the cache that fits."""
+    """Return the newest kernel in the cache that fits; the latest is the one that the archive named last time."""
+    if wanted == archive.LATEST:
+        wanted = cache.latest_kernel.read_text().strip() if cache.latest_kernel.exists() else "none yet"
     return next((kernel for kernel in cached(cache) if archive.fits(kernel.release, wanted)), None)
 
 
@@ -84,6 +86,8 @@ class Builder:
         if kernel and not refresh:
             return kernel
         choice = self.choose(wanted)
+        if wanted == archive.LATEST:
+            self.cache.latest_kernel.write_text(f"{choice.release}\n")
         kernel = Kernel(self.cache.kernels / choice.release)
         if (kernel.folder / "kernel.json").exists() and kernel.version == choice.version:
             return kernel
@@ -98,16 +102,17 @@ class Builder:
     def choose(self, wanted: str) -> KernelChoice:
         """Read the archive's index and choose."""
         self.cache.lists.mkdir(parents=True, exist_ok=True)
-        self._apt("reading the archive's index", "kernel-index", ["apt-get", "update"])
+        self.apt("reading the archive's index", "kernel-index", ["apt-get", "update"])
         script = (
             "apt-cache pkgnames linux- | grep -E "
             "'^linux-(image|modules|binary|base|headers|kbuild|source)-[0-9]' | grep -vE -- '-(rt|cloud)-|-dbg$' "
             "| xargs apt-cache show"
         )
-        text = self._apt("choosing a kernel", "kernel-choice", ["sh", "-c", script])
+        text = self.apt("choosing a kernel", "kernel-choice", ["sh", "-c", script])
         return archive.choose_kernel(archive.parse_index(text), wanted)
 
-    def _apt(self, title: str, log: str, argv: list[str], binds: dict[Path, str] | None = None) -> str:
+    def apt(self, title: str, log: str, argv: list[str], binds: dict[Path, str] | None = None) -> str:
+        """Run apt in the tree as one step, with the archive's index as fetched; with binds, in /lab/debs of theirs."""
         mounts = {self.cache.lists: "/var/lib/apt/lists", **(binds or {})}
         chroot = self.tree.chroot(
             binds=mounts,
@@ -135,12 +140,10 @@ class Builder:
     def _download(self, debs: Path, choice: KernelChoice) -> None:
         pins = sorted({package.pin for package in (*choice.image, *choice.headers, choice.source)})
         binds = {debs: "/lab/debs"}
-        self._apt(
-            f"fetching the kernel, {size(choice.download)}", "kernel-fetch", ["apt-get", "download", *pins], binds
-        )
+        self.apt(f"fetching the kernel, {size(choice.download)}", "kernel-fetch", ["apt-get", "download", *pins], binds)
         more = ["apt-get", "install", "-y", "--download-only", "--no-install-recommends"]
         more += ["-o", "Dir::Cache::Archives=/lab/debs", *choice.tools]
-        self._apt("fetching what building its modules needs", "kernel-fetch-tools", more, binds)
+        self.apt("fetching what building its modules needs", "kernel-fetch-tools", more, binds)
 
     def _unpack(self, work: Path, debs: Path, choice: KernelChoice) -> None:
         image_names = {package.name for package in choice.image}

@@ -28,16 +28,16 @@ def build_own(tree: Tree, kernel: Kernel, project: Path, plan: Plan) -> dict[str
     return result
 
 
-def _sources(kind: Kind, project: Path) -> list[Path]:
-    folder = kind.project_source(project)
+def own_sources(name: str, folder: Path | None) -> list[Path]:
+    """Return the files that the project's own module for a kind of device is built from."""
     paths = [path for path in sorted(folder.iterdir()) if path.suffix in SOURCES and path.is_file()] if folder else []
     if not paths:
-        raise LabError(f"the sources of the module for {kind.name} are not there", f"Looked in {folder}.", "git status")
+        raise LabError(f"the sources of the module for {name} are not there", f"Looked in {folder}.", "git status")
     return paths
 
 
 def _built(tree: Tree, kernel: Kernel, kind: Kind, project: Path) -> Path:
-    sources = _sources(kind, project)
+    sources = own_sources(kind.name, kind.project_source(project))
     digest = hashlib.sha256()
     for path in sources:
         data = path.read_bytes()

@@ -50,10 +50,11 @@ def read_junit(path: Path) -> list[Case]:
 
 def render(parts: Sequence[Part]) -> str:
     """Return the report; its last line is the sum."""
-    lines = ["", "part                          wall      passed  failed  skipped"]
+    width = max((len(part.name) for part in parts), default=0)
+    lines = ["", f"{'part':<{width}}      wall   passed   failed  skipped"]
     for part in parts:
         counts = "".join(f"{part.count(result):>9}" for result in ("passed", "failed", "skipped"))
-        lines.append(f"{part.name:<27}{part.seconds:>7.1f} s {counts[2:]}")
+        lines.append(f"{part.name:<{width}}{part.seconds:>8.1f} s{counts}")
     for part in parts:
         for case in part.cases:
             if case.result != "passed":

@@ -7,6 +7,7 @@ from labkit.errors import LabError
 
 FOLDER = "tests/soak"
 MARK = "# lab:"
+ALSO = "# also:"
 
 
 def available(project: Path) -> dict[str, Path]:
@@ -17,6 +18,7 @@ def available(project: Path) -> dict[str, Path]:
 def choose(project: Path, name: str) -> Path:
     """Return the file of a soak test."""
     known = available(project)
+    name = name.replace("-", "_")
     if name not in known:
         raise LabError(
             f"there is no soak test {name!r}", f"There are: {', '.join(known) or 'none yet'}.", "tools/lab soak"
@@ -26,9 +28,18 @@ def choose(project: Path, name: str) -> Path:
 
 def options(path: Path) -> list[str]:
     """Return the lab's options that a file asks for in its line `# lab: --devices … --memory …`."""
+    return _marked(path, MARK)
+
+
+def tests(project: Path, path: Path) -> list[str]:
+    """Return the tests to run: the file, and what it names in its line `# also: tests/kernel/…`."""
+    return [str(path.relative_to(project)), *_marked(path, ALSO)]
+
+
+def _marked(path: Path, mark: str) -> list[str]:
     for line in path.read_text().splitlines():
-        if line.startswith(MARK):
-            return shlex.split(line.removeprefix(MARK))
+        if line.startswith(mark):
+            return shlex.split(line.removeprefix(mark))
     return []
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from labkit import devices, report, vm
+from labkit import archive, devices, report, vm
 from labkit.cache import remove
 from labkit.environment import INSIDE
 from labkit.errors import EXIT_TIMEOUT, LabError
@@ -18,6 +18,8 @@ from labkit.session import PROJECT, Request, Session
 
 UNIT, BENCHMARKS, KERNEL, ICOUNT = "tests/unit", "tests/benchmarks", "tests/kernel", "tests/icount"
 PARTS = (UNIT, BENCHMARKS, KERNEL, ICOUNT)
+# Another kernel for the tests with this mark: the module's sources and the user API have to fit both.
+SECOND_KERNEL, SMOKE = "7.2", "smoke"
 CHECKS = (
     ("ruff check", ("ruff", "check", "--no-cache", ".")),
     ("ruff format", ("ruff", "format", "--check", "--no-cache", ".")),
@@ -42,10 +44,10 @@ class Selection:
         if stray:
             raise LabError(f"{stray[0]} is in none of {', '.join(PARTS)}", "", f"tools/lab test {KERNEL}")
 
-    def pytest(self, part: str, results: str) -> list[str]:
-        """Return pytest's command line for a part."""
-        argv = ["python3", "-m", "pytest", *(self.paths[part] or [part]), *self.other]
-        return [*argv, "-p", "no:cacheprovider", f"--junitxml={results}/{Path(part).name}.xml"]
+    def pytest(self, part: str, results: str, mark: str = "") -> list[str]:
+        """Return pytest's command line for a part, or for those of its tests that have a mark."""
+        argv = ["python3", "-m", "pytest", *(self.paths[part] or [part]), *self.other, *(["-m", mark] if mark else [])]
+        return [*argv, "-p", "no:cacheprovider", f"--junitxml={results}/{mark or Path(part).name}.xml"]
 
 
 class Run:
@@ -61,7 +63,10 @@ class Run:
     def execute(self) -> int:
         """Run all parts, print the report, return the exit status."""
         begin = time.monotonic()
-        self.session.set_up(self.request.kernel, "test")
+        chosen = self.session.set_up(self.request.kernel, "test")
+        second = self.selection.whole and not archive.fits(chosen.release, SECOND_KERNEL)
+        if second:
+            self.session.set_up(SECOND_KERNEL, "test")
         self.parts.append(Part("set-up", time.monotonic() - begin))
         self.results.mkdir(parents=True)
         for old in sorted(self.session.cache.results.iterdir())[:-KEPT_RESULTS]:
@@ -74,6 +79,8 @@ class Run:
                     self._part(part, f"{part} (no device)", self._in_tree)
             if KERNEL in self.selection.parts:
                 self._part(KERNEL, f"{KERNEL} (VM)", self._in_vm)
+            if second:
+                self._part(KERNEL, f"{KERNEL} (VM, {SECOND_KERNEL}, {SMOKE})", self._in_second_kernel, SMOKE)
             if ICOUNT in self.selection.parts:
                 self._part(ICOUNT, f"{ICOUNT} (VM, virtual time)", self._in_virtual_time)
         print(report.render(self.parts), flush=True)
@@ -91,7 +98,7 @@ class Run:
             message = "" if status == 0 else f"ended with status {status}; its output is above"
             part.cases.append(Case(name, "failed" if status else "passed", taken, message))
 
-    def _part(self, name: str, title: str, execute: Callable[[Sequence[str]], int]) -> None:
+    def _part(self, name: str, title: str, execute: Callable[[Sequence[str]], int], mark: str = "") -> None:
         part = Part(title)
         self.parts.append(part)
         self.session.progress.say(f"{title} …")
@@ -101,17 +108,17 @@ class Run:
             trouble = f"there is no folder {name}"
         else:
             try:
-                status = execute(self.selection.pytest(name, str(self.results)))
+                status = execute(self.selection.pytest(name, str(self.results), mark))
             except LabError as error:
                 status, trouble = error.status, error.render()
-            path = self.results / f"{Path(name).name}.xml"
+            path = self.results / f"{mark or Path(name).name}.xml"
             if path.exists():
                 part.cases = report.read_junit(path)
             if not trouble and not self._explained(status, part):
                 trouble = f"pytest ended with status {status}; its output is above"
         part.seconds = time.monotonic() - begin
         if trouble:
-            part.cases.append(Case(f"{name} as a whole", "failed", message=trouble))
+            part.cases.append(Case(f"{title} as a whole", "failed", message=trouble))
         self.session.progress.say(f"{title}: done, {seconds(part.seconds)}")
 
     def _explained(self, status: int, part: Part) -> bool:
@@ -140,9 +147,13 @@ class Run:
     def _in_virtual_time(self, argv: Sequence[str]) -> int:
         return self._in_vm(argv, icount=True)
 
-    def _in_vm(self, argv: Sequence[str], icount: bool = False) -> int:
+    def _in_second_kernel(self, argv: Sequence[str]) -> int:
+        return self._in_vm(argv, kernel=SECOND_KERNEL)
+
+    def _in_vm(self, argv: Sequence[str], icount: bool = False, kernel: str = "") -> int:
         request = replace(
             self.request,
+            kernel=kernel or self.request.kernel,
             icount=icount or self.request.icount,
             command=argv,
             devices=self.request.devices or DEVICES,

@@ -366,14 +366,15 @@ static bool answer_command(struct hwsim_dev *dev, struct hwsim_vq *cvq, u16 head
 /* One command; ctl held. Returns whether there was one. */
 static bool do_command(struct hwsim_dev *dev)
 {
-	struct hwsim_vq *cvq = &dev->vqs[dev->cvq_index];
 	u16 pairs = dev->ctrl.pairs, head;
 	struct hwsim_chain chain;
+	struct hwsim_vq *cvq;
 	struct hwsim_op op;
 	bool ok;
 	int ret;
 
 	down_read(&dev->dp);
+	cvq = &dev->vqs[dev->cvq_index];
 	ret = fetch_command(dev, cvq, &head, &chain);
 	up_read(&dev->dp);
 	if (ret <= 0)
@@ -384,8 +385,9 @@ static bool do_command(struct hwsim_dev *dev)
 	hwsim_op_begin(&op, dev, HWSIM_OP_CVQ);
 	hwsim_op_charge(&op, dev->cost[HWSIM_COST_CVQ]);
 	down_write(&dev->dp);
-	/* A data queue can have stopped the device while we slept. */
-	ok = hwsim_live(dev) && answer_command(dev, cvq, head, &chain);
+	/* While we slept, a data queue can have stopped the device, or other features been set. */
+	ok = hwsim_live(dev) && hwsim_is_cvq(dev, cvq->index) &&
+	     answer_command(dev, cvq, head, &chain);
 	up_write(&dev->dp);
 	if (!ok)
 		op.id = HWSIM_OP_CVQ_REFUSED;

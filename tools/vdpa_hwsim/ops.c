@@ -9,10 +9,16 @@
 
 #include "hwsim.h"
 
-/* ctrl_vq_idx(); a pair's second transmit queue is never taken for it, see hwsim_live(). */
+/*
+ * virtio 1.3, 5.1.2: behind the queues of all pairs if more than the first can
+ * be used, which RSS allows as well. Then, and only then, is no queue of a pair
+ * in use taken for it. dp held for writing.
+ */
 void hwsim_update_cvq_index(struct hwsim_dev *dev)
 {
-	WRITE_ONCE(dev->cvq_index, hwsim_has(dev, VIRTIO_NET_F_MQ) ? 2 * dev->npairs : 2);
+	bool many = hwsim_has(dev, VIRTIO_NET_F_MQ) || hwsim_has(dev, VIRTIO_NET_F_RSS);
+
+	WRITE_ONCE(dev->cvq_index, many ? 2 * dev->npairs : 2);
 }
 
 void hwsim_kick_all(struct hwsim_dev *dev)

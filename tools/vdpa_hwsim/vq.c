@@ -180,8 +180,11 @@ int hwsim_set_group_asid(struct vdpa_device *vdpa, unsigned int group, unsigned 
 	return 0;
 }
 
+/* The one operation whose index vhost-vdpa has not checked: it comes from mmap(). */
 struct vdpa_notification_area hwsim_get_vq_notification(struct vdpa_device *vdpa, u16 index)
 {
+	if (index >= vdpa->nvqs)
+		return (struct vdpa_notification_area) {};
 	return (struct vdpa_notification_area) {
 		.addr = virt_to_phys(to_vq(vdpa, index)->doorbell),
 		.size = PAGE_SIZE,

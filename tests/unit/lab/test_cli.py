@@ -112,8 +112,17 @@ def test_soak_test_names_its_options(tmp_path):
     path = soak.choose(tmp_path, "long")
     assert soak.options(path) == ["--memory", "8G", "--devices", "vdpa_sim_net:4"]
     assert soak.summary(path) == "A long one."
+    assert soak.tests(tmp_path, path) == ["tests/soak/test_long.py"]
     with pytest.raises(LabError, match="no soak test"):
         soak.choose(tmp_path, "short")
+
+
+def test_soak_test_brings_others_along_and_may_be_called_with_dashes(tmp_path):
+    folder = tmp_path / soak.FOLDER
+    folder.mkdir(parents=True)
+    (folder / "very_long.py").write_text("# lab: --debug-kernel\n# also: tests/kernel/a.py tests/kernel/b.py\n")
+    path = soak.choose(tmp_path, "very-long")
+    assert soak.tests(tmp_path, path) == ["tests/soak/very_long.py", "tests/kernel/a.py", "tests/kernel/b.py"]
 
 
 def test_kvm_only_after_a_proof(cache, monkeypatch):

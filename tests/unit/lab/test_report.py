@@ -31,6 +31,21 @@ def test_all_parts_in_one_sum(tmp_path):
     assert text.index("4.00 s  x") < text.index("1.50 s")
 
 
+def test_the_ten_slowest_tests():
+    parts = [Part(name, cases=[Case(f"{name}{n}", "passed", n) for n in range(1, 9)]) for name in ("here", "there")]
+    slowest = report.render(parts).partition("slowest tests\n")[2].splitlines()
+    assert [line.split()[0] for line in slowest[: slowest.index("")]] == [
+        f"{n:.2f}" for n in (8, 8, 7, 7, 6, 6, 5, 5, 4, 4)
+    ]
+
+
+def test_columns_stay_below_their_heads():
+    head, *rows = report.render(
+        [Part("short", 2.0), Part("a name that is longer than all others", 3000.0)]
+    ).splitlines()[1:4]
+    assert {len(line) for line in (head, *rows)} == {len(head)}
+
+
 @pytest.mark.parametrize(
     ("results", "expected"), [(["passed"], True), (["passed", "skipped"], False), (["failed"], False), ([], False)]
 )

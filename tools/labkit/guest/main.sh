@@ -36,6 +36,7 @@ must() {
 }
 
 busybox mount -t sysfs sys /sys
+busybox mount -t debugfs debugfs /sys/kernel/debug
 busybox mount -t tmpfs -o mode=1777 tmp /tmp
 busybox mkdir -p /dev/pts /dev/shm
 busybox mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts

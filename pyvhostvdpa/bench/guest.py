@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""A guest for benchmarks: memory, a NIC with its control queue, on a device that it can be started on."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from .._cdefs import lib
+from ..device import State, VdpaNetDevice
+from ..errors import MissingFeature
+from ..memory import DEFAULT_GPA, GuestMemory
+from ..net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
+from ..net.control_queue import GuestControl
+from ..net.features import CONTROL, SUPPORTED
+from ..net.nic import GuestNic, NicOptions
+from ..proofs import NotProved
+from ..trace import Trace
+from ..virtqueue.layout import indices
+
+MEMORY = 64 << 20
+_SECONDS = 5.0
+_SLICE_NS = 10_000_000
+
+
+class BenchGuest:
+    """``pairs`` queue pairs; :class:`~pyvhostvdpa.errors.MissingFeature` if the device has not that many."""
+
+    def __init__(self, path: str | os.PathLike[str], pairs: int = 1, frame_size: int = 256) -> None:
+        self._stack = ExitStack()
+        try:
+            self._set_up(path, pairs, frame_size)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _set_up(self, path: str | os.PathLike[str], pairs: int, frame_size: int) -> None:
+        self.pairs = pairs
+        self.trace = Trace()
+        self.device = VdpaNetDevice(path, self.trace, wanted=SUPPORTED | CONTROL)
+        self._stack.callback(self.device.close)
+        most = self.device.groups.max_pairs
+        if pairs > most:
+            raise MissingFeature(
+                f"{self.device.path} has {most} queue pairs that can be used, {pairs} were asked for",
+                hint="vdpa dev add … max_vqp N makes one with more, where the driver can",
+            )
+        self.memory = self._stack.enter_context(GuestMemory([(DEFAULT_GPA, MEMORY)]))
+        options = NicOptions(
+            pairs=pairs,
+            ring_size=min(256, self.device.max_ring),
+            frame_size=frame_size,
+            features=self.device.features,
+            control_index=self.device.groups.control_index,
+        )
+        self.nic = GuestNic(self.memory, options)
+        self._stack.callback(self.nic.close)
+        # the device lets go of rings and memory before they go
+        self._stack.callback(self.device.close)
+        self.control = None
+        if self.nic.control is not None:
+            self.control = GuestControl(self.nic.control.queue, ControlModel(self.device.features, mac=self.device.mac))
+        self.device.attach(self.memory)
+
+    def start(self, mode: State = State.PASSTHROUGH) -> None:
+        """Start the device in a mode."""
+        start = self.device.start_shadow if mode is State.SHADOW else self.device.start_passthrough
+        start(self.nic.queues, self.control)
+
+    def use_pairs(self) -> None:
+        """Take all pairs into use, as a guest's driver does once; later starts replay it."""
+        if self.pairs > 1 and self.nic.control is not None:
+            answer = self.nic.control.send(command(Class.MQ, VQ_PAIRS_SET, self.pairs.to_bytes(2, "little")))
+            if answer != OK:
+                raise MissingFeature(f"{self.device.path} refused to use {self.pairs} queue pairs")
+
+    def moves(self) -> None:
+        """Send on every pair until the device has finished something there; :class:`NotProved` if it does not."""
+        for pair in self.nic.pairs:
+            before = indices(pair.tx, self.memory)[1]
+            deadline = time.monotonic() + _SECONDS
+            while indices(pair.tx, self.memory)[1] == before:
+                if time.monotonic() > deadline:
+                    raise NotProved(f"{self.device.path}: pair {pair.c.flow - 1} finishes no descriptor")
+                lib.nic_run(pair.c, time.monotonic_ns() + _SLICE_NS)
+
+    def close(self) -> None:
+        """Reset and close the device, then give everything back."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""Memory for map benchmarks: how large its pages are, and how it lies in physical memory.
+
+A parent that pins gets one entry per physically contiguous run, whatever the
+number of messages (drivers/vhost/vdpa.c:vhost_vdpa_pa_map), so runs are what
+is chosen here, and measured afterwards.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from .._cdefs import ffi, lib
+from ..errors import MissingFeature
+from ..memory import PAGE_SIZE, check_available, physical_runs
+
+_THP = Path("/sys/kernel/mm/transparent_hugepage")
+_HUGETLB = Path("/sys/kernel/mm/hugepages")
+_ADVISABLE = ("always", "within_size", "advise", "force", "madvise")
+_STEP = 4096
+"""Pages allocated between two words of progress."""
+_SEED = 4096
+"""The order of a scattered allocation is the same in every run."""
+
+
+class Page(enum.Enum):
+    """The size of the pages that memory is made of."""
+
+    SMALL = "4k"
+    LARGE = "2M"
+    HUGE = "1G"
+
+    @property
+    def bytes(self) -> int:
+        """The size in bytes."""
+        return {Page.SMALL: PAGE_SIZE, Page.LARGE: 2 << 20, Page.HUGE: 1 << 30}[self]
+
+
+class Layout(enum.Enum):
+    """How memory lies."""
+
+    CONTIGUOUS = "contiguous"
+    """Pages allocated in order, as contiguous as the kernel has them; IOVAs without a hole."""
+    SCATTERED = "scattered"
+    """Pages allocated in shuffled order, so that neighbours lie far apart in physical memory."""
+    HOLES = "holes"
+    """As contiguous, with a hole in the IOVAs after each region."""
+
+
+class Backing(enum.Enum):
+    """What memory is mapped of: a memfd, or private memory, which a parent on user addresses cannot use."""
+
+    SHARED = "shared"
+    PRIVATE = "private"
+
+
+def _chosen(name: str) -> str:
+    try:
+        return (_THP / name).read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        return "never"
+
+
+def _free(page: Page) -> int:
+    """Return the bytes in the pool of huge pages of that size."""
+    try:
+        return int((_HUGETLB / f"hugepages-{page.bytes >> 10}kB/free_hugepages").read_text()) * page.bytes
+    except OSError:
+        return 0
+
+
+def _huge_flags(page: Page, backing: Backing, size: int) -> int | None:
+    """Return memfd's flags for pages of that size, 0 where advice is enough, None where there are none."""
+    if page is Page.SMALL:
+        return 0
+    if page is Page.LARGE and _chosen("shmem_enabled" if backing is Backing.SHARED else "enabled") in _ADVISABLE:
+        return 0
+    if backing is Backing.SHARED and _free(page) >= size:
+        return os.MFD_HUGETLB | (os.MFD_HUGE_1GB if page is Page.HUGE else os.MFD_HUGE_2MB)
+    return None
+
+
+def unavailable(size: int, page: Page, backing: Backing) -> tuple[str, str]:
+    """Return why such memory is not to be had here and what to do, two empty strings if it is."""
+    if size % page.bytes:
+        return f"{size} bytes are not whole pages of {page.value}", f"--memory in multiples of {page.value}"
+    if _huge_flags(page, backing, size) is None:
+        if backing is Backing.PRIVATE:
+            return f"no private memory in pages of {page.value} here", "--page 4k, or --backing shared"
+        pool = f"{_HUGETLB}/hugepages-{page.bytes >> 10}kB/nr_hugepages"
+        pages = size // page.bytes
+        return f"{_free(page) // page.bytes} of {pages} pages of {page.value} are free", f"echo {pages} > {pool}"
+    try:
+        check_available(0 if _huge_flags(page, backing, size) else size)
+    except MissingFeature as e:
+        return str(e), e.hint
+    return "", ""
+
+
+class BenchMemory:
+    """``size`` bytes of memory as told, every page allocated. Raises :class:`~pyvhostvdpa.errors.MissingFeature`."""
+
+    def __init__(
+        self,
+        size: int,
+        page: Page = Page.SMALL,
+        layout: Layout = Layout.CONTIGUOUS,
+        backing: Backing = Backing.SHARED,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        why, hint = unavailable(size, page, backing)
+        if why:
+            raise MissingFeature(why, hint=hint)
+        self.size, self.page, self.layout, self.backing = size, page, layout, backing
+        self._address: Any = ffi.NULL
+        self._map(_huge_flags(page, backing, size) or 0)
+        try:
+            self._populate(progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _map(self, flags: int) -> None:
+        error = ffi.new("int *")
+        align = max(self.page.bytes, Page.LARGE.bytes)
+        if self.backing is Backing.PRIVATE:
+            self._address = lib.map_private(self.size, align, error)
+        else:
+            fd = os.memfd_create("bench", os.MFD_CLOEXEC | flags)
+            try:
+                os.ftruncate(fd, self.size)
+                self._address = lib.map_shared(fd, self.size, align, error)
+            finally:
+                os.close(fd)
+        if self._address == ffi.NULL:
+            raise MissingFeature(f"cannot map {self.size} bytes of memory: {os.strerror(error[0])}")
+        advise = lib.advise_small if self.page is Page.SMALL else lib.advise_huge
+        # EINVAL: hugetlb, or a kernel without transparent huge pages
+        advise(self._address, self.size)
+
+    def _populate(self, progress: Callable[[int], None]) -> None:
+        order = list(range(self.size // self.page.bytes))
+        if self.layout is Layout.SCATTERED:
+            random.Random(_SEED).shuffle(order)
+        for at in range(0, len(order), _STEP):
+            some = order[at : at + _STEP]
+            failed: int = lib.populate_in_order(self._address, self.page.bytes, some, len(some))
+            if failed:
+                raise MissingFeature(
+                    f"cannot allocate {self.size} bytes of memory: {os.strerror(failed)}", hint="ask for less: --memory"
+                )
+            progress((at + len(some)) * self.page.bytes)
+
+    @property
+    def hva(self) -> int:
+        """Where the memory starts in this process."""
+        return int(ffi.cast("uintptr_t", self._address))
+
+    def runs(self, offset: int, size: int) -> int:
+        """Return the physically contiguous runs of a part, 0 if this process may not know (needs root)."""
+        return physical_runs(self.hva + offset, size)
+
+    def close(self) -> None:
+        """Unmap; a device has to let go of it first."""
+        if self._address != ffi.NULL:
+            address, self._address = self._address, ffi.NULL
+            lib.unmap_shared(address, self.size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

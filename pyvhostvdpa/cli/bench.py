@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: MIT
+"""``vhost-vdpa bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .. import mgmt
+from ..bench import map as bench_map
+from ..bench import plot, requests, shadow, switching
+from ..bench.memory import Backing, Layout, Page
+from ..bench.plan import Mode, Options, default_memory, in_words
+from ..bench.report import Change, MapReport, compare, load
+from ..errors import MissingFeature
+from ..net.nic import MIN_FRAME
+from .table import table
+from .units import count, seconds, size
+
+INTERRUPTED = 130
+MAP = """\
+Time mapping and unmapping memory: by size, by number of regions (messages), in one batch, message by message, and
+with a batch for each region. What a device that pins memory pays for is physically contiguous runs, so they are
+counted and printed. Each map is tried with real frames before its time counts. The device is reset."""
+EPILOG = """\
+exit status: 0; 1 when something failed, or a map did not lead to memory; 130 when interrupted, with what was measured
+until then printed and marked partial. More: vhost-vdpa help benchmarks"""
+
+
+def register(commands: Any) -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser("bench", help="what maps, requests, switches and the shadow cost on a device")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    _register_map(kinds)
+    _register_ioctl(kinds)
+    _register_switch(kinds)
+    _register_svq(kinds)
+
+
+def _register_map(kinds: Any) -> None:
+    parser = kinds.add_parser("map", help="mapping memory, batched and not", description=MAP, epilog=EPILOG)
+    parser.add_argument("device", metavar="DEV", nargs="?", help="chardev or vDPA name (default: the only device)")
+    default = Options()
+    parser.add_argument(
+        "--memory",
+        type=_list(size),
+        metavar="SIZE,…",
+        help=f"how much (default {_sizes(Page.SMALL)}; with pages of 2M {_sizes(Page.LARGE)})",
+    )
+    parser.add_argument(
+        "--regions",
+        type=_list(count),
+        default=default.regions,
+        metavar="N,…",
+        help=f"in how many regions, one message each (default {','.join(map(str, default.regions))})",
+    )
+    parser.add_argument("--page", choices=_words(Page), default="4k", help="what memory is made of (default 4k)")
+    parser.add_argument(
+        "--layout",
+        choices=_words(Layout),
+        default="contiguous",
+        help="scattered: each page far from its neighbour in physical memory; holes: 1G of IOVA without a map behind "
+        "each region (default contiguous)",
+    )
+    parser.add_argument(
+        "--backing", choices=_words(Backing), default="shared", help="a memfd, or private memory (default shared)"
+    )
+    parser.add_argument("--asid", type=int, default=0, metavar="A", help="address space (default 0)")
+    parser.add_argument(
+        "--mode", type=_list(_mode), default=tuple(Mode), metavar="MODE,…", help=f"of {', '.join(_words(Mode))} (all)"
+    )
+    parser.add_argument(
+        "--repeat", type=count, default="5", metavar="K", help="times, besides once to warm up (default 5)"
+    )
+    parser.add_argument("--json", "-j", action="store_true", help="print JSON, schema pyvhostvdpa/bench-map/1")
+    parser.add_argument("--plot", metavar="FILE.svg", help="draw a picture too (needs matplotlib)")
+    parser.add_argument("--compare", metavar="OLD.json", help="tell what got slower since then")
+    parser.set_defaults(run=_run_map)
+
+
+def _sizes(page: Page) -> str:
+    return ",".join(in_words(each) for each in default_memory(page))
+
+
+def _list(parse: Any) -> Any:
+    def parse_all(text: str) -> tuple[Any, ...]:
+        return tuple(parse(word) for word in text.split(","))
+
+    return parse_all
+
+
+def _mode(text: str) -> Mode:
+    try:
+        return Mode(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not a mode: {text!r} (one of {', '.join(_words(Mode))})") from None
+
+
+def _words(choices: Any) -> list[str]:
+    return [choice.value for choice in choices]
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+def _run_map(arguments: argparse.Namespace) -> int:
+    if arguments.plot:
+        plot.check_plot(arguments.plot)
+    old = load(arguments.compare) if arguments.compare else None
+    options = Options(
+        memory=arguments.memory or default_memory(Page(arguments.page)),
+        regions=arguments.regions,
+        page=Page(arguments.page),
+        layout=Layout(arguments.layout),
+        backing=Backing(arguments.backing),
+        asid=arguments.asid,
+        modes=arguments.mode,
+        repeat=arguments.repeat,
+    )
+    report = bench_map.run(mgmt.chardev_of(arguments.device), options, _say)
+    found = report.to_dict()
+    changes = [] if old is None else list(compare(old, found))
+    if arguments.json:
+        compared = {} if old is None else {"compared": [change.to_dict() for change in changes]}
+        print(json.dumps({**found, **compared}, indent=2))
+    else:
+        print(_render_map(report))
+        if old is not None:
+            print("\n" + _render_changes(changes, arguments.compare))
+    sys.stdout.flush()
+    if arguments.plot and report.results:
+        _say(f"drawing {arguments.plot} (loading matplotlib first, which can take a while)")
+        plot.draw(report, Path(arguments.plot))
+    if report.partial:
+        _say("vhost-vdpa: interrupted; the device was reset and closed")
+        return INTERRUPTED
+    return 0
+
+
+def _render_map(report: MapReport) -> str:
+    head = [
+        "mode",
+        "memory",
+        "regions",
+        "runs",
+        "set_map",
+        "map ms",
+        "±",
+        "unmap ms",
+        "±",
+        "us/message",
+        "ms/GiB",
+        "proved",
+    ]
+    rows = []
+    for r in report.results:
+        gib = r.point.bytes / (1 << 30)
+        rows.append(
+            [
+                r.mode.value,
+                in_words(r.point.bytes),
+                f"{r.point.regions:,}",
+                f"{r.runs:,}" if r.runs else "-",
+                "-" if r.set_maps is None else f"{r.set_maps:,}",
+                f"{r.map_ns.median / 1e6:.3f}",
+                f"{r.map_ns.spread / 1e6:.3f}",
+                f"{r.unmap_ns.median / 1e6:.3f}",
+                f"{r.unmap_ns.spread / 1e6:.3f}",
+                f"{r.map_ns.median / r.messages / 1e3:.1f}",
+                f"{r.map_ns.median / gib / 1e6:,.0f}",
+                "yes",
+            ]
+        )
+    parts = [table(head, rows)] if rows else ["nothing was measured"]
+    lines = [
+        f"{mode}: {curve.in_words()} for n runs, within {curve.worst:.0%} of what was measured"
+        for mode, curve in report.fits().items()
+    ]
+    lines += [_odd(r.mode, r.point, what, s.outliers) for r in report.results
+              for what, s in (("map", r.map_ns), ("unmap", r.unmap_ns)) if s.outliers]  # fmt: skip
+    gain = report.gain()
+    if gain is not None:
+        slow, fast = gain
+        lines.append(
+            f"mapping {slow.point} ({slow.runs or slow.entries:,} runs) in one batch is "
+            f"{slow.map_ns.median / fast.map_ns.median:.1f} times as fast as message by message"
+        )
+    parts += ["\n".join(lines)] if lines else []
+    parts += ["partial: interrupted before all was measured"] if report.partial else []
+    device = report.place["device"]
+    how = "frames came back whole" if report.loops else "descriptors were finished"
+    parts.append(
+        f"± is the distance of the quartiles of {report.options.repeat}; proved: {how} through first, middle and last "
+        f"page\n{device['driver']} ({'pins memory' if device['pinned'] else 'user addresses'}), kernel "
+        f"{report.place['kernel']}, {report.place['accelerator']}"
+    )
+    return "\n\n".join(parts)
+
+
+def _odd(mode: Mode, point: Any, what: str, outliers: tuple[int, ...]) -> str:
+    values = ", ".join(f"{ns / 1e6:.3f}" for ns in outliers)
+    return f"outliers: {mode.value}, {point}, {what}: {values} ms"
+
+
+def _render_changes(changes: list[Change], path: str) -> str:
+    if not changes:
+        return f"nothing in {path} was measured here too"
+    rows = [
+        [
+            c.combination,
+            c.what,
+            f"{c.old / 1e6:.3f}",
+            f"{c.new / 1e6:.3f}",
+            f"{c.spread / 1e6:.3f}",
+            f"{c.ratio:.2f}",
+            c.verdict,
+        ]
+        for c in changes
+    ]
+    slower = [f"{c.combination}: {c.what} takes {c.ratio:.2f} times as long" for c in changes if c.verdict == "slower"]
+    told = "slower than " + path + ":\n  " + "\n  ".join(slower) if slower else f"nothing is slower than in {path}"
+    return table(["", "", "old ms", "new ms", "±", "ratio", ""], rows) + "\n\n" + told
+
+
+def _add(kinds: Any, name: str, help_: str, schema: str, run: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = kinds.add_parser(
+        name, help=help_, description=f"{help_.capitalize()}. The device is reset."
+    )
+    parser.add_argument("device", metavar="DEV", nargs="?", help="chardev or vDPA name (default: the only device)")
+    parser.add_argument("--json", "-j", action="store_true", help=f"print JSON, schema {schema}")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _register_ioctl(kinds: Any) -> None:
+    parser = _add(kinds, "ioctl", "what each cheap request takes", requests.SCHEMA, _run_ioctl)
+    parser.add_argument("--count", type=count, default="1000", metavar="K", help="times each (default %(default)s)")
+
+
+def _register_switch(kinds: Any) -> None:
+    parser = _add(kinds, "switch", "suspend, resume, reset and start by queue pairs", switching.SCHEMA, _run_switch)
+    parser.add_argument("--pairs", type=_list(count), default=(), metavar="N,…", help="(default 1, 2, 4 … all)")
+    parser.add_argument("--repeat", type=count, default="5", metavar="K", help="times (default %(default)s)")
+
+
+def _register_svq(kinds: Any) -> None:
+    parser = _add(kinds, "svq", "frames per second and latency, passthrough and shadowed", shadow.SCHEMA, _run_svq)
+    parser.add_argument("--pairs", type=count, default="1", help="queue pairs (default %(default)s)")
+    parser.add_argument("--frame-size", type=count, default="256", help="Ethernet frame (default %(default)s)")
+    parser.add_argument("--seconds", type=seconds, default="2", help="of traffic a round (default %(default)s)")
+    parser.add_argument("--repeat", type=count, default="3", metavar="K", help="rounds (default %(default)s)")
+    parser.add_argument("--frames", type=count, default="1000", help="single frames (default %(default)s)")
+
+
+def _run_ioctl(arguments: argparse.Namespace) -> int:
+    report = requests.run(mgmt.chardev_of(arguments.device), arguments.count, _say)
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return 0
+    had = [c for c in report.costs if not c.missing]
+    rows = [[c.name, f"{c.p50 / 1e3:.2f}", f"{c.p99 / 1e3:.2f}", f"{c.worst / 1e3:.2f}"] for c in had]
+    missing = [f"{c.name}: {c.missing}" for c in report.costs if c.missing]
+    print(table(["request", "p50 us", "p99 us", "max us"], rows))
+    print("\n" + "\n".join([*missing, _where(report.place)]))
+    return 0
+
+
+def _run_switch(arguments: argparse.Namespace) -> int:
+    report = switching.run(mgmt.chardev_of(arguments.device), arguments.pairs, arguments.repeat, _say)
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return 0
+    rows = [
+        [c.operation, str(c.pairs), f"{c.ns.median / 1e6:.3f}", f"{c.ns.spread / 1e6:.3f}", str(c.calls)]
+        for c in report.costs
+    ]
+    print(table(["operation", "pairs", "ms", "±", "system calls"], rows))
+    print("\n" + _where(report.place))
+    return 0
+
+
+def _run_svq(arguments: argparse.Namespace) -> int:
+    if not MIN_FRAME <= arguments.frame_size <= shadow.MAX_FRAME:
+        raise MissingFeature(
+            f"frames of {arguments.frame_size} bytes: from {MIN_FRAME} to {shadow.MAX_FRAME} are possible"
+        )
+    report = shadow.run(
+        mgmt.chardev_of(arguments.device),
+        arguments.pairs,
+        arguments.frame_size,
+        arguments.seconds,
+        arguments.repeat,
+        arguments.frames,
+        _say,
+    )
+    found = report.to_dict()
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    rows = []
+    for mode in found["modes"]:
+        rate, latency = mode["frames_per_second"], mode["latency_ns"]
+        percentiles = [f"{latency[key] / 1e3:.1f}" for key in ("p50", "p90", "p99", "max")]
+        rows.append([mode["mode"], f"{rate['median']:,}", f"{rate['spread']:,}", *percentiles])
+    print(table(["mode", "frames/s", "±", "p50 us", "p90 us", "p99 us", "max us"], rows))
+    print(f"\nshadow virtqueues move {report.ratio:.2f} of passthrough's frames; latencies are of one frame at a time")
+    print(_where(report.place))
+    return 0
+
+
+def _where(place: dict[str, Any]) -> str:
+    return f"{place['device']['driver']}, kernel {place['kernel']}, {place['cpus']} CPUs, {place['accelerator']}"

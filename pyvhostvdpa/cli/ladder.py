@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: MIT
+"""``vhost-vdpa ladder``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import MissingFeature
+from ..memory import PAGE_SIZE
+from ..migration.ladder import LadderOptions, ladder
+from ..migration.ladder_report import LadderReport, RowResult
+from ..migration.plan import PLANS, Plan, plan
+from ..migration.stage import Given, Simulated, Supply
+from ..report import ladder as report_page
+from .table import table
+from .units import count, size
+
+_DOWNTIMES = ("dt1", "dt2", "dest")
+_UNEXPLAINED = (
+    "* DT1 of these rows is not explained by the calls that they make: nothing in the row changes the source's switch "
+    "by as much as was published (vhost-vdpa help ladder). Measured as it comes, not tuned."
+)
+
+
+def register(commands: Any) -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser(
+        "ladder",
+        help="every optimization of the descriptor-ASID series, row by row, measured",
+        description="Migrate a guest with traffic once per row of the series' table, each row with the ioctls and "
+        "IOTLB messages of QEMU with those patches, and print the downtimes beside the published ones. Devices are "
+        "made and deleted by vdpa_hwsim; with --on, those given are used, and reset: run it on devices that nobody "
+        "uses.",
+    )
+    parser.add_argument("--devices", type=count, default="2", help="NICs of the guest (default %(default)s)")
+    parser.add_argument("--pairs", type=count, default="2", help="queue pairs of each (default %(default)s)")
+    parser.add_argument("--memory", type=size, default="1G", help="guest memory (default %(default)s)")
+    parser.add_argument("--charge", type=size, default="128G", help="what it is charged as (default %(default)s)")
+    parser.add_argument("--regions", type=count, default="4", help="pieces of guest memory (default %(default)s)")
+    parser.add_argument("--profile", default="series-2023", help="cost profile of vdpa_hwsim (default %(default)s)")
+    parser.add_argument(
+        "--rows", type=_rows, default=",".join(PLANS), metavar="ROW,…", help="which of: %(default)s (default: all)"
+    )
+    parser.add_argument("--repeat", type=count, default="1", help="runs of each row, the median counts (default 1)")
+    parser.add_argument(
+        "--on", nargs="+", metavar="DEV", help="run on these devices instead, as many sources as then destinations"
+    )
+    parser.add_argument("--report", metavar="DIR", type=Path, help="write a page with charts, and the traces, there")
+    parser.add_argument("--json", "-j", action="store_true", help="print JSON, and nothing else on standard output")
+    parser.set_defaults(run=run)
+
+
+def _rows(text: str) -> list[Plan]:
+    try:
+        return [plan(row.strip()) for row in text.split(",")]
+    except MissingFeature as e:
+        raise argparse.ArgumentTypeError(f"{e}; {e.hint}") from e
+
+
+class _Progress:
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def __call__(self, words: str) -> None:
+        print(f"[{time.monotonic() - self._start:7.1f} s] {words}", file=sys.stderr, flush=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the ladder and print it."""
+    memory = -(-arguments.memory // PAGE_SIZE) * PAGE_SIZE
+    supply: Supply
+    if arguments.on:
+        supply = Given(arguments.on)
+    else:
+        supply = Simulated(arguments.devices, arguments.pairs, arguments.profile, memory, arguments.charge)
+    options = LadderOptions(
+        pairs=arguments.pairs,
+        memory=memory,
+        regions=arguments.regions,
+        rows=arguments.rows,
+        repeat=arguments.repeat,
+    )
+    if arguments.report:
+        report_page.prepare(arguments.report)
+    report, traces = ladder(supply, options, _Progress())
+    print(json.dumps(report.to_dict(), indent=2) if arguments.json else _render(report))
+    if arguments.report:
+        page = report_page.write(report.to_dict(), traces, arguments.report)
+        print(f"vhost-vdpa: the report is in {page}", file=sys.stderr)
+    return 0 if report.sound else 1
+
+
+def _render(report: LadderReport) -> str:
+    parts = [_conditions(report), _downtimes(report), _calls(report), *_notes(report)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _conditions(report: LadderReport) -> str:
+    place = report.environment
+    charged = f", charged as {report.charged / 2**30:g} GiB" if report.charged else ""
+    profile = f"costs: profile {report.profile} of vdpa_hwsim" if report.profile else "costs: the devices' own"
+    return (
+        f"{report.devices} devices of {report.pairs} pairs and a control queue each, "
+        f"{report.memory / 2**30:g} GiB of guest memory in {report.regions} regions{charged}\n"
+        f"{profile}; {report.clock} time; kernel {place['kernel']}, {place['accelerator']}"
+    )
+
+
+def _downtimes(report: LadderReport) -> str:
+    rows = []
+    for row in report.rows:
+        published = row.plan.published
+        faster = row.speedup(report.baseline)
+        mark = "" if published is None or published.dt1_explained or row.dt1_ms is None else " *"
+        rows.append(
+            [
+                row.plan.title,
+                _seconds(row.dt1_ms) + mark,
+                _published(published.dt1_s if published else None),
+                _times(faster["dt1"]),
+                _seconds(row.dt2_ms),
+                _published(published.dt2_s if published else None),
+                _times(faster["dt2"]),
+            ]
+        )
+    return table(["", "DT1 s", "published", "faster", "DT2 s", "published", "faster"], rows)
+
+
+def _seconds(ms: float | None) -> str:
+    return "-" if ms is None else f"{ms / 1000:.3f}"
+
+
+def _published(value: float | tuple[float, float] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value[0]:g} to {value[1]:g}" if isinstance(value, tuple) else f"{value:g}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} x"
+
+
+def _calls(report: LadderReport) -> str:
+    rows = [[row.plan.row, *(_three(row, downtime) for downtime in _DOWNTIMES)] for row in report.rows]
+    return "per device: ioctls / messages / set_maps / heavy set_maps\n" + table(
+        ["", "DT1", "DT2", "destination"], rows
+    )
+
+
+def _three(row: RowResult, downtime: str) -> str:
+    counts = row.counts(downtime)
+    if counts is None:
+        return "-"
+    each = (counts.ioctls, counts.messages, counts.set_maps, counts.heavy)
+    return " / ".join("?" if value is None else str(value) for value in each)
+
+
+def _notes(report: LadderReport) -> list[str]:
+    notes = []
+    if any(
+        row.dt1_ms is not None and row.plan.published and not row.plan.published.dt1_explained for row in report.rows
+    ):
+        notes.append(_UNEXPLAINED)
+    notes += [f"{row.plan.row} is not possible here: {row.impossible}" for row in report.rows if row.impossible]
+    notes += [
+        f"{row.plan.row} ran without {switch}: {why}"
+        for row in report.rows
+        if not row.impossible
+        for switch, why in row.left_out.items()
+    ]
+    notes += [f"{row.plan.row}: the devices' calls differ" for row in report.rows if row.runs and not row.alike]
+    if any(counts and counts.set_maps is None for counts in (row.counts("dt1") for row in report.rows)):
+        notes.append("?: these devices do not count")
+    notes.append(_frames(report))
+    return notes
+
+
+def _frames(report: LadderReport) -> str:
+    frames = [run.frames for row in report.rows for run in row.runs]
+    total = {
+        name: sum(getattr(each, name) for each in frames)
+        for name in ("sent", "received", "lost", "duplicated", "corrupted")
+    }
+    return "frames: " + ", ".join(f"{value:,} {name}" for name, value in total.items())

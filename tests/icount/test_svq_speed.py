@@ -1,0 +1,54 @@
+"""A shadow virtqueue moves nearly as many frames as the device does without it, side by side in one run."""
+
+from __future__ import annotations
+
+import time
+
+import hwsim
+import pytest
+from hw_guest import HwGuest
+
+from pyvhostvdpa import State
+from pyvhostvdpa.net.features import CONTROL, SUPPORTED
+from pyvhostvdpa.uapi import BackendFeature
+
+FRAME = 1500
+WINDOW = 64
+"""Frames in flight on a pair: the guest sends bursts of as many."""
+ROUNDS, SECONDS = 3, 1.0
+AT_LEAST = 0.8
+
+
+def frames_per_second(guest: HwGuest) -> float:
+    guest.receives(200)
+    before, begin = guest.nic.counts().received, time.monotonic()
+    time.sleep(SECONDS)
+    guest.device.check()
+    return (guest.nic.counts().received - before) / (time.monotonic() - begin)
+
+
+@pytest.mark.parametrize("pairs", [1, 4])
+def test_shadowing_costs_a_fifth_of_the_frames_at_most(pairs: int) -> None:
+    sim = hwsim.add("hw0", pairs)
+    guest = HwGuest(sim, pairs, SUPPORTED | CONTROL, BackendFeature(0))
+    speeds: dict[State, list[float]] = {State.PASSTHROUGH: [], State.SHADOW: []}
+    try:
+        for pair in guest.nic.pairs:
+            pair.c.frame_size, pair.c.window = FRAME, WINDOW
+        guest.restart_driver()
+        guest.start()
+        guest.use_all_pairs()
+        guest.traffic.run()
+        for _ in range(2 * ROUNDS):
+            speeds[guest.device.state].append(frames_per_second(guest))
+            guest.switch()
+        guest.settle()
+    finally:
+        guest.close()
+        hwsim.remove(sim.name)
+    passthrough, shadow = (sum(each) / ROUNDS for each in (speeds[State.PASSTHROUGH], speeds[State.SHADOW]))
+    print(
+        f"{pairs} pairs: {passthrough:.0f} frames/s in passthrough, {shadow:.0f} shadowed, "
+        f"{shadow / passthrough:.3f} of it; {speeds}"
+    )
+    assert shadow / passthrough >= AT_LEAST

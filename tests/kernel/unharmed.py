@@ -1,0 +1,65 @@
+"""The means to see that a kernel was not harmed: its log, and the memory that it uses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from labkit import kernel_log
+
+
+@contextlib.contextmanager
+def watched_kernel() -> Iterator[None]:
+    """The kernel's log gets no report of an error for the block."""
+    log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        os.lseek(log, 0, os.SEEK_END)
+        yield
+        assert kernel_log.reports(_messages(log)) == []
+    finally:
+        os.close(log)
+
+
+def _messages(log: int) -> Iterator[str]:
+    """What was logged since; BrokenPipeError if some of it is lost."""
+    while True:
+        try:
+            yield os.read(log, 8192).decode(errors="replace").partition(";")[2]
+        except BlockingIOError:
+            return
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Memory in use by the kernel: kB by kind, and objects by slab cache."""
+
+    kilobytes: dict[str, int]
+    objects: dict[str, int]
+
+    @classmethod
+    def now(cls) -> Usage:
+        """Take a sample when all that waits to be freed is."""
+        subprocess.run(["sync"], check=True)
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        time.sleep(2)
+        memory = {name: int(rest.split()[0]) for name, _, rest in _fields("/proc/meminfo")}
+        kinds = ("SUnreclaim", "SReclaimable", "Percpu", "PageTables", "KernelStack", "VmallocUsed", "Shmem")
+        rows = [line.split() for line in Path("/proc/slabinfo").read_text().splitlines()[2:]]
+        return cls({kind: memory[kind] for kind in kinds}, {row[0]: int(row[1]) for row in rows})
+
+    def growth(self, before: Usage) -> tuple[dict[str, int], dict[str, int]]:
+        """What there is more of now than before: kB, objects."""
+        kilobytes = {kind: amount - before.kilobytes[kind] for kind, amount in self.kilobytes.items()}
+        objects = {name: count - before.objects.get(name, 0) for name, count in self.objects.items()}
+        return ({k: v for k, v in kilobytes.items() if v > 0}, {k: v for k, v in objects.items() if v > 0})
+
+
+def _fields(path: str) -> list[tuple[str, str, str]]:
+    return [line.partition(":") for line in Path(path).read_text().splitlines()]

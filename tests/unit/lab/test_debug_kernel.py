@@ -1,0 +1,90 @@
+"""A kernel that watches itself: its configuration, how it is started, and what of its log counts."""
+
+import pytest
+
+from labkit import archive, debug_kernel, kernel, kernel_log, uml
+from labkit.debug_kernel import REQUIRED, SETTINGS
+from labkit.session import Request
+
+SOUND = "\n".join(uml.WATCHING)
+
+
+def test_settings_are_lines_of_a_configuration():
+    text = debug_kernel.configuration({"KASAN": "y", "STATIC_LINK": "n", "VDPA": "m"})
+    assert text == "CONFIG_KASAN=y\n# CONFIG_STATIC_LINK is not set\nCONFIG_VDPA=m\n"
+
+
+def test_what_a_configuration_did_not_take_is_named():
+    text = debug_kernel.configuration({**SETTINGS, "KASAN": "n"})
+    assert debug_kernel.lacking(text, REQUIRED) == ["CONFIG_KASAN=y"]
+
+
+@pytest.mark.parametrize("setting", ["KASAN", "PROVE_LOCKING", "DEBUG_ATOMIC_SLEEP", "DEBUG_KMEMLEAK"])
+def test_it_has_to_watch_memory_locks_and_leaks(setting):
+    assert REQUIRED[setting] == "y"
+
+
+REPORTS = (
+    "BUG: KASAN: slab-out-of-bounds in hwsim_copy+0x12/0x80 [vdpa_hwsim]",
+    "WARNING: possible circular locking dependency detected",
+    "WARNING: CPU: 0 PID: 12 at lib/refcount.c:28 refcount_warn_saturate+0x1/0x2",
+    "BUG: sleeping function called from invalid context at kernel/locking/mutex.c:585",
+    "BUG: MAX_LOCKDEP_ENTRIES too low!",
+    "kmemleak: Kernel memory leak detector disabled",
+    "INFO: task kworker/u4:1:33 blocked for more than 120 seconds.",
+    "Oops: general protection fault, probably for non-canonical address",
+)
+QUIET = (
+    "KernelAddressSanitizer initialized",
+    "Lock dependency validator: Copyright (c) 2006 Red Hat, Inc., Ingo Molnar",
+    "vdpa_hwsim: loading out-of-tree module taints kernel.",
+    "kmemleak: Kernel memory leak detector initialized (mem pool available: 39000)",
+)
+
+
+@pytest.mark.parametrize("line", REPORTS)
+def test_a_report_is_a_finding(line):
+    assert kernel_log.reports(["something else", f"[   12.3] {line}"]) == [f"[   12.3] {line}"]
+
+
+def test_what_every_start_says_is_none():
+    assert kernel_log.reports(QUIET) == []
+    assert uml.findings("\n".join(QUIET), "") == []
+
+
+def test_a_kernel_that_does_not_watch_is_a_finding():
+    assert len(uml.findings("Linux version 6.12", "")) == len(uml.WATCHING)
+
+
+LEAKS = """unreferenced object 0x100 (size 64):
+  backtrace (crc 0):
+    kmalloc+0x1/0x2
+    hwsim_dev_add+0x10/0x20 [vdpa_hwsim]
+unreferenced object 0x200 (size 32):
+  backtrace (crc 0):
+    some_init+0x1/0x2
+"""
+
+
+def test_a_leak_counts_if_the_module_made_it():
+    found = uml.findings(SOUND, LEAKS)
+    assert found[0] == "unreferenced object 0x100 (size 64):"
+    assert not any("some_init" in line for line in found)
+
+
+def test_the_command_is_quoted_and_gets_the_labs_variables():
+    text = uml.configuration(Request(command=["a b", "c"], environment={"X": "1 2"}))
+    assert "'X=1 2' 'a b' c" in text
+    assert "PYVHOSTVDPA_LAB_ACCEL=uml" in text
+
+
+def test_the_latest_kernel_is_the_one_that_the_archive_named(cache):
+    for release in ("6.12.9+deb13-amd64", "7.2.1+deb13-amd64"):
+        folder = cache.kernels / release
+        folder.mkdir(parents=True)
+        (folder / "kernel.json").write_text(f'{{"version": "{release}"}}')
+    assert kernel.find(cache, archive.LATEST) is None
+    cache.latest_kernel.write_text("6.12.9+deb13-amd64\n")
+    found = kernel.find(cache, archive.LATEST)
+    assert found is not None
+    assert found.release == "6.12.9+deb13-amd64"

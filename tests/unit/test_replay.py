@@ -1,0 +1,61 @@
+"""The control queue's replay, as far as it goes without a device: what it notes, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pyvhostvdpa.memory import DEFAULT_GPA, HUGE_PAGE, GuestMemory, SharedMemory
+from pyvhostvdpa.net.control import ControlModel
+from pyvhostvdpa.net.control_queue import ControlArea, ControlFailed, ControlOptions, ControlQueue, GuestControl
+from pyvhostvdpa.net.features import CONTROL, Feature
+from pyvhostvdpa.net.nic import GuestNic, NicOptions
+from pyvhostvdpa.trace import Trace
+from pyvhostvdpa.virtqueue.layout import SplitLayout
+
+Make = Callable[..., tuple[ControlQueue, Trace]]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    with GuestMemory([(DEFAULT_GPA, 4 << 20)]) as memory, SharedMemory("ours", HUGE_PAGE) as own:
+        nic = GuestNic(memory, NicOptions(ring_size=16, features=CONTROL, control_index=2))
+        assert nic.control is not None
+        guest, made, trace = nic.control.queue, [], Trace()
+
+        def build(num: int = 64, **state: object) -> tuple[ControlQueue, Trace]:
+            model = ControlModel(CONTROL, **state)  # type: ignore[arg-type]
+            area = ControlArea(SplitLayout(num), own.hva, 0x1000)
+            queue = ControlQueue(GuestControl(guest, model), memory, area, ControlOptions(0.01), trace.device("a"))
+            made.append(queue)
+            return queue, trace
+
+        yield build
+        for queue in made:
+            queue.close()
+        nic.close()
+
+
+def test_a_command_longer_than_its_buffer_is_refused(make: Make) -> None:
+    queue, _ = make(rss=bytes(5000))
+    queue.model.features &= ~Feature.MQ
+    with pytest.raises(ControlFailed, match="of 5002 bytes does not fit"):
+        queue.replay()
+
+
+def test_a_ring_without_room_for_a_command_is_refused(make: Make) -> None:
+    queue, _ = make(num=1)
+    with pytest.raises(ControlFailed, match="does not fit a queue of 1"):
+        queue.replay()
+
+
+def test_commands_are_noted_before_they_are_sent(make: Make) -> None:
+    queue, trace = make(pairs=3)
+    with pytest.raises(ControlFailed, match="did not answer"):
+        queue.replay()
+    assert [(event.event, dict(event.fields)) for event in trace.events] == [
+        ("vhost_vdpa_net_load_mq", {"ncurqps": 3}),
+        ("vhost_vdpa_net_load_cmd", {"class": 4, "cmd": 0, "data_num": 1, "data_size": 2}),
+    ]
+    assert all(event.result is None for event in trace.events)

@@ -1,0 +1,104 @@
+"""Running a command under a debugging kernel, whose root is the lab's tree, and judging what the kernel says of it."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from labkit import kernel_log
+from labkit.debug_kernel import OWN, DebugBuilder, DebugKernel
+from labkit.environment import INSIDE
+from labkit.errors import EXIT_TIMEOUT, LabError
+from labkit.kernel import Builder
+from labkit.progress import seconds
+from labkit.session import PROJECT, Request, Session
+from labkit.vm import default_environment
+
+INIT = Path(__file__).with_name("guest") / "uml.sh"
+RUN = "/lab/run"
+KERNEL = "/lab/kernel"
+MEMORY = "2G"
+LIMIT_S = 7200.0
+SHOWN_LINES = 40
+# A kernel that checks locks says so when it starts. (Of KASAN its log says nothing: it is there before the log is.)
+WATCHING = ("Lock dependency validator",)
+
+
+def run(session: Session, request: Request) -> int:
+    """Run a command and return its exit status; LabError if the kernel had anything to report."""
+    session.set_up(request.kernel, "soak")
+    with session.using():
+        with session.cache.building_kernel():
+            builder = DebugBuilder(Builder(session.cache, session.tree, session.progress))
+            kernel = builder.ensure(request.kernel)
+            module = builder.module(kernel, PROJECT)
+        session.progress.say(f"kernel {kernel.release} as User Mode Linux, with KASAN, kmemleak and lock checking")
+        with tempfile.TemporaryDirectory(prefix="uml-", dir=session.cache.root) as name:
+            folder = Path(name)
+            shutil.copy(module, folder / f"{OWN}.ko")
+            shutil.copy(INIT, folder / "init")
+            (folder / "init").chmod(0o755)
+            (folder / "config.sh").write_text(configuration(request))
+            _drive(session, kernel, folder, request.timeout or LIMIT_S)
+            return _judge(session, folder)
+
+
+def configuration(request: Request) -> str:
+    """Return config.sh: the command, as the program that runs first finds it."""
+    variables = {**default_environment(), "PYVHOSTVDPA_LAB_ACCEL": "uml", **request.environment}
+    words = ["env", "-i", *(f"{name}={value}" for name, value in variables.items()), *request.command]
+    return f"lab_command() {{\n    cd {shlex.quote(str(PROJECT))} && exec {shlex.join(words)}\n}}\n"
+
+
+def command_line(memory: str = MEMORY) -> list[str]:
+    """Return the arguments that start the kernel within the tree."""
+    root = ["rootfstype=hostfs", "rootflags=/", "rw", f"init={RUN}/init"]
+    console = ["con=null", "con0=null,fd:1", "log_buf_len=16M", "loglevel=3"]
+    return [f"{KERNEL}/linux", f"mem={memory}", *root, *console, "kmemleak=on", "panic=-1"]
+
+
+def _drive(session: Session, kernel: DebugKernel, folder: Path, limit: float) -> None:
+    binds = {PROJECT: str(PROJECT), session.environment.site: INSIDE, folder: RUN, kernel.folder: KERNEL}
+    chroot = session.tree.chroot(layers=(kernel.layer,), binds=binds)
+    argv = ["setpriv", "--pdeathsig", "KILL", *chroot.argv(command_line())]
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True) as process:
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired as error:
+            raise LabError(
+                f"time-out: the command ran longer than {seconds(limit)}; the kernel was stopped",
+                "Its output so far is above.",
+                "give it more with --timeout",
+                EXIT_TIMEOUT,
+            ) from error
+        finally:
+            process.kill()
+
+
+def _judge(session: Session, folder: Path) -> int:
+    texts = {name: _read(folder / name) for name in ("status", "log", "leaks")}
+    kept = session.cache.log("debug-kernel")
+    kept.write_text(f"{texts['log']}\n{texts['leaks']}")
+    look = f"less {kept}   (the kernel's whole log)"
+    if not texts["status"].strip() or not texts["log"]:
+        raise LabError("the debugging kernel ended before the command did", "Its last words are above.", look)
+    found = findings(texts["log"], texts["leaks"])
+    if found:
+        shown = "\n".join(f"| {line}" for line in found[:SHOWN_LINES])
+        raise LabError(f"the kernel reports {len(found)} errors of its own", shown, look)
+    session.progress.say("the kernel has nothing to report: no bad access, no wrong lock, no leak")
+    return int(texts["status"])
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def findings(log: str, leaks: str) -> list[str]:
+    """Return what a kernel's log and its list of leaked blocks hold against us."""
+    found = [f"it does not watch: its log lacks {words!r}" for words in WATCHING if words not in log]
+    found += kernel_log.reports(log.splitlines())
+    blocks = re.split(r"^(?=unreferenced object)", leaks, flags=re.MULTILINE)
+    return found + [line for block in blocks if f"[{OWN}]" in block for line in block.splitlines()]
