@@ -67,7 +67,7 @@ class Channel(Protocol):
     def send(self, buffer: Buffer) -> None:
         """Send all of a buffer."""
 
-    def receive_into(self, buffer: Buffer) -> None:
+    def receive_into(self, buffer: bytearray | memoryview) -> None:
         """Fill a buffer."""
 
 
