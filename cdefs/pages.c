@@ -16,6 +16,7 @@
 #include "cdefs.h"
 
 #define MOMENT_MS 1
+#define GRACE_NS 1000000000LL	/* without a byte, until cancelling does not wait for a frame's end */
 #define CREDIT_NS 50000000LL	/* time not used for sending that the limit lets one make up for */
 
 static void store32(uint8_t *at, uint32_t v)
@@ -89,21 +90,19 @@ static int is_cancelled(int cancel)
 struct gathered {
 	uint32_t runs, pages;
 	struct page_run run[SENDER_PAGES];
-	const uint8_t *from[SENDER_PAGES];
 };
 
-/* Add a page to runs; 1 if it begins a new one. A run does not cross regions. */
-static int add_page(struct page_run *runs, uint32_t *count,
+/* Add a page to runs. A run does not cross regions. */
+static void add_page(struct page_run *runs, uint32_t *count,
 		    const struct memory_region *region, uint64_t gpa)
 {
 	struct page_run *last = *count ? &runs[*count - 1] : NULL;
 
 	if (last && gpa != region->gpa && last->gpa + last->length == gpa) {
 		last->length += GUEST_PAGE;
-		return 0;
+		return;
 	}
 	runs[(*count)++] = (struct page_run){ gpa, GUEST_PAGE };
-	return 1;
 }
 
 /* The region of the next page of the set, whose index is moved to it; NULL at the end. */
@@ -138,31 +137,34 @@ static void gather(struct page_sender *s, struct gathered *g)
 		const uint64_t offset = s->page++ * GUEST_PAGE;
 		const uint8_t *page = r->hva + offset;
 
+		/* a prefetch may miss: it never faults */
+		__builtin_prefetch(page + GUEST_PAGE);
+		__builtin_prefetch(page + GUEST_PAGE + 64);
 		if (is_zero(page)) {
 			add_page(s->zeros, &s->zero_runs, r, r->gpa + offset);
 			s->zeros_left -= GUEST_PAGE;
 			s->zero_pages++;
 			continue;
 		}
-		if (add_page(g->run, &g->runs, r, r->gpa + offset))
-			g->from[g->runs - 1] = page;
-		g->pages++;
+		add_page(g->run, &g->runs, r, r->gpa + offset);
+		memcpy(s->frame + SENDER_DATA_AT + g->pages++ * GUEST_PAGE, page,
+		       GUEST_PAGE);
 	}
 	s->pages += g->pages;
 }
 
-/* Put header and runs in front of the data. */
-static void finish_frame(struct page_sender *s, uint32_t type,
-			 const struct page_run *runs, uint32_t count,
-			 uint32_t data)
+/*
+ * Put header and runs together. They end where the pages begin that were
+ * gathered; runs of zeros have none behind them, and may need their room.
+ */
+static void make_frame(struct page_sender *s, uint32_t type,
+		       const struct page_run *runs, uint32_t count, uint32_t pages)
 {
-	const uint32_t length = count * FRAME_RUN_BYTES + data;
-	uint8_t *payload = s->frame;
+	const uint32_t table = count * FRAME_RUN_BYTES;
+	const uint32_t length = table + pages * GUEST_PAGE;
+	uint8_t *payload = s->frame + (pages ? SENDER_DATA_AT - table : FRAME_HEADER);
 	uint32_t i;
 
-	/* runs of zeros have no data behind them, and may need its room */
-	payload += type == FRAME_PAGES ? SENDER_DATA_AT - count * FRAME_RUN_BYTES :
-					 FRAME_HEADER;
 	for (i = 0; i < count; i++) {
 		store64(payload + i * FRAME_RUN_BYTES, runs[i].gpa);
 		store64(payload + i * FRAME_RUN_BYTES + 8, runs[i].length);
@@ -171,14 +173,14 @@ static void finish_frame(struct page_sender *s, uint32_t type,
 	store32(payload - FRAME_HEADER + 4, count);
 	store64(payload - FRAME_HEADER + 8, length);
 	store64(payload - FRAME_HEADER + 16, stream_sum(payload, length));
-	s->begin = (uint32_t)(payload - FRAME_HEADER - s->frame);
+	s->first = s->begin = (uint32_t)(payload - FRAME_HEADER - s->frame);
 	s->end = s->begin + FRAME_HEADER + length;
 	s->bytes += FRAME_HEADER + length;
 }
 
 void pages_begin(struct page_sender *s)
 {
-	s->begin = s->end = 0;
+	s->first = s->begin = s->end = 0;
 	s->region = 0;
 	s->page = 0;
 	s->zero_runs = 0;
@@ -203,20 +205,14 @@ static void reckon(struct page_sender *s, uint32_t bytes)
 uint32_t pages_next(struct page_sender *s)
 {
 	struct gathered g;
-	uint32_t data = 0, i;
 
 	if (s->begin < s->end)
 		return s->end - s->begin;
 	gather(s, &g);
 	if (g.runs) {
-		for (i = 0; i < g.runs; i++) {
-			memcpy(s->frame + SENDER_DATA_AT + data, g.from[i],
-			       g.run[i].length);
-			data += (uint32_t)g.run[i].length;
-		}
-		finish_frame(s, FRAME_PAGES, g.run, g.runs, data);
+		make_frame(s, FRAME_PAGES, g.run, g.runs, g.pages);
 	} else if (s->zero_runs) {
-		finish_frame(s, FRAME_ZERO, s->zeros, s->zero_runs, 0);
+		make_frame(s, FRAME_ZERO, s->zeros, s->zero_runs, 0);
 		s->zero_runs = 0;
 		s->zeros_left = FRAME_ZEROS;
 	}
@@ -243,6 +239,9 @@ static int send_frame(struct page_sender *s, int fd, int64_t deadline)
 			return MOVE_BROKEN;
 		}
 		r = wait_for(fd, POLLOUT, s->cancel, deadline, s->moved_at, s->stall);
+		if (r == MOVE_CANCELLED && s->begin > s->first &&
+		    now_ns() - s->moved_at < GRACE_NS)
+			r = wait_for(fd, POLLOUT, -1, deadline, s->moved_at, s->stall);
 		if (r != MOVE_AGAIN)
 			return r;
 		if (now_ns() >= deadline)
@@ -253,8 +252,6 @@ static int send_frame(struct page_sender *s, int fd, int64_t deadline)
 
 int pages_pause(struct page_sender *s, int64_t deadline)
 {
-	if (is_cancelled(s->cancel))
-		return MOVE_CANCELLED;
 	while (s->begin == s->end && s->due > now_ns()) {
 		int r = wait_for(-1, 0, s->cancel,
 				 s->due < deadline ? s->due : deadline, 0, 0);
@@ -270,6 +267,8 @@ int pages_send(struct page_sender *s, int fd, int64_t deadline)
 {
 	int r;
 
+	if (s->begin == s->end && is_cancelled(s->cancel))
+		return MOVE_CANCELLED;
 	do {
 		r = pages_pause(s, deadline);
 		if (r != MOVE_DONE)
@@ -296,13 +295,14 @@ int pages_expect(struct page_receiver *r)
 {
 	uint64_t table, data;
 
-	r->got = 0;
 	if (!r->count || r->count > FRAME_RUNS)
 		return refuse(r, FAULT_COUNT);
 	table = (uint64_t)r->count * FRAME_RUN_BYTES;
 	if (r->length < table)
 		return refuse(r, FAULT_LENGTH);
 	data = r->length - table;
+	/* the pages are aligned, as they are where they go */
+	r->at = RECEIVER_DATA_AT - FRAME_HEADER - (uint32_t)table;
 	if (r->type == FRAME_ZERO ? data : !data || data % GUEST_PAGE || data > FRAME_DATA)
 		return refuse(r, FAULT_LENGTH);
 	return MOVE_DONE;
@@ -310,7 +310,8 @@ int pages_expect(struct page_receiver *r)
 
 static struct page_run run_at(const struct page_receiver *r, uint32_t i)
 {
-	const uint8_t *at = r->payload + (uint64_t)i * FRAME_RUN_BYTES;
+	const uint8_t *at = r->frame + r->at + FRAME_HEADER +
+			    i * FRAME_RUN_BYTES;
 
 	return (struct page_run){ fetch64(at), fetch64(at + 8) };
 }
@@ -349,7 +350,7 @@ static void clear_pages(uint8_t *to, uint64_t length)
 
 static void write_runs(struct page_receiver *r)
 {
-	const uint8_t *data = r->payload + (uint64_t)r->count * FRAME_RUN_BYTES;
+	const uint8_t *data = r->frame + RECEIVER_DATA_AT;
 	uint32_t i;
 
 	for (i = 0; i < r->count; i++) {
@@ -371,7 +372,7 @@ int pages_apply(struct page_receiver *r)
 {
 	int result;
 
-	if (stream_sum(r->payload, r->length) != r->sum)
+	if (stream_sum(r->frame + r->at + FRAME_HEADER, r->length) != r->sum)
 		return refuse(r, FAULT_SUM);
 	result = check_runs(r);
 	if (result != MOVE_DONE)
@@ -381,10 +382,12 @@ int pages_apply(struct page_receiver *r)
 	return MOVE_DONE;
 }
 
-static int read_payload(struct page_receiver *r, int fd, int64_t deadline)
+static int read_frame(struct page_receiver *r, int fd, int64_t deadline)
 {
-	while (r->got < r->length) {
-		ssize_t n = recv(fd, r->payload + r->got, r->length - r->got,
+	const uint64_t size = FRAME_HEADER + r->length;
+
+	while (r->got < size) {
+		ssize_t n = recv(fd, r->frame + r->at + r->got, size - r->got,
 				 MSG_DONTWAIT);
 		int result;
 
@@ -408,26 +411,27 @@ static int read_payload(struct page_receiver *r, int fd, int64_t deadline)
 	return MOVE_DONE;
 }
 
-/* Take the next header if it is there within a moment and is of a page frame. */
+/*
+ * Look at the next header if it is there within a moment. One of a page frame
+ * is read together with what follows it, any other is left alone.
+ */
 static int next_header(struct page_receiver *r, int fd)
 {
 	struct pollfd polled = { fd, POLLIN, 0 };
 	uint8_t header[FRAME_HEADER];
-	ssize_t n;
+	ssize_t n = recv(fd, header, sizeof(header), MSG_PEEK | MSG_DONTWAIT);
 
-	if (poll(&polled, 1, MOMENT_MS) <= 0)
-		return 0;
-	n = recv(fd, header, sizeof(header), MSG_PEEK | MSG_DONTWAIT);
+	if (n < 0 && errno == EAGAIN && poll(&polled, 1, MOMENT_MS) > 0)
+		n = recv(fd, header, sizeof(header), MSG_PEEK | MSG_DONTWAIT);
 	if (n != FRAME_HEADER)
 		return 0;
 	if (fetch32(header) != FRAME_PAGES && fetch32(header) != FRAME_ZERO)
-		return 0;
-	if (recv(fd, header, sizeof(header), MSG_DONTWAIT) != FRAME_HEADER)
 		return 0;
 	r->type = fetch32(header);
 	r->count = fetch32(header + 4);
 	r->length = fetch64(header + 8);
 	r->sum = fetch64(header + 16);
+	r->got = 0;
 	return 1;
 }
 
@@ -435,14 +439,14 @@ int pages_receive(struct page_receiver *r, int fd, int64_t deadline)
 {
 	int result;
 
+	if (is_cancelled(r->cancel))
+		return MOVE_CANCELLED;
 	do {
-		result = read_payload(r, fd, deadline);
+		result = read_frame(r, fd, deadline);
 		if (result == MOVE_DONE)
 			result = pages_apply(r);
 		if (result != MOVE_DONE)
 			return result;
-		if (is_cancelled(r->cancel))
-			return MOVE_CANCELLED;
 		if (now_ns() >= deadline || !next_header(r, fd))
 			return MOVE_DONE;
 		result = pages_expect(r);

@@ -61,6 +61,7 @@ void written_soft_dirty(const uint64_t *entries, uint64_t count, uint64_t pages,
 
 #define SENDER_PAGES 64		/* in one frame, so that it stays in the cache */
 #define SENDER_DATA_AT 4096	/* header and runs end where the pages begin */
+#define RECEIVER_DATA_AT 20480	/* the same, with room for FRAME_RUNS */
 
 /* How a loop below ended. */
 #define MOVE_AGAIN 0		/* the time is over, there is more */
@@ -86,7 +87,8 @@ struct page_sender {
 	const struct memory_map *memory;
 	const uint64_t **bits;	/* the set to send, a bitmap a region */
 	uint8_t *frame;		/* SENDER_DATA_AT + SENDER_PAGES pages */
-	uint32_t begin, end;	/* of what is not sent yet in it */
+	uint32_t first;		/* of what was made in it */
+	uint32_t begin, end;	/* of what is not sent yet */
 	uint32_t frame_pages;	/* SENDER_PAGES, or fewer */
 	uint32_t region;
 	uint64_t page;		/* the next to look at in the region */
@@ -117,10 +119,11 @@ int pages_send(struct page_sender *s, int fd, int64_t deadline);
 
 struct page_receiver {
 	const struct memory_map *memory;
-	uint8_t *payload;	/* FRAME_RUNS * FRAME_RUN_BYTES + FRAME_DATA */
+	uint8_t *frame;		/* RECEIVER_DATA_AT + FRAME_DATA */
+	uint32_t at;		/* where in it the header begins */
 	uint32_t type, count;	/* the frame's header */
 	uint64_t length, sum;
-	uint64_t got;		/* of the payload */
+	uint64_t got;		/* of the frame; the first header is read before */
 	int64_t moved_at;
 	int64_t stall;
 	int cancel;

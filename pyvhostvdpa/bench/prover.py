@@ -176,4 +176,4 @@ class Prover:
         return None if self._statistics_of is None else self._count(self._statistics_of)
 
     def _count(self, queue: int) -> int | None:
-        return mgmt.vendor_statistics(self.device.path, queue).get("set_map")
+        return mgmt.vendor_statistics(self.device.path, [queue]).get(queue, {}).get("set_map")

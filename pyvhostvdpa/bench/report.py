@@ -26,6 +26,10 @@ _NOTICED = 0.05
 """By how much a median has to change to be called different, spreads aside."""
 
 
+_FITS = 0.25
+"""A curve that is further off than that at one of its points is no description of them, and not told."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """One mode at one point, proved.
@@ -94,7 +98,7 @@ class MapReport:
         for mode in self.options.modes:
             mine = [r for r in self.results if r.mode is mode]
             curve = fit([(r.runs or r.entries, r.map_ns.median) for r in mine])
-            if curve is not None:
+            if curve is not None and curve.worst <= _FITS:
                 found[mode.value] = curve
         return found
 

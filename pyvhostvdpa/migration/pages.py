@@ -46,6 +46,9 @@ _FAULTS = {
 class Channel(Protocol):
     """A stream to the other side, as the page movers need it."""
 
+    torn: bool
+    """Set when sending ended in the middle of a frame: no other may follow."""
+
     @property
     def raw(self) -> bool:
         """Whether it is a plain non-blocking socket that C may read and write; otherwise send() and receive_into()."""
@@ -188,7 +191,8 @@ class PageSender:
         """Send a set of pages as they are now.
 
         Raises :class:`MigrationCancelled`, :class:`StreamBroken`, or what
-        ``progress`` raises; the stream then is in the middle of a frame.
+        ``progress`` raises; the channel then tells whether it is ``torn``.
+        Cancelling waits for the end of a frame unless the stream stands still.
         """
         bits = ffi.new("uint64_t *[]", pages.bits)
         self._c.bits = ffi.cast("uint64_t const **", bits)
@@ -196,8 +200,13 @@ class PageSender:
         begin = time.monotonic()
         lib.pages_begin(self._c)
         step = self._send_raw if self._channel.raw else self._send_through_python
-        while not step():
-            self._progress(int(self._c.pages + self._c.zero_pages) * GUEST_PAGE, total)
+        try:
+            while not step():
+                self._progress(int(self._c.pages + self._c.zero_pages) * GUEST_PAGE, total)
+        except BaseException:
+            if self._channel.raw:
+                self._channel.torn = bool(self._c.first < self._c.begin < self._c.end)
+            raise
         statistics = RoundStatistics(
             int(self._c.pages), int(self._c.zero_pages), int(self._c.bytes), time.monotonic() - begin
         )
@@ -234,10 +243,10 @@ class PageReceiver:
         self._memory = memory
         self._channel = channel
         self._slices = _Slices(channel)
-        self._payload = mmap.mmap(-1, lib.FRAME_RUNS * lib.FRAME_RUN_BYTES + lib.FRAME_DATA)
+        self._frame = mmap.mmap(-1, lib.RECEIVER_DATA_AT + lib.FRAME_DATA)
         self._c: Any = ffi.new("struct page_receiver *")
         self._c.memory = memory.c_map
-        self._c.payload = ffi.from_buffer("uint8_t[]", self._payload)
+        self._c.frame = ffi.from_buffer("uint8_t[]", self._frame)
         self._c.cancel = channel.cancel
         self._c.stall = int(channel.stall * 1e9)
 
@@ -268,6 +277,7 @@ class PageReceiver:
             raise ValueError(f"{header.type:#x} is no frame of pages")
         self._c.type, self._c.count = header.type, header.count
         self._c.length, self._c.sum = header.length, header.sum
+        self._c.got = lib.FRAME_HEADER
         self._c.moved_at = time.monotonic_ns()
         self._settle(lib.pages_expect(self._c))
         if self._channel.raw:
@@ -276,7 +286,8 @@ class PageReceiver:
                 result = lib.pages_receive(self._c, self._channel.fileno(), self._slices.deadline())
                 self._settle(result)
         else:
-            with memoryview(self._payload) as payload, payload[: header.length] as part:
+            begin = self._c.at + lib.FRAME_HEADER
+            with memoryview(self._frame) as frame, frame[begin : begin + header.length] as part:
                 self._channel.receive_into(part)
             self._settle(lib.pages_apply(self._c))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import lab
 from hwsim import HwSim
@@ -40,12 +41,16 @@ class HwGuest:
         self.wanted, self.without = wanted, without
         self.memory = GuestMemory([(DEFAULT_GPA, memory)])
         self.devices: list[VdpaNetDevice] = []
-        self.device = self.attach(sim)
-        index = self.device.groups.control_index
-        self.nic = GuestNic(
-            self.memory,
-            NicOptions(pairs=pairs, ring_size=ring_size, features=self.device.features, control_index=index),
-        )
+        with ExitStack() as undo:
+            undo.callback(self.memory.close)
+            undo.callback(self._close_devices)
+            self.device = self.attach(sim)
+            index = self.device.groups.control_index
+            self.nic = GuestNic(
+                self.memory,
+                NicOptions(pairs=pairs, ring_size=ring_size, features=self.device.features, control_index=index),
+            )
+            undo.pop_all()
         self.device.guest_config = self.nic.config
         self.traffic = Traffic(self.nic)
         self.model = ControlModel(self.device.features, mac=sim.mac)
@@ -59,10 +64,13 @@ class HwGuest:
 
     def close(self) -> None:
         self.traffic.pause()
-        for device in self.devices:
-            device.close()
+        self._close_devices()
         self.nic.close()
         self.memory.close()
+
+    def _close_devices(self) -> None:
+        for device in self.devices:
+            device.close()
 
     def start(self, mode: State = State.PASSTHROUGH) -> None:
         start = self.device.start_shadow if mode is State.SHADOW else self.device.start_passthrough

@@ -126,7 +126,7 @@ def test_ring_features_work_in_both_modes(make: Make, ring: Feature) -> None:
 
 @pytest.mark.parametrize("ring_size", [2, 1024, 32768])
 def test_rings_of_any_size_work(make: Make, ring_size: int) -> None:
-    guest = make(1, ring_size=ring_size, memory=160 << 20, ring_max=32768)
+    guest = make(1, ring_size=ring_size, memory=300 << 20, ring_max=32768)
     guest.start(State.SHADOW)
     guest.traffic.run()
     for _ in range(2):
@@ -215,7 +215,8 @@ def test_buffers_across_regions_are_cut_and_arrive_whole(make: Make, elsewhere: 
     c_map.regions, c_map.count = pieces, count
     guest.start(State.SHADOW)
     receive = guest.device.shadows[0]
-    lab.wait_for(lambda: len(receive.in_flight) == receive.queue.num, "all receive buffers to be with the device")
+    # a buffer in two pieces takes two descriptors, so a few have to wait
+    lab.wait_for(lambda: len(receive.in_flight) > receive.queue.num - 8, "the receive buffers to be with the device")
     assert max(element.segments for element in receive.c.elements[0 : receive.queue.num]) == 2
     guest.traffic.run()
     guest.receives(3000)

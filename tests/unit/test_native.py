@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "tests" / "native"
-TARGETS = {"svq_fuzz": ("svq",), "ctrl_fuzz": ("svq", "ctrl"), "relay_bench": ("svq",)}
+TARGETS = {
+    "svq_fuzz": ("svq",),
+    "ctrl_fuzz": ("svq", "ctrl"),
+    "pages_fuzz": ("pages", "sum", "svq"),
+    "relay_bench": ("svq",),
+}
 """Programs of tests/native, and the sources of the package that each is built with."""
 INPUTS = int(os.environ.get("PYVHOSTVDPA_FUZZ_INPUTS", "5000"))
 """Each is a program of about 150 steps."""
@@ -35,6 +40,12 @@ def test_arbitrary_guests_and_devices_under_sanitizers(tmp_path: Path, target: s
     corpus = sorted((NATIVE / "corpus" / target.removesuffix("_fuzz")).iterdir())
     subprocess.run([fuzz, *corpus], check=True)
     done = subprocess.run([fuzz, "-r", str(INPUTS), "1"], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith(f"{INPUTS} inputs")
+
+
+def test_arbitrary_frames_and_sets_of_pages_under_sanitizers(tmp_path: Path) -> None:
+    fuzz = build(tmp_path, "pages_fuzz", *SANITIZED)
+    done = subprocess.run([fuzz, str(INPUTS)], check=True, capture_output=True, text=True)
     assert done.stdout.startswith(f"{INPUTS} inputs")
 
 

@@ -51,6 +51,7 @@ class Channel:
     socket: socket.socket
     raw: bool = True
     stall: float = 30.0
+    torn: bool = False
     cancel: int = field(default_factory=lambda: os.eventfd(0, os.EFD_NONBLOCK))
 
     def __post_init__(self) -> None:
@@ -60,7 +61,9 @@ class Channel:
         return self.socket.fileno()
 
     def send(self, buffer: Buffer) -> None:
+        self.socket.setblocking(True)
         self.socket.sendall(buffer)
+        self.socket.setblocking(not self.raw)
 
     def receive_into(self, buffer: Buffer) -> None:
         view = memoryview(buffer)
@@ -327,6 +330,18 @@ def test_cancelling_ends_a_sender_that_waits(raw: Pair) -> None:
     with pytest.raises(MigrationCancelled):
         PageSender(raw.source, raw.near).send(PageSet.all(raw.source))
     assert time.monotonic() - begin < 20
+    assert raw.near.torn
+
+
+def test_cancelling_while_the_stream_moves_leaves_no_half_frame(raw: Pair) -> None:
+    fill(raw.source)
+    threading.Timer(0.3, lambda: os.eventfd_write(raw.near.cancel, 1)).start()
+    sender = PageSender(raw.source, raw.near, limit=3e6)
+    with receiving(raw):
+        with pytest.raises(MigrationCancelled):
+            sender.send(PageSet.all(raw.source))
+        assert not raw.near.torn
+        raw.near.send(struct.pack("<IIQQ", OTHER, 0, 0, 0))
 
 
 def test_cancelling_ends_a_sender_with_a_limit(pair: Pair) -> None:

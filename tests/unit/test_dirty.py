@@ -1,0 +1,176 @@
+"""Sets of guest pages, what was written, and when to stop sending."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyvhostvdpa._cdefs import ffi, lib
+from pyvhostvdpa.errors import VhostVdpaError
+from pyvhostvdpa.memory import GUEST_PAGE, PAGE_SIZE, Gpa, GuestMemory, bitmap_words
+from pyvhostvdpa.migration.convergence import Convergence
+from pyvhostvdpa.migration.dirty import DirtyTracker, Interface, PageSet
+
+LOW, HIGH = Gpa(1 << 30), Gpa(1 << 32)
+PAGES = 300
+SIZE = PAGES * GUEST_PAGE
+
+settings.register_profile("here", suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+settings.load_profile("here")
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[GuestMemory]:
+    with GuestMemory([(LOW, SIZE), (HIGH, SIZE)]) as memory:
+        yield memory
+
+
+ranges = st.lists(
+    st.tuples(st.sampled_from([LOW, HIGH]), st.integers(0, SIZE - 1), st.integers(1, SIZE)).map(
+        lambda each: (each[0] + each[1], min(each[2], SIZE - each[1]))
+    ),
+    max_size=6,
+)
+
+
+def touched(chosen: list[tuple[int, int]]) -> set[int]:
+    return {page for gpa, size in chosen for page in range(gpa // GUEST_PAGE * GUEST_PAGE, gpa + size, GUEST_PAGE)}
+
+
+def made(memory: GuestMemory, chosen: list[tuple[int, int]]) -> PageSet:
+    pages = PageSet(memory)
+    for gpa, size in chosen:
+        pages.add(gpa, size)
+    return pages
+
+
+@given(chosen=ranges)
+def test_a_set_holds_the_pages_that_its_ranges_touch(memory: GuestMemory, chosen: list[tuple[int, int]]) -> None:
+    pages, expected = made(memory, chosen), touched(chosen)
+    assert list(pages) == sorted(expected)
+    assert pages.count == len(expected)
+    assert pages.bytes == len(expected) * GUEST_PAGE
+    assert all(gpa in pages for gpa in expected)
+    assert HIGH + SIZE not in pages
+    assert "x" not in pages
+
+
+@given(one=ranges, other=ranges)
+def test_a_union_holds_both_and_leaves_both_alone(
+    memory: GuestMemory, one: list[tuple[int, int]], other: list[tuple[int, int]]
+) -> None:
+    a, b = made(memory, one), made(memory, other)
+    assert set(a | b) == touched(one) | touched(other)
+    assert set(a) == touched(one)
+    a.update(b)
+    assert set(a) == touched(one) | touched(other)
+    assert set(b) == touched(other)
+
+
+def test_all_pages_are_as_many_as_the_memory_has(memory: GuestMemory) -> None:
+    pages = PageSet.all(memory)
+    assert pages.count == 2 * PAGES
+    assert pages.bytes == memory.size
+    assert HIGH + SIZE - 1 in pages
+
+
+@pytest.mark.parametrize(("gpa", "size"), [(LOW - 1, 1), (LOW + SIZE, 1), (LOW, SIZE + 1), (LOW, 0), (HIGH, -1)])
+def test_what_is_not_guest_memory_is_in_no_set(memory: GuestMemory, gpa: int, size: int) -> None:
+    with pytest.raises(ValueError, match="is not guest memory"):
+        PageSet(memory).add(gpa, size)
+
+
+def test_sets_of_different_guests_do_not_mix(memory: GuestMemory) -> None:
+    with GuestMemory([(LOW, SIZE)]) as other, pytest.raises(ValueError, match="different guest memory"):
+        PageSet(memory).update(PageSet(other))
+
+
+@given(entries=st.lists(st.tuples(st.booleans(), st.booleans()), max_size=70), first=st.integers(0, 70))
+def test_a_page_that_is_not_mapped_counts_as_written(entries: list[tuple[bool, bool]], first: int) -> None:
+    words = [present << 63 | dirty << 55 for present, dirty in entries]
+    bits = ffi.new("uint64_t[]", 8)
+    lib.written_soft_dirty(ffi.new("uint64_t[]", words), len(words), 2, bits, first)
+    expected = sum(3 << first + 2 * i for i, (present, dirty) in enumerate(entries) if dirty or not present)
+    assert int.from_bytes(ffi.buffer(bits), "little") == expected
+
+
+def test_marks_are_taken_once_while_others_mark() -> None:
+    log, taken, total = ffi.new("uint64_t[]", 1), ffi.new("uint64_t[]", 1), 0
+    stop = threading.Event()
+
+    def take() -> None:
+        while not stop.is_set():
+            lib.pages_take(taken, log, 1)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    for bit in range(64):
+        log[0] |= 1 << bit
+        while log[0]:
+            pass
+        total |= 1 << bit
+        assert taken[0] == total
+    stop.set()
+    thread.join()
+
+
+def test_the_log_of_a_stopped_tracker_is_no_longer_written(memory: GuestMemory) -> None:
+    memory.start_dirty_log()
+    [log, _] = memory.dirty_log
+    log[0] = 5
+    assert memory.dirty_pages() == [LOW, LOW + 2 * GUEST_PAGE]
+    memory.stop_dirty_log()
+    assert memory.c_map.regions[0].dirty == ffi.NULL
+    memory.start_dirty_log()
+    assert memory.dirty_pages() == []
+    assert memory.c_map.regions[0].dirty == log
+
+
+def test_a_bitmap_has_a_bit_for_each_page() -> None:
+    assert [bitmap_words(pages * GUEST_PAGE) for pages in (1, 63, 64, 65, 128)] == [1, 1, 1, 2, 2]
+
+
+def test_a_tracker_that_was_not_started_tells_nothing(memory: GuestMemory) -> None:
+    tracker = DirtyTracker(memory, Interface.PAGEMAP_SCAN)
+    assert not tracker.running
+    tracker.stop()
+    with pytest.raises(VhostVdpaError, match="not started"):
+        tracker.collect()
+
+
+def test_the_guest_is_stopped_when_the_rest_fits_into_the_downtime(memory: GuestMemory) -> None:
+    rule = Convergence(downtime=0.5)
+    left = made(memory, [(LOW, 100 * GUEST_PAGE)])
+    enough = 100 * GUEST_PAGE / 0.5
+    assert rule.estimate(left, enough) == pytest.approx(0.5)
+    assert rule.done(left, enough * 1.001)
+    assert not rule.done(left, enough * 0.99)
+
+
+def test_without_a_measured_rate_only_nothing_left_is_done(memory: GuestMemory) -> None:
+    rule = Convergence(downtime=10)
+    assert rule.estimate(PageSet.all(memory), None) is None
+    assert not rule.done(PageSet.all(memory), None)
+    assert rule.done(PageSet(memory), None)
+
+
+@given(left=st.lists(st.integers(0, PAGES), min_size=1, max_size=25), patience=st.integers(1, 4))
+def test_it_gives_up_when_rounds_leave_no_less_than_the_best(
+    memory: GuestMemory, left: list[int], patience: int
+) -> None:
+    rule = Convergence(downtime=0, patience=patience)
+    for index, count in enumerate(left):
+        pages = PageSet(memory)
+        if count:
+            pages.add(LOW, count * GUEST_PAGE)
+        recent = left[: index + 1][-patience:]
+        before = left[: index + 1][:-patience]
+        assert rule.gave_up(pages) == (bool(before) and min(recent) >= min(before))
+
+
+def test_a_system_page_is_whole_guest_pages() -> None:
+    assert PAGE_SIZE % GUEST_PAGE == 0
