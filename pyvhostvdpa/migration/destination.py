@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -364,6 +364,22 @@ def _start_devices(guest: Guest, devices: Sequence[VdpaNetDevice]) -> None:
     guest.run()
 
 
+@contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Have a file out of everybody's reach while its guest is started: nobody starts it twice. Then remove it."""
+    claimed = path.with_suffix(".taken")
+    try:
+        path.rename(claimed)
+    except OSError as e:
+        raise MigrationRefused(f"{path}: {e.strerror}: somebody else has taken it") from e
+    try:
+        yield
+    except BaseException:
+        claimed.rename(path)
+        raise
+    claimed.unlink()
+
+
 def take(
     path: Path,
     paths: Sequence[str | os.PathLike[str]],
@@ -395,6 +411,6 @@ def take(
             stack.callback(device.close)
         # how long it stood is no gap of a device's making
         guest.forget_clock()
-        _start_devices(guest, devices)
-        path.unlink()
+        with _claimed(path):
+            _start_devices(guest, devices)
         return Arrived(saved.shape.id.hex(), saved.shape.source, guest, devices, resources=stack.pop_all())

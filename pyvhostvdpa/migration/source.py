@@ -222,9 +222,7 @@ class Source:
     def _send_round(self, pages: PageSet) -> None:
         self.channel.send_frame(Frame.ROUND, pages.bytes.to_bytes(8, "little"), len(self.sent.rounds) + 1)
         self._round_began = self._told = time.monotonic()
-        self.channel.torn = True
         self.sent.rounds.append(self._sender.send(pages))
-        self.channel.torn = False
         self._check()
 
     def _progress(self, moved: int, total: int) -> None:
