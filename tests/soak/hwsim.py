@@ -25,6 +25,8 @@ SEED = int(os.environ.get("PYVHOSTVDPA_SOAK_SEED", str(time.time_ns() % 1_000_00
 SLICE_S = 30.0
 # What a kernel needs to have its caches filled, and not more at the end than at the beginning.
 WARM_UP = 30
+# Objects that come and go with time alone: freed lazily, or kept back by each CPU.
+FLUCTUATION = 300
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +40,13 @@ def kernel() -> Iterator[None]:
 
 
 def demand_no_leak(before: Usage, times: int) -> None:
-    """Less than half an object of any kind, and less than a page, for each time that something was done."""
+    """Less than half an object of any kind, and less than a page, for each time that something was done.
+
+    Beyond what fluctuates: a leak shows when there were many more times than that.
+    """
     kilobytes, objects = Usage.now().growth(before)
     print(f"grown: {kilobytes} kB, objects: { ({k: v for k, v in objects.items() if v > 20}) }", flush=True)
-    assert [name for name, count in objects.items() if count > times / 2] == []
+    assert [name for name, count in objects.items() if count > FLUCTUATION + times / 2] == []
     assert sum(kilobytes.values()) < 4 * times
 
 
