@@ -90,21 +90,19 @@ static int is_cancelled(int cancel)
 struct gathered {
 	uint32_t runs, pages;
 	struct page_run run[SENDER_PAGES];
-	const uint8_t *from[SENDER_PAGES];
 };
 
-/* Add a page to runs; 1 if it begins a new one. A run does not cross regions. */
-static int add_page(struct page_run *runs, uint32_t *count,
+/* Add a page to runs. A run does not cross regions. */
+static void add_page(struct page_run *runs, uint32_t *count,
 		    const struct memory_region *region, uint64_t gpa)
 {
 	struct page_run *last = *count ? &runs[*count - 1] : NULL;
 
 	if (last && gpa != region->gpa && last->gpa + last->length == gpa) {
 		last->length += GUEST_PAGE;
-		return 0;
+		return;
 	}
 	runs[(*count)++] = (struct page_run){ gpa, GUEST_PAGE };
-	return 1;
 }
 
 /* The region of the next page of the set, whose index is moved to it; NULL at the end. */
@@ -139,46 +137,42 @@ static void gather(struct page_sender *s, struct gathered *g)
 		const uint64_t offset = s->page++ * GUEST_PAGE;
 		const uint8_t *page = r->hva + offset;
 
+		/* a prefetch may miss: it never faults */
+		__builtin_prefetch(page + GUEST_PAGE);
+		__builtin_prefetch(page + GUEST_PAGE + 64);
 		if (is_zero(page)) {
 			add_page(s->zeros, &s->zero_runs, r, r->gpa + offset);
 			s->zeros_left -= GUEST_PAGE;
 			s->zero_pages++;
 			continue;
 		}
-		if (add_page(g->run, &g->runs, r, r->gpa + offset))
-			g->from[g->runs - 1] = page;
-		g->pages++;
+		add_page(g->run, &g->runs, r, r->gpa + offset);
+		memcpy(s->frame + SENDER_DATA_AT + g->pages++ * GUEST_PAGE, page,
+		       GUEST_PAGE);
 	}
 	s->pages += g->pages;
 }
 
 /*
- * Put header, runs and what they hold together. The runs end where the pages
- * begin; runs of zeros have none behind them, and may need their room.
+ * Put header and runs together. They end where the pages begin that were
+ * gathered; runs of zeros have none behind them, and may need their room.
  */
 static void make_frame(struct page_sender *s, uint32_t type,
-		       const struct page_run *runs, const uint8_t *const *from,
-		       uint32_t count)
+		       const struct page_run *runs, uint32_t count, uint32_t pages)
 {
-	uint32_t length = count * FRAME_RUN_BYTES, i;
-	uint8_t *payload = s->frame + (from ? SENDER_DATA_AT - length : FRAME_HEADER);
-	struct page_run run;
-	struct sum sum;
+	const uint32_t table = count * FRAME_RUN_BYTES;
+	const uint32_t length = table + pages * GUEST_PAGE;
+	uint8_t *payload = s->frame + (pages ? SENDER_DATA_AT - table : FRAME_HEADER);
+	uint32_t i;
 
-	sum_begin(&sum);
 	for (i = 0; i < count; i++) {
-		run = (struct page_run){ htole64(runs[i].gpa), htole64(runs[i].length) };
-		sum_copy(&sum, payload + i * sizeof(run), (const uint8_t *)&run,
-			 sizeof(run));
-	}
-	for (i = 0; from && i < count; i++) {
-		sum_copy(&sum, payload + length, from[i], runs[i].length);
-		length += (uint32_t)runs[i].length;
+		store64(payload + i * FRAME_RUN_BYTES, runs[i].gpa);
+		store64(payload + i * FRAME_RUN_BYTES + 8, runs[i].length);
 	}
 	store32(payload - FRAME_HEADER, type);
 	store32(payload - FRAME_HEADER + 4, count);
 	store64(payload - FRAME_HEADER + 8, length);
-	store64(payload - FRAME_HEADER + 16, sum_end(&sum));
+	store64(payload - FRAME_HEADER + 16, stream_sum(payload, length));
 	s->first = s->begin = (uint32_t)(payload - FRAME_HEADER - s->frame);
 	s->end = s->begin + FRAME_HEADER + length;
 	s->bytes += FRAME_HEADER + length;
@@ -216,9 +210,9 @@ uint32_t pages_next(struct page_sender *s)
 		return s->end - s->begin;
 	gather(s, &g);
 	if (g.runs) {
-		make_frame(s, FRAME_PAGES, g.run, g.from, g.runs);
+		make_frame(s, FRAME_PAGES, g.run, g.runs, g.pages);
 	} else if (s->zero_runs) {
-		make_frame(s, FRAME_ZERO, s->zeros, NULL, s->zero_runs);
+		make_frame(s, FRAME_ZERO, s->zeros, s->zero_runs, 0);
 		s->zero_runs = 0;
 		s->zeros_left = FRAME_ZEROS;
 	}
@@ -307,6 +301,8 @@ int pages_expect(struct page_receiver *r)
 	if (r->length < table)
 		return refuse(r, FAULT_LENGTH);
 	data = r->length - table;
+	/* the pages are aligned, as they are where they go */
+	r->at = RECEIVER_DATA_AT - FRAME_HEADER - (uint32_t)table;
 	if (r->type == FRAME_ZERO ? data : !data || data % GUEST_PAGE || data > FRAME_DATA)
 		return refuse(r, FAULT_LENGTH);
 	return MOVE_DONE;
@@ -314,7 +310,8 @@ int pages_expect(struct page_receiver *r)
 
 static struct page_run run_at(const struct page_receiver *r, uint32_t i)
 {
-	const uint8_t *at = r->frame + FRAME_HEADER + (uint64_t)i * FRAME_RUN_BYTES;
+	const uint8_t *at = r->frame + r->at + FRAME_HEADER +
+			    i * FRAME_RUN_BYTES;
 
 	return (struct page_run){ fetch64(at), fetch64(at + 8) };
 }
@@ -353,8 +350,7 @@ static void clear_pages(uint8_t *to, uint64_t length)
 
 static void write_runs(struct page_receiver *r)
 {
-	const uint8_t *data = r->frame + FRAME_HEADER +
-			      (uint64_t)r->count * FRAME_RUN_BYTES;
+	const uint8_t *data = r->frame + RECEIVER_DATA_AT;
 	uint32_t i;
 
 	for (i = 0; i < r->count; i++) {
@@ -376,7 +372,7 @@ int pages_apply(struct page_receiver *r)
 {
 	int result;
 
-	if (stream_sum(r->frame + FRAME_HEADER, r->length) != r->sum)
+	if (stream_sum(r->frame + r->at + FRAME_HEADER, r->length) != r->sum)
 		return refuse(r, FAULT_SUM);
 	result = check_runs(r);
 	if (result != MOVE_DONE)
@@ -391,7 +387,8 @@ static int read_frame(struct page_receiver *r, int fd, int64_t deadline)
 	const uint64_t size = FRAME_HEADER + r->length;
 
 	while (r->got < size) {
-		ssize_t n = recv(fd, r->frame + r->got, size - r->got, MSG_DONTWAIT);
+		ssize_t n = recv(fd, r->frame + r->at + r->got, size - r->got,
+				 MSG_DONTWAIT);
 		int result;
 
 		if (n > 0) {

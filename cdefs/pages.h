@@ -10,21 +10,6 @@
  */
 uint64_t stream_sum(const uint8_t *bytes, uint64_t length);
 
-/* The same, piece by piece. */
-struct sum {
-	uint64_t lane[8];
-	uint64_t words;
-};
-
-void sum_begin(struct sum *s);
-/*
- * Copy whole 64-bit words, both sides aligned, and take them into the sum.
- * from may be written meanwhile: each word is read once, so that the sum is
- * that of the copy.
- */
-void sum_copy(struct sum *s, uint8_t *to, const uint8_t *from, uint64_t length);
-uint64_t sum_end(const struct sum *s);
-
 /* ---------------------------------------------------------------------- */
 /* Sets of guest pages: one bit per 4 KiB, one bitmap a region             */
 
@@ -73,10 +58,10 @@ void written_soft_dirty(const uint64_t *entries, uint64_t count, uint64_t pages,
 #define FRAME_DATA 4194304	/* bytes of pages in one frame at most */
 #define FRAME_ZEROS 67108864	/* bytes that one frame says are zero at most */
 #define FRAME_RUN_BYTES 16
-#define FRAME_BYTES 4210712	/* all of that */
 
 #define SENDER_PAGES 64		/* in one frame, so that it stays in the cache */
 #define SENDER_DATA_AT 4096	/* header and runs end where the pages begin */
+#define RECEIVER_DATA_AT 20480	/* the same, with room for FRAME_RUNS */
 
 /* How a loop below ended. */
 #define MOVE_AGAIN 0		/* the time is over, there is more */
@@ -134,7 +119,8 @@ int pages_send(struct page_sender *s, int fd, int64_t deadline);
 
 struct page_receiver {
 	const struct memory_map *memory;
-	uint8_t *frame;		/* header and payload: FRAME_BYTES */
+	uint8_t *frame;		/* RECEIVER_DATA_AT + FRAME_DATA */
+	uint32_t at;		/* where in it the header begins */
 	uint32_t type, count;	/* the frame's header */
 	uint64_t length, sum;
 	uint64_t got;		/* of the frame; the first header is read before */

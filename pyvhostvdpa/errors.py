@@ -87,21 +87,25 @@ class ManagementFailed(VhostVdpaError):
     """iproute2's ``vdpa`` could not do what it was told; the message has its words."""
 
 
-class MigrationRefused(VhostVdpaError):
-    """A migration that cannot work was refused before anything was touched."""
+class MigrationEnded(VhostVdpaError):
+    """A migration that was not one; the message says what state is left.
 
-
-class MigrationFailed(VhostVdpaError):
-    """A migration ended before its end; the message says what state is left.
-
-    ``report`` is what was measured all the same (a
-    :class:`pyvhostvdpa.migration.report.Report`), None if the guest is stopped.
+    ``report`` is what was measured all the same, None if the guest is stopped
+    or was never started.
     """
 
     report: Any = None
 
 
-class MigrationCancelled(VhostVdpaError):
+class MigrationRefused(MigrationEnded):
+    """A migration that cannot work was refused before anything was touched."""
+
+
+class MigrationFailed(MigrationEnded):
+    """A migration ended before its end."""
+
+
+class MigrationCancelled(MigrationEnded):
     """The user cancelled a migration that was under way."""
 
 

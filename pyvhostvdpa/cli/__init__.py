@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from ..errors import VhostVdpaError
+from ..errors import MigrationCancelled, VhostVdpaError
 from . import bench as bench_command
 from . import dev as dev_command
 from . import doctor as doctor_command
@@ -23,6 +23,8 @@ from . import ladder as ladder_command
 from . import list as list_command
 from . import migrate as migrate_command
 from . import probe as probe_command
+from . import receive as receive_command
+from . import send as send_command
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,6 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     dev_command.register(commands)
     probe_command.register(commands)
     migrate_command.register(commands)
+    send_command.register(commands)
+    receive_command.register(commands)
     ladder_command.register(commands)
     bench_command.register(commands)
     help_command.register(commands)
@@ -54,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vhost-vdpa: {e}", file=sys.stderr)
         if e.hint:
             print(f"  next: {e.hint}", file=sys.stderr)
-        return 1
+        return 130 if isinstance(e, MigrationCancelled) else 1
     except KeyboardInterrupt:
         # everything was closed on the way here; a second Ctrl-C must not
         # print a traceback over the result

@@ -15,10 +15,15 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from ..errors import MigrationCancelled, MigrationRefused, StreamBroken
+from ..errors import MigrationRefused, StreamBroken
 from .stream import HANDSHAKE_SECONDS, STALL_SECONDS, Channel, tls_trouble
 
 _TEXT = "unix:PATH or tcp:HOST:PORT"
+_LEAVE_SECONDS = 1.0
+
+
+class NoPeer(MigrationRefused):
+    """Who connected, or was connected to, is not the other side of a migration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +92,32 @@ def _secured(sock: socket.socket, tls: Tls | None, server: bool, name: str) -> s
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if tls is None:
         return sock
-    sock.settimeout(HANDSHAKE_SECONDS)
+    context = tls.context(server)
+    secured = context.wrap_socket(
+        sock, server_side=server, server_hostname=None if server else name, do_handshake_on_connect=False
+    )
+    secured.settimeout(HANDSHAKE_SECONDS)
     try:
-        context = tls.context(server)
-        return context.wrap_socket(sock, server_side=server, server_hostname=None if server else name)
-    except ssl.SSLError as e:
-        sock.close()
-        raise MigrationRefused(tls_trouble(e), hint="vhost-vdpa help migration") from e
+        secured.do_handshake()
     except TimeoutError as e:
-        sock.close()
-        raise MigrationRefused(f"TLS: no answer within {HANDSHAKE_SECONDS:g} s") from e
+        secured.close()
+        raise NoPeer(f"TLS: no answer within {HANDSHAKE_SECONDS:g} s") from e
     except OSError as e:
-        sock.close()
-        raise MigrationRefused(f"TLS: {e.strerror or e}") from e
+        _leave(secured)
+        raise NoPeer(tls_trouble(e), hint="vhost-vdpa help migration") from e
     except BaseException:
-        sock.close()
+        secured.close()
         raise
+    return secured
+
+
+def _leave(sock: socket.socket) -> None:
+    """Close so that the other side gets to read why: what it sent is read first, or a reset would overtake it."""
+    with sock, contextlib.suppress(OSError):
+        sock.settimeout(_LEAVE_SECONDS)
+        sock.shutdown(socket.SHUT_WR)
+        while socket.socket.recv(sock, 1 << 16):
+            pass
 
 
 def connect(address: Address, tls: Tls | None = None, cancel: int = -1, stall: float = STALL_SECONDS) -> Channel:
@@ -125,10 +140,11 @@ def connect(address: Address, tls: Tls | None = None, cancel: int = -1, stall: f
 def _greeted(channel: Channel) -> Channel:
     try:
         channel.greet()
-    except (StreamBroken, MigrationRefused, MigrationCancelled) as e:
+    except (StreamBroken, MigrationRefused) as e:
         channel.close()
-        if isinstance(e, StreamBroken):
-            raise MigrationRefused(str(e)) from e
+        raise NoPeer(str(e), hint=e.hint) from e
+    except BaseException:
+        channel.close()
         raise
     return channel
 
@@ -181,9 +197,8 @@ class Listener:
     def accept(self, cancel: int = -1, stall: float = STALL_SECONDS) -> Channel:
         """Wait for a source and return a greeted channel to it.
 
-        Raises :class:`~pyvhostvdpa.errors.MigrationRefused` for one that
-        shows no right certificate or speaks something else; the next may be
-        accepted then.
+        Raises :class:`NoPeer` for one that shows no right certificate or
+        speaks something else; the next may be accepted then.
         """
         sock, _ = self._sock.accept()
         return _greeted(Channel(_secured(sock, self._tls, True, ""), cancel, stall))

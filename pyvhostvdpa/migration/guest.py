@@ -124,12 +124,13 @@ class Guest:
                 features=device.features,
                 control_index=device.groups.control_index,
             )
-            self._add(GuestNic(self.memory, nic, arena), ControlModel(device.features, mac=device.mac))
+            self.add(GuestNic(self.memory, nic, arena), ControlModel(device.features, mac=device.mac))
         if share:
             rate = max(1, options.write_rate // PAGE_SIZE)
             self.writer = GuestWriter(self.memory, region.end - share, share // PAGE_SIZE, rate)
 
-    def _add(self, nic: GuestNic, model: ControlModel | None) -> None:
+    def add(self, nic: GuestNic, model: ControlModel | None) -> None:
+        """Give the guest a NIC for its next device, and what its control queue has set."""
         self.nics.append(nic)
         self.traffic.append(Traffic(nic))
         with_control = nic.control is not None and model is not None
@@ -146,7 +147,7 @@ class Guest:
         try:
             for device in devices:
                 nic = GuestNic.restore(memory, device.nic)
-                guest._add(nic, device.nic.model)
+                guest.add(nic, device.nic.model)
                 _compare(nic, device.queues, memory)
             if state.writer_pages:
                 check_memory(memory, state.writer_gpa, state.writer_pages * PAGE_SIZE)
@@ -154,10 +155,10 @@ class Guest:
                     memory, state.writer_gpa, state.writer_pages, state.writer_rate, state.writer_written
                 )
         except BadState as e:
-            guest._close_drivers()
+            guest.let_go()
             raise StreamCorrupt(f"state of the guest: {e}") from e
         except BaseException:
-            guest._close_drivers()
+            guest.let_go()
             raise
         return guest
 
@@ -245,7 +246,14 @@ class Guest:
             for pair in nic.pairs:
                 pair.shift_clock(ns)
 
-    def _close_drivers(self) -> None:
+    def forget_clock(self) -> None:
+        """Count no gap for the time that the guest stood in a file."""
+        for nic in self.nics:
+            for pair in nic.pairs:
+                pair.c.last_rx = 0
+
+    def let_go(self) -> None:
+        """End the guest, but not its memory. Twice is no error."""
         self.pause()
         for nic in self.nics:
             nic.close()
@@ -258,7 +266,7 @@ class Guest:
 
     def close(self) -> None:
         """End the guest and its memory; its devices must have let go. Twice is no error."""
-        self._close_drivers()
+        self.let_go()
         self.memory.close()
 
 

@@ -67,7 +67,7 @@ class Channel(Protocol):
     def send(self, buffer: Buffer) -> None:
         """Send all of a buffer."""
 
-    def receive_into(self, buffer: Buffer) -> None:
+    def receive_into(self, buffer: bytearray | memoryview) -> None:
         """Fill a buffer."""
 
 
@@ -243,7 +243,7 @@ class PageReceiver:
         self._memory = memory
         self._channel = channel
         self._slices = _Slices(channel)
-        self._frame = mmap.mmap(-1, lib.FRAME_BYTES)
+        self._frame = mmap.mmap(-1, lib.RECEIVER_DATA_AT + lib.FRAME_DATA)
         self._c: Any = ffi.new("struct page_receiver *")
         self._c.memory = memory.c_map
         self._c.frame = ffi.from_buffer("uint8_t[]", self._frame)
@@ -286,8 +286,8 @@ class PageReceiver:
                 result = lib.pages_receive(self._c, self._channel.fileno(), self._slices.deadline())
                 self._settle(result)
         else:
-            end = lib.FRAME_HEADER + header.length
-            with memoryview(self._frame) as frame, frame[lib.FRAME_HEADER : end] as part:
+            begin = self._c.at + lib.FRAME_HEADER
+            with memoryview(self._frame) as frame, frame[begin : begin + header.length] as part:
                 self._channel.receive_into(part)
             self._settle(lib.pages_apply(self._c))
 

@@ -8,33 +8,25 @@ it: a guest is started once.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import MigrationFailed, MigrationRefused, StreamCorrupt
 from ..memory import GuestMemory, Progress
+from .pages import memory_hash
 from .state import MAX_DEVICES, DeviceState, GuestShape, GuestState
 from .stream import MAX_CONTROL
 
 DEFAULT_FOLDER = Path("/var/lib/pyvhostvdpa")
 MAGIC = b"vdpa-gst"
 VERSION = 1
-_HEAD = struct.Struct("<8sII32s")
+_HEAD = struct.Struct("<8sIIQ")
 _LENGTH = struct.Struct("<I")
 _CHUNK = 1 << 20
-HASH_BYTES = 32
-
-
-def memory_hash(memory: GuestMemory) -> bytes:
-    """Return a BLAKE2b hash of all guest memory, which must stand still."""
-    digest = hashlib.blake2b(digest_size=HASH_BYTES)
-    for region in memory.regions:
-        digest.update(region.memory.buffer)
-    return digest.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +68,8 @@ def save(folder: Path, role: str, saved: SavedGuest, memory: GuestMemory) -> Pat
             os.fsync(file.fileno())
         half.rename(path)
     except OSError as e:
-        half.unlink(missing_ok=True)
+        with suppress(OSError):
+            half.unlink()
         raise MigrationFailed(f"the guest could not be saved to {path}: {e.strerror}") from e
     return path
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
 
-from .._cdefs import ffi, lib
 from ..errors import MigrationCancelled, MigrationRefused, StreamBroken, StreamCorrupt
+from .pages import PAGES, ZERO, stream_sum
 
 T = TypeVar("T")
 
@@ -32,7 +32,6 @@ VERSION = 1
 _PREAMBLE = struct.Struct("<8sII")
 HEADER = struct.Struct("<IIQQ")
 
-PAGES, ZERO = 0x100, 0x101
 MAX_CONTROL = 1 << 20
 MAX_MEMORY = 8 << 20
 _MAX_TEXT = 4096
@@ -85,11 +84,6 @@ class Header:
     sum: int
 
 
-def stream_sum(data: bytes | bytearray | memoryview) -> int:
-    """Return the checksum of a frame's payload."""
-    return int(lib.stream_sum(ffi.from_buffer("uint8_t[]", data), len(data)))
-
-
 class Channel:
     """One end of a stream on a connected socket, which it owns.
 
@@ -108,7 +102,7 @@ class Channel:
         self.raw = not isinstance(sock, ssl.SSLSocket)
         """Whether the socket's bytes are the stream's: C may read and write it."""
         self.torn = False
-        """Whether a frame was left in its middle: no other may follow."""
+        """Whether a frame was left in its middle, so that no other may follow."""
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
@@ -158,11 +152,10 @@ class Channel:
     def send(self, buffer: bytes | bytearray | memoryview) -> None:
         """Send all of ``buffer``."""
         view = memoryview(buffer).cast("B")
-        self.torn = True
         while view:
             part = view
             view = view[self._repeat(lambda: self._sock.send(part), select.POLLOUT, self.stall) :]  # noqa: B023
-        self.torn = False
+            self.torn = bool(view)
 
     def receive_into(self, buffer: bytearray | memoryview, seconds: float | None = None) -> None:
         """Fill ``buffer``; its first byte may take ``seconds``."""
@@ -290,7 +283,6 @@ _TLS = {
     "TLSV1_ALERT_UNKNOWN_CA": "the other side does not know the authority of this side's certificate",
     "SSLV3_ALERT_BAD_CERTIFICATE": "the other side does not accept this side's certificate",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "this side's certificate has expired",
-    "UNEXPECTED_EOF_WHILE_READING": "the other side closed the connection",
     "WRONG_VERSION_NUMBER": "the other side does not speak TLS",
     "HTTP_REQUEST": "the other side does not speak TLS",
     "UNSUPPORTED_PROTOCOL": "the other side does not speak TLS 1.3",
@@ -298,8 +290,11 @@ _TLS = {
 }
 
 
-def tls_trouble(error: ssl.SSLError) -> str:
+def tls_trouble(error: OSError) -> str:
     """Return what went wrong in TLS."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"TLS: the other side's certificate is refused: {error.verify_message}"
-    return f"TLS: {_TLS.get(error.reason or '', error.reason or str(error))}"
+    if isinstance(error, ssl.SSLEOFError | ConnectionError):
+        return "TLS: the other side closed the connection"
+    reason = str(getattr(error, "reason", None) or error)
+    return f"TLS: {_TLS.get(reason, reason)}"

@@ -341,7 +341,8 @@ class Series(Procedure):
             kind = "cvq" if client.control else "data"
             self.target.chardev.trace.note(
                 f"vhost_vdpa_net_{kind}_eval_flush",
-                qindex=client.queues[0].index,
+                # QEMU counts pairs here; the control queue comes behind the last
+                qindex=client.queues[0].index // 2,
                 svq_switch=switch,
                 flush_map=not self._keeps(then),
             )

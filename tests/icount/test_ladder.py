@@ -83,7 +83,7 @@ def test_each_optimization_shortens_what_it_is_about() -> None:
     assert dt2 == sorted(dt2, reverse=True)
 
 
-def test_a_switch_in_place_takes_a_hundredth_of_the_batched_row() -> None:
+def test_a_switch_in_place_takes_a_fiftieth_of_the_batched_row() -> None:
     found = rows("series-2023")
     assert seconds(found["beyond"].dt1_ms) < seconds(found["batch"].dt1_ms) / 50
     assert seconds(found["beyond"].dt2_ms) < seconds(found["batch"].dt2_ms) / 50

@@ -215,7 +215,8 @@ def test_buffers_across_regions_are_cut_and_arrive_whole(make: Make, elsewhere: 
     c_map.regions, c_map.count = pieces, count
     guest.start(State.SHADOW)
     receive = guest.device.shadows[0]
-    lab.wait_for(lambda: len(receive.in_flight) == receive.queue.num, "all receive buffers to be with the device")
+    # a buffer in two pieces takes two descriptors, so a few have to wait
+    lab.wait_for(lambda: len(receive.in_flight) > receive.queue.num - 8, "the receive buffers to be with the device")
     assert max(element.segments for element in receive.c.elements[0 : receive.queue.num]) == 2
     guest.traffic.run()
     guest.receives(3000)

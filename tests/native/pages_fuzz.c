@@ -147,9 +147,8 @@ static void make_frame(struct frame *f)
 	if (!below(60))
 		f->length = any() << below(30);
 	f->room = f->length < PAYLOAD ? f->length : PAYLOAD;
-	f->payload = malloc(FRAME_HEADER + f->room);
+	f->payload = malloc(f->room + !f->room);
 	CHECK(f->payload);
-	f->payload += FRAME_HEADER;
 	for (i = 0; i < f->room; i++)
 		f->payload[i] = (uint8_t)any();
 	data = f->count * FRAME_RUN_BYTES;
@@ -275,6 +274,17 @@ static int through_socket(struct page_receiver *r, const struct frame *f)
 	return result;
 }
 
+/* A buffer that ends where a frame does that may be read. */
+static uint8_t *room_for(uint32_t count, uint64_t length)
+{
+	const uint64_t table = (uint64_t)count * FRAME_RUN_BYTES;
+	const int possible = count <= FRAME_RUNS && table <= length;
+	uint8_t *room = malloc(possible ? RECEIVER_DATA_AT + length - table : 1);
+
+	CHECK(room);
+	return room;
+}
+
 static void one_frame(void)
 {
 	struct page_receiver r = { 0 };
@@ -290,18 +300,18 @@ static void one_frame(void)
 	r.count = f.count;
 	r.length = f.length;
 	r.sum = f.sum;
+	r.frame = room_for(f.count, f.room);
 	if (f.length < 60000 && below(2)) {
-		r.frame = malloc(FRAME_HEADER + f.room);
-		CHECK(r.frame);
 		result = through_socket(&r, &f);
-		free(r.frame);
 	} else {
-		r.frame = f.payload - FRAME_HEADER;
 		result = pages_expect(&r);
 		CHECK(result == MOVE_CORRUPT || f.length <= PAYLOAD);
-		if (result == MOVE_DONE)
+		if (result == MOVE_DONE) {
+			memcpy(r.frame + r.at + FRAME_HEADER, f.payload, f.length);
 			result = pages_apply(&r);
+		}
 	}
+	free(r.frame);
 	right = f.length <= PAYLOAD && is_right(&f);
 	CHECK(result == (right ? MOVE_DONE : MOVE_CORRUPT));
 	CHECK(right || r.fault);
@@ -309,7 +319,7 @@ static void one_frame(void)
 	if (right)
 		apply(&expected, &f);
 	check_same(&real, &expected);
-	free(f.payload - FRAME_HEADER);
+	free(f.payload);
 	guest_free(&real);
 	guest_free(&expected);
 }
@@ -341,9 +351,8 @@ static void deliver(struct page_receiver *r, const uint8_t *frame, uint32_t byte
 	memcpy(&r->sum, frame + 16, 8);
 	CHECK(bytes == FRAME_HEADER + r->length);
 	CHECK(pages_expect(r) == MOVE_DONE);
-	r->frame = malloc(bytes);
-	CHECK(r->frame);
-	memcpy(r->frame, frame, bytes);
+	r->frame = room_for(r->count, r->length);
+	memcpy(r->frame + r->at, frame, bytes);
 	CHECK(pages_apply(r) == MOVE_DONE);
 	free(r->frame);
 }

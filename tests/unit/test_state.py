@@ -58,10 +58,10 @@ def device(memory: GuestMemory) -> Iterator[DeviceState]:
     features = SUPPORTED | Feature.CTRL_VQ
     nic = GuestNic(memory, NicOptions(pairs=2, ring_size=32, features=features, control_index=4))
     guest = Guest(memory)
-    guest._add(nic, model())
+    guest.add(nic, model())
     _, [state] = guest.state()
     yield state
-    guest._close_drivers()
+    guest.let_go()
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_a_nic_goes_on_from_its_state(memory: GuestMemory, device: DeviceState) 
     try:
         assert guest.state()[1] == [device]
     finally:
-        guest._close_drivers()
+        guest.let_go()
 
 
 GUEST_WITHOUT_WRITER = GuestState(clock=0)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pyvhostvdpa.errors import MigrationCancelled, MigrationRefused, StreamBroken, StreamCorrupt
 from pyvhostvdpa.migration import stream
 from pyvhostvdpa.migration.endpoint import Address, Listener, check_security, connect
+from pyvhostvdpa.migration.pages import stream_sum
 from pyvhostvdpa.migration.stream import HEADER, Channel, Frame, words
 
 
@@ -38,7 +39,7 @@ def raw() -> Iterator[tuple[socket.socket, Channel]]:
 
 def frame(kind: int, payload: bytes, length: int | None = None, wrong: int = 0) -> bytes:
     size = len(payload) if length is None else length
-    return HEADER.pack(kind, 0, size, stream.stream_sum(payload) ^ wrong) + payload
+    return HEADER.pack(kind, 0, size, stream_sum(payload) ^ wrong) + payload
 
 
 def test_a_frame_arrives_as_it_left(pair: tuple[Channel, Channel]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from random import Random
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,23 +62,3 @@ def test_every_pair_of_flipped_bits_in_two_blocks_is_noticed() -> None:
 def test_length_and_order_count() -> None:
     assert len({stream_sum(bytes(n)) for n in range(300)}) == 300
     assert stream_sum(b"a" * 64 + b"b" * 64) != stream_sum(b"b" * 64 + b"a" * 64)
-
-
-@given(st.lists(st.integers(0, 40), max_size=8), st.randoms(use_true_random=False))
-def test_piece_by_piece_it_is_the_same_and_what_was_summed_is_what_was_copied(
-    pieces: list[int], random: Random
-) -> None:
-    words = sum(pieces)
-    source, target = ffi.new("uint64_t[]", words + 1), ffi.new("uint64_t[]", words + 1)
-    data = random.randbytes(words * 8)
-    ffi.memmove(source, data, len(data))
-    state = ffi.new("struct sum *")
-    lib.sum_begin(state)
-    done = 0
-    for piece in pieces:
-        to, at = (ffi.cast("uint8_t *", each + done) for each in (target, source))
-        lib.sum_copy(state, to, at, piece * 8)
-        done += piece
-    assert lib.sum_end(state) == stream_sum(data)
-    assert bytes(ffi.buffer(target))[: len(data)] == data
-    assert target[words] == 0

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""``vhost-vdpa receive``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..migration.endpoint import Address, Listener, check_security
+from ..migration.session import ReceivedReport, Receiving
+from .peer import ADDRESS, Progress, add_options, frames_table, sound, tls
+from .units import seconds
+
+_PHASES = {
+    "handshake": "a source has connected",
+    "map": "allocating and mapping guest memory",
+    "memory": "receiving memory",
+    "load": "loading the guest",
+    "ready": "ready, waiting for the source to give it away",
+    "start": "starting the devices",
+    "running": "the guest runs here",
+    "destination": "traffic in passthrough",
+    "drain": "waiting for the last frames",
+}
+
+
+def register(commands: Any) -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser(
+        "receive",
+        help="wait for a guest from 'vhost-vdpa send', run it",
+        description="Wait for a source, receive its guest with its memory on DEV, let it run with its traffic, and "
+        "account for every frame since it was first started. The devices are reset: run it on devices that nobody "
+        "uses.",
+    )
+    parser.add_argument("devices", metavar="DEV", nargs="+", help="vhost-vdpa chardev, in the source's order")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--listen", metavar=ADDRESS, help="where to wait for 'vhost-vdpa send'")
+    where.add_argument("--take", metavar="FILE", type=Path, help="start the guest saved in FILE instead")
+    parser.add_argument("--seconds", type=seconds, default="5", help="traffic once it runs (default %(default)s)")
+    add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Receive and print the report."""
+    progress = Progress(_PHASES)
+    receiving = Receiving(arguments.devices, arguments.seconds, arguments.state, progress.phase, progress.tell)
+    if arguments.take is not None:
+        return show(receiving.take(arguments.take), arguments.json)
+    address, security = Address.parse(arguments.listen), tls(arguments)
+    check_security(address, security, arguments.insecure_plain)
+    with Listener(address, security) as listener:
+        report = receiving.receive(listener)
+    return show(report, arguments.json)
+
+
+def show(report: ReceivedReport, as_json: bool) -> int:
+    """Print what a guest did here; the exit status."""
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        gap = f"the guest's longest gap at the move: {report.gap_move_ms:.2f} ms"
+        pages = f"pages that its CPU found wrong: {report.bad_pages}"
+        hashed = f"\nmemory hash {report.hash}, the same on both sides" if report.hash else ""
+        rate = report.parts["destination"].rate
+        print(f"{frames_table(report.frames)}\n\n{gap}\n{pages}\n{rate:,.0f} frames/s here{hashed}")
+    return 0 if sound(report.frames, report.bad_pages) else 1

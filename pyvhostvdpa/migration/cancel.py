@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""The user's wish to stop a migration, in a form that a wait for the stream notices."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Self
+
+from ..errors import MigrationCancelled
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Cancel:
+    """An eventfd, readable once the user cancelled."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def fileno(self) -> int:
+        """Return the descriptor, for :attr:`pyvhostvdpa.migration.stream.Channel.cancel`."""
+        return self._fd
+
+    def set(self) -> None:
+        """Cancel."""
+        os.eventfd_write(self._fd, 1)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the user cancelled."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def check(self) -> None:
+        """Raise :class:`~pyvhostvdpa.errors.MigrationCancelled` if the user cancelled."""
+        if self.wanted:
+            raise MigrationCancelled("cancelled")
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM cancel inside the block; a second one ends the program as ever."""
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+        def cancel(number: int, frame: FrameType | None) -> None:
+            restore()
+            self.set()
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        for number in _SIGNALS:
+            signal.signal(number, cancel)
+        try:
+            yield
+        finally:
+            restore()
+
+    def close(self) -> None:
+        """Close the eventfd. Twice is no error."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

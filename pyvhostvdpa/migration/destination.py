@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: MIT
+"""The destination's side of a migration: the guest is its own from GO on, and never before.
+
+What comes over the stream is checked before anything follows from it; a
+stream that ends, or makes no sense, leaves no trace here. Only between READY
+and GO this side cannot know who owns the guest: it then saves it, stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ..device import VdpaNetDevice
+from ..errors import (
+    MigrationCancelled,
+    MigrationFailed,
+    MigrationRefused,
+    StreamBroken,
+    StreamCorrupt,
+    VhostVdpaError,
+)
+from ..memory import PAGE_SIZE, GuestMemory, IovaAllocator, SharedMemory
+from ..net.features import Feature
+from ..procedure.base import GUEST_ASID
+from ..trace import Trace
+from ..uapi import names
+from .cancel import Cancel
+from .guest import Guest
+from .pages import PAGES, ZERO, PageReceiver
+from .saved import DEFAULT_FOLDER, SavedGuest, check_room, load, save
+from .source import PATIENCE, Observer, Tell, hash_bytes, patience
+from .state import DeviceShape, DeviceState, GuestShape, GuestState
+from .stream import Channel, Frame, Header, words
+
+PHASES = ("handshake", "map", "memory", "load", "ready", "start", "running")
+"""Of the destination, in order."""
+
+_TELL_SECONDS = 2.0
+
+
+@dataclass(slots=True)
+class Arrived:
+    """A guest that runs here, with its devices. ``hash`` is "" unless the source asked for it."""
+
+    id: str
+    source: str
+    guest: Guest
+    devices: list[VdpaNetDevice]
+    hash: str = ""
+    note: str = ""
+    """What its owner should know, such as that the source was not told."""
+    resources: ExitStack = field(default_factory=ExitStack)
+
+    def close(self) -> None:
+        """End the guest, reset and close its devices. Twice is no error."""
+        self.guest.pause()
+        self.resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Destination:
+    """Receives a guest from the other end of ``channel`` for the devices at ``paths``, in the source's order."""
+
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        channel: Channel,
+        cancel: Cancel,
+        trace: Trace | None = None,
+        folder: Path = DEFAULT_FOLDER,
+        observer: Observer = lambda phase: None,
+        tell: Tell = lambda text: None,
+    ) -> None:
+        self.paths = [os.fspath(path) for path in paths]
+        self.channel = channel
+        self.trace = trace or Trace()
+        self._folder, self._cancel = folder, cancel
+        self._observe, self._tell = observer, tell
+        self._stack = ExitStack()
+        self._devices: list[VdpaNetDevice] = []
+        self._told = 0.0
+        self._hash = b""
+        self._guest_state: GuestState | None = None
+        self._device_states: list[DeviceState] = []
+
+    def run(self) -> Arrived:
+        """Receive a guest and return it running.
+
+        Raises :class:`~pyvhostvdpa.errors.MigrationRefused` if the guest
+        does not fit these devices, :class:`Stray` if none came, :class:`~pyvhostvdpa.errors.MigrationFailed`
+        or :class:`~pyvhostvdpa.errors.MigrationCancelled`; the message says where the guest is. The devices
+        are reset and closed then, nothing is left of the guest but, where the
+        message says so, a file.
+        """
+        with self._stack:
+            self._observe("handshake")
+            shape = self._shape()
+            try:
+                self._cancel.check()
+                self._check_shape(shape)
+                self._prepare(shape)
+            except VhostVdpaError as e:
+                self._say(Frame.REFUSE, e)
+                raise _elsewhere(e, MigrationRefused) from e
+            try:
+                self.channel.send_frame(Frame.ACCEPT)
+                guest = self._receive(shape)
+            except VhostVdpaError as e:
+                self._say(Frame.FAILED, e)
+                raise _elsewhere(e) from e
+            self._await_go(shape, guest)
+            return self._start(shape, guest)
+
+    def _say(self, kind: Frame, error: VhostVdpaError) -> None:
+        """Tell the source why this side gives up, as far as there still is one."""
+        self.channel.cancel = -1
+        if isinstance(error, StreamBroken | _SourceCancelled):
+            return
+        with suppress(StreamBroken):
+            self.channel.send_text(kind, str(error) + (f" (next: {error.hint})" if error.hint else ""))
+            self.channel.finish()
+
+    # -- before anything is touched --------------------------------------------------
+
+    def _shape(self) -> GuestShape:
+        try:
+            kind, payload = self.channel.expect(Frame.SHAPE, Frame.CANCEL, seconds=PATIENCE)
+            if kind is Frame.CANCEL:
+                raise _SourceCancelled(f"the source says: {words(payload)}")
+            shape = GuestShape.decode(payload)
+        except (StreamBroken, StreamCorrupt, _SourceCancelled) as e:
+            self._say(Frame.REFUSE, e)
+            raise _elsewhere(e, Stray) from e
+        except VhostVdpaError as e:
+            self._say(Frame.REFUSE, e)
+            raise _elsewhere(e) from e
+        self._tell(f"{shape.source}: {len(shape.devices)} devices, {sum(s for _, s in shape.memory) >> 20} MiB")
+        return shape
+
+    def _check_shape(self, shape: GuestShape) -> None:
+        if len(shape.devices) != len(self.paths):
+            raise MigrationRefused(
+                f"the guest has {len(shape.devices)} devices, this side was given {len(self.paths)}: "
+                f"{' '.join(self.paths)}",
+                hint=f"vhost-vdpa receive with {len(shape.devices)} devices",
+            )
+        check_room(self._folder, sum(size for _, size in shape.memory))
+
+    def _prepare(self, shape: GuestShape) -> None:
+        for path, device_shape in zip(self.paths, shape.devices, strict=True):
+            wanted = Feature(device_shape.features)
+            device = self._stack.enter_context(VdpaNetDevice(path, self.trace, wanted=wanted))
+            self._devices.append(device)
+            _check_fit(device, device_shape)
+        self._observe("map")
+        self._memory = GuestMemory(shape.memory, self._allocated)  # type: ignore[arg-type]
+        self._stack.callback(self._memory.close)
+        # devices let go of the memory before it goes: a second close is none
+        for device in self._devices:
+            self._stack.callback(device.close)
+        for device in self._devices:
+            with device.trace.in_phase("dest.premap"):
+                device.attach(self._memory)
+                _prove_maps(device)
+            self._alive(f"memory mapped in {device.path}")
+
+    def _allocated(self, step: int) -> None:
+        now = time.monotonic()
+        if now - self._told > _TELL_SECONDS:
+            self._told = now
+            self._alive("allocating memory")
+
+    def _alive(self, text: str) -> None:
+        self._cancel.check()
+        self._tell(text)
+        self.channel.send_text(Frame.ALIVE, text)
+
+    # -- memory and state ----------------------------------------------------------------
+
+    def _receive(self, shape: GuestShape) -> Guest:
+        self._observe("memory")
+        self._cancel.check()
+        receiver = PageReceiver(self._memory, self.channel)
+        while True:
+            header = self.channel.receive_header(PATIENCE)
+            if header.type in (PAGES, ZERO):
+                receiver.receive(header)
+                self._progress(receiver)
+            elif self._control(header, shape):
+                break
+        self._tell(f"{receiver.pages:,} pages and {receiver.zero_pages:,} of zeros arrived")
+        self._observe("load")
+        self._cancel.check()
+        guest = Guest.restore(self._memory, self._complete(), self._device_states)
+        self._stack.callback(guest.close)
+        for device in self._devices:
+            self._stack.callback(device.close)
+        if guest.shapes() != shape.devices:
+            raise StreamCorrupt("the guest's state is not of the shape that was told first")
+        if shape.hashed:
+            self._hash = hash_bytes(self._memory)
+        return guest
+
+    def _progress(self, receiver: PageReceiver) -> None:
+        now = time.monotonic()
+        if now - self._told > _TELL_SECONDS:
+            self._told = now
+            self._tell(f"{receiver.bytes >> 20} MiB of memory received")
+
+    def _control(self, header: Header, shape: GuestShape) -> bool:
+        """Take a control frame; whether it was the last."""
+        payload = self.channel.receive_payload(header)
+        if header.type == Frame.CANCEL:
+            raise _SourceCancelled(f"the source says: {words(payload)}")
+        if header.type == Frame.ROUND and len(payload) == 8:
+            self._tell(f"round {header.count}: {int.from_bytes(payload, 'little') >> 10:,} KiB")
+        elif header.type == Frame.GUEST:
+            self._guest_state = GuestState.decode(payload)
+        elif header.type == Frame.DEVICE and header.count == len(self._device_states) < len(shape.devices):
+            self._device_states.append(DeviceState.decode(payload))
+        elif header.type == Frame.FINAL:
+            return True
+        else:
+            raise StreamCorrupt(f"a {Frame(header.type).name} frame in the middle of memory and state")
+        return False
+
+    def _complete(self) -> GuestState:
+        if self._guest_state is None:
+            raise StreamCorrupt("the state of the guest is missing")
+        return self._guest_state
+
+    # -- the hand-over -------------------------------------------------------------------
+
+    def _await_go(self, shape: GuestShape, guest: Guest) -> None:
+        """From READY on the source may give the guest away at any time; until GO is here, it may also keep it."""
+        try:
+            self._observe("ready")
+            self._cancel.check()
+            self.channel.send_frame(Frame.READY, self._hash)
+            kind, payload = self.channel.expect(Frame.GO, Frame.CANCEL, seconds=patience(shape))
+        except (StreamBroken, StreamCorrupt) as e:
+            said = self.channel.last_words()
+            if said:
+                raise _elsewhere(_SourceCancelled(f"the source says: {said}")) from e
+            raise self._unknown(shape, guest, e) from e
+        except VhostVdpaError as e:
+            # the source learns from this that the guest is not here
+            self._say(Frame.FAILED, e)
+            raise _elsewhere(e) from e
+        if kind is Frame.CANCEL:
+            raise _elsewhere(_SourceCancelled(f"the source says: {words(payload)}"))
+        clock = int.from_bytes(payload[:8], "little", signed=True)
+        guest.shift_clock(time.monotonic_ns() - clock)
+
+    def _unknown(self, shape: GuestShape, guest: Guest, error: VhostVdpaError) -> MigrationFailed:
+        happened = f"{error}, after this side was ready and before the source gave the guest away"
+        state = SavedGuest(shape, self._complete(), tuple(self._device_states))
+        try:
+            path = save(self._folder, "destination", state, guest.memory)
+        except VhostVdpaError as worse:
+            return MigrationFailed(f"{happened}. The guest does not run here, and {worse}")
+        return MigrationFailed(
+            f"{happened}. It is stopped here and saved in {path}; the source may have let it go on",
+            hint=f"if it runs on the source: rm {path}\n"
+            f"  if it does not: vhost-vdpa receive --take {path} {' '.join(self.paths)}",
+        )
+
+    def _start(self, shape: GuestShape, guest: Guest) -> Arrived:
+        self.channel.cancel = -1
+        self._observe("start")
+        try:
+            _start_devices(guest, self._devices)
+        except VhostVdpaError as e:
+            self._say(Frame.FAILED, e)
+            raise MigrationFailed(
+                f"the guest could not be started: {e}; it does not run here, the source has it", hint=e.hint
+            ) from e
+        self._observe("running")
+        note = ""
+        try:
+            self.channel.send_frame(Frame.RUNNING)
+        except StreamBroken as e:
+            note = f"the guest runs here, but the source could not be told ({e}): it stays stopped there"
+        resources = self._stack.pop_all()
+        return Arrived(shape.id.hex(), shape.source, guest, self._devices, self._hash.hex(), note, resources)
+
+
+class Stray(MigrationRefused):
+    """What connected brought no guest; the next may be waited for."""
+
+
+class _SourceCancelled(MigrationFailed):
+    """The source has given up, and said so."""
+
+
+def _elsewhere(error: VhostVdpaError, kind: type[VhostVdpaError] = MigrationFailed) -> VhostVdpaError:
+    """Say where the guest is, to an error from before it could be here."""
+    if isinstance(error, MigrationCancelled):
+        kind = MigrationCancelled
+    return kind(f"{error}; nothing of the guest is left here, the source has it", hint=error.hint)
+
+
+def _check_fit(device: VdpaNetDevice, shape: DeviceShape) -> None:
+    missing = Feature(shape.features) & ~device.features
+    if missing:
+        raise MigrationRefused(
+            f"{device.path} lacks features that the guest uses on the source: {names(missing)}",
+            hint="create it with the same device_features: vdpa dev add",
+        )
+    if shape.pairs > device.groups.max_pairs or shape.ring_size > device.max_ring:
+        raise MigrationRefused(
+            f"{device.path} has {device.groups.max_pairs} queue pairs of at most {device.max_ring}, "
+            f"the guest uses {shape.pairs} of {shape.ring_size}",
+            hint="vdpa dev add … max_vqp N makes one with more, where the driver can",
+        )
+    if shape.control_index != device.groups.control_index:
+        raise MigrationRefused(
+            f"{device.path} has its control queue at {device.groups.control_index}, "
+            f"the source at {shape.control_index}",
+            hint="create both with the same max_vqp: vdpa dev add",
+        )
+
+
+def _prove_maps(device: VdpaNetDevice) -> None:
+    """Raise if the device did not take its maps.
+
+    The kernel says nothing of a batch that failed
+    (drivers/vhost/vdpa.c:vhost_vdpa_process_iotlb_msg), but a map outside one
+    has an answer, and a set_map parent installs the whole table with it.
+    """
+    limits, space = device.iotlb.limits, device.iotlb.space(GUEST_ASID)
+    holes = IovaAllocator(limits.first, limits.last, [(m.iova, m.size) for m in space.mappings])
+    with SharedMemory("proof", PAGE_SIZE) as page:
+        iova = holes.allocate(PAGE_SIZE)
+        space.map(iova, page.hva, PAGE_SIZE)
+        space.unmap(iova, PAGE_SIZE)
+
+
+def _start_devices(guest: Guest, devices: Sequence[VdpaNetDevice]) -> None:
+    """Start every device and let the guest run; on a failure all are reset."""
+    try:
+        for number, device in enumerate(devices):
+            with device.trace.in_phase("dest.start"):
+                guest.start(number, device)
+    except BaseException:
+        for device in devices:
+            with suppress(VhostVdpaError):
+                device.reset()
+        raise
+    guest.run()
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Have a file out of everybody's reach while its guest is started: nobody starts it twice. Then remove it."""
+    claimed = path.with_suffix(".taken")
+    try:
+        path.rename(claimed)
+    except OSError as e:
+        raise MigrationRefused(f"{path}: {e.strerror}: somebody else has taken it") from e
+    try:
+        yield
+    except BaseException:
+        claimed.rename(path)
+        raise
+    claimed.unlink()
+
+
+def take(
+    path: Path,
+    paths: Sequence[str | os.PathLike[str]],
+    trace: Trace | None = None,
+    tell: Tell = lambda text: None,
+) -> Arrived:
+    """Start the guest saved in a file on the devices at ``paths``, and remove the file once it runs.
+
+    Raises what loading, opening, mapping and starting raise; the file stays then.
+    """
+    trace = trace or Trace()
+    with ExitStack() as stack:
+        tell(f"loading {path}")
+        saved, memory = load(path)
+        stack.callback(memory.close)
+        if len(paths) != len(saved.devices):
+            raise MigrationRefused(f"the guest in {path} has {len(saved.devices)} devices, {len(paths)} were given")
+        devices = []
+        for name, shape in zip(paths, saved.shape.devices, strict=True):
+            device = stack.enter_context(VdpaNetDevice(name, trace, wanted=Feature(shape.features)))
+            devices.append(device)
+            _check_fit(device, shape)
+        for device in devices:
+            tell(f"mapping memory in {device.path}")
+            device.attach(memory)
+        guest = Guest.restore(memory, saved.guest, saved.devices)
+        stack.callback(guest.close)
+        for device in devices:
+            stack.callback(device.close)
+        # how long it stood is no gap of a device's making
+        guest.forget_clock()
+        with _claimed(path):
+            _start_devices(guest, devices)
+        return Arrived(saved.shape.id.hex(), saved.shape.source, guest, devices, resources=stack.pop_all())

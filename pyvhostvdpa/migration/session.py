@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: MIT
+"""A guest's life around its migration: started on the source, sent, run on the destination, accounted for."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import mgmt
+from ..chardev import check_path
+from ..device import VdpaNetDevice
+from ..errors import MigrationEnded, MigrationRefused
+from ..memory import check_available
+from ..net.features import CONTROL, SUPPORTED
+from ..net.nic import MAX_FRAME, MIN_FRAME, FrameCounts
+from ..trace import Trace
+from .cancel import Cancel
+from .destination import Arrived, Destination, Stray, take
+from .downtime import DT1, DT2, PHASES, PhaseCost, cost, interval, milliseconds
+from .endpoint import Listener, NoPeer
+from .guest import Guest, GuestOptions
+from .report import Part, downtimes, environment
+from .saved import DEFAULT_FOLDER, check_room
+from .source import Observer, SendOptions, Sent, Source, Tell
+from .stream import Channel
+
+SENT_SCHEMA = "pyvhostvdpa/send/1"
+RECEIVED_SCHEMA = "pyvhostvdpa/receive/1"
+
+_DRAIN_SECONDS = 10.0
+_CHECK_SECONDS = 0.05
+
+Connect = Callable[[Cancel], Channel]
+"""Returns a greeted channel to the other side."""
+
+
+@dataclass(frozen=True, slots=True)
+class SentReport:
+    """What sending a guest was. ``outcome`` is "sent" or "stayed on source"; ``frames`` is its account when it left."""
+
+    outcome: str
+    sent: Sent
+    frames: FrameCounts
+    parts: dict[str, Part]
+    dt1_ms: dict[str, float]
+    dt2_ms: dict[str, float]
+    gap_switch_ms: float
+    phases: dict[str, PhaseCost]
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as its JSON schema ``pyvhostvdpa/send/1`` has it."""
+        return {
+            "schema": SENT_SCHEMA,
+            "outcome": self.outcome,
+            "id": self.sent.id,
+            "frames": self.frames.to_dict(),
+            "parts": {name: part.to_dict() for name, part in self.parts.items()},
+            **downtimes(self.dt1_ms, self.dt2_ms),
+            "guest_gap_ms": {"switch": round(self.gap_switch_ms, 3)},
+            "rounds": [
+                {"pages": r.pages, "zero_pages": r.zero_pages, "bytes": r.bytes, "seconds": round(r.seconds, 6)}
+                for r in self.sent.rounds
+            ],
+            "memory_hash": self.sent.hash or None,
+            "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
+            "environment": self.environment,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedReport:
+    """What receiving a guest was. ``frames`` are all since its first start, ``bad_pages`` what its CPU found wrong."""
+
+    id: str
+    source: str
+    frames: FrameCounts
+    bad_pages: int
+    parts: dict[str, Part]
+    gap_move_ms: float
+    hash: str
+    note: str
+    phases: dict[str, PhaseCost]
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as its JSON schema ``pyvhostvdpa/receive/1`` has it."""
+        return {
+            "schema": RECEIVED_SCHEMA,
+            "id": self.id,
+            "source": self.source,
+            "frames": self.frames.to_dict(),
+            "bad_pages": self.bad_pages,
+            "parts": {name: part.to_dict() for name, part in self.parts.items()},
+            "guest_gap_ms": {"move": round(self.gap_move_ms, 3)},
+            "memory_hash": self.hash or None,
+            "note": self.note or None,
+            "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
+            "environment": self.environment,
+        }
+
+
+def check_devices(paths: Sequence[str | os.PathLike[str]]) -> None:
+    """Raise if these are not different vhost-vdpa devices that nobody has open; opens none."""
+    for path in paths:
+        check_path(path)
+        if mgmt.holders(path):
+            raise mgmt.busy(path)
+    if len({mgmt.device_number(path) for path in paths}) != len(paths):
+        raise MigrationRefused("the same device twice", hint="vhost-vdpa list shows the others")
+
+
+def let_run(guest: Guest, devices: Sequence[VdpaNetDevice], seconds: float) -> Part:
+    """Let a guest run, with an eye on its devices."""
+    before, begin = guest.counts().received, time.monotonic()
+    while (left := begin + seconds - time.monotonic()) > 0:
+        time.sleep(min(left, _CHECK_SECONDS))
+        for device in devices:
+            device.check()
+    return Part(guest.counts().received - before, time.monotonic() - begin)
+
+
+@dataclass
+class Sending:
+    """A guest with traffic, started here, that is sent away. ``seconds`` of traffic before, and after if it stays."""
+
+    paths: Sequence[str | os.PathLike[str]]
+    connect: Connect
+    guest_options: GuestOptions
+    options: SendOptions = field(default_factory=SendOptions)
+    seconds: float = 5.0
+    observer: Observer = lambda phase: None
+    tell: Tell = lambda text: None
+
+    def run(self) -> SentReport:
+        """Start the guest, let it run, send it. What :meth:`Source.run` raises has a ``report`` if the guest stayed."""
+        check_devices(self.paths)
+        if not MIN_FRAME <= self.guest_options.frame_size <= MAX_FRAME:
+            raise MigrationRefused(f"frames of {self.guest_options.frame_size} bytes: {MIN_FRAME} to {MAX_FRAME}")
+        check_available(self.guest_options.memory)
+        check_room(self.options.folder, self.guest_options.memory)
+        self._trace = Trace()
+        self._parts: dict[str, Part] = {}
+        with ExitStack() as stack, Cancel() as cancel:
+            devices = [
+                stack.enter_context(VdpaNetDevice(path, self._trace, wanted=SUPPORTED | CONTROL)) for path in self.paths
+            ]
+            guest = self._guest(devices, stack)
+            self._parts["passthrough"] = let_run(guest, devices, self.seconds)
+            sent = Sent()
+            with cancel.on_signals():
+                try:
+                    self.observer("connect")
+                    channel = stack.enter_context(self._connected(cancel))
+                    source = Source(guest, devices, channel, cancel, self.options, self.observer, self.tell)
+                    sent = source.sent
+                    source.run()
+                except MigrationEnded as e:
+                    self._stayed(e, guest, devices, sent)
+                    raise
+            return self._report("sent", guest, devices, sent)
+
+    def _connected(self, cancel: Cancel) -> Channel:
+        try:
+            return self.connect(cancel)
+        except MigrationEnded as e:
+            where = ", ".join(os.fspath(path) for path in self.paths)
+            raise type(e)(f"{e}; the guest goes on in passthrough on {where}", hint=e.hint) from e
+
+    def _guest(self, devices: Sequence[VdpaNetDevice], stack: ExitStack) -> Guest:
+        self.observer("start")
+        guest = Guest.create(devices, self.guest_options)
+        stack.callback(guest.close)
+        for device in devices:
+            # devices let go of the memory before it goes: a second close is none
+            stack.callback(device.close)
+        stack.callback(guest.pause)
+        for number, device in enumerate(devices):
+            device.attach(guest.memory)
+            guest.start(number, device)
+            guest.use_pairs(number, device.path)
+        guest.run()
+        return guest
+
+    def _stayed(self, error: MigrationEnded, guest: Guest, devices: Sequence[VdpaNetDevice], sent: Sent) -> None:
+        """Let a guest that goes on here run, and account for it; one that is stopped has no report."""
+        if not all(traffic.running for traffic in guest.traffic):
+            return
+        self.observer("source again")
+        self._parts["source again"] = let_run(guest, devices, self.seconds)
+        guest.drain(_DRAIN_SECONDS)
+        guest.pause()
+        error.report = self._report("stayed on source", guest, devices, sent)
+
+    def _report(self, outcome: str, guest: Guest, devices: Sequence[VdpaNetDevice], sent: Sent) -> SentReport:
+        spans = [interval(self._trace, device.path, DT1) for device in devices]
+        return SentReport(
+            outcome=outcome,
+            sent=sent,
+            frames=guest.counts(),
+            parts=self._parts,
+            dt1_ms={device.path: milliseconds(self._trace, device.path, DT1) for device in devices},
+            dt2_ms={device.path: milliseconds(self._trace, device.path, DT2) for device in devices},
+            gap_switch_ms=max((guest.longest_gap(*span) for span in spans if span), default=0.0),
+            phases=_phases(self._trace),
+            environment=environment({device.path: device for device in devices}, guest.memory.size),
+        )
+
+
+@dataclass
+class Receiving:
+    """A guest that arrives, or is started from a file, and runs here for ``seconds``."""
+
+    paths: Sequence[str | os.PathLike[str]]
+    seconds: float = 5.0
+    folder: Path = DEFAULT_FOLDER
+    observer: Observer = lambda phase: None
+    tell: Tell = lambda text: None
+
+    def receive(self, listener: Listener) -> ReceivedReport:
+        """Wait for a source, receive its guest, let it run. Sources that are refused are told of, and waited on."""
+        check_devices(self.paths)
+        while True:
+            trace = Trace()
+            self.tell(f"waiting for a source on {listener.address}")
+            try:
+                with Cancel() as cancel:
+                    channel = listener.accept(cancel.fileno())
+                    with channel, cancel.on_signals():
+                        arrived = Destination(
+                            self.paths, channel, cancel, trace, self.folder, self.observer, self.tell
+                        ).run()
+            except (NoPeer, Stray) as e:
+                self.tell(f"refused: {e}")
+            else:
+                return self._live(arrived, trace)
+
+    def take(self, path: Path) -> ReceivedReport:
+        """Start the guest saved in a file, let it run."""
+        check_devices(self.paths)
+        trace = Trace()
+        return self._live(take(path, self.paths, trace, self.tell), trace)
+
+    def _live(self, arrived: Arrived, trace: Trace) -> ReceivedReport:
+        with arrived:
+            if arrived.note:
+                self.tell(arrived.note)
+            self.observer("destination")
+            guest, devices = arrived.guest, arrived.devices
+            part = let_run(guest, devices, self.seconds)
+            self.observer("drain")
+            guest.drain(_DRAIN_SECONDS)
+            guest.pause()
+            spans = [interval(trace, device.path, ("dest.start",)) for device in devices]
+            return ReceivedReport(
+                id=arrived.id,
+                source=arrived.source,
+                frames=guest.counts(),
+                bad_pages=guest.writer.bad_pages() if guest.writer is not None else 0,
+                parts={"destination": part},
+                gap_move_ms=max((guest.longest_gap(*span) for span in spans if span), default=0.0),
+                hash=arrived.hash,
+                note=arrived.note,
+                phases=_phases(trace),
+                environment=environment({device.path: device for device in devices}, guest.memory.size),
+            )
+
+
+def _phases(trace: Trace) -> dict[str, PhaseCost]:
+    costs = {phase: cost(trace, phase) for phase in PHASES}
+    return {phase: measured for phase, measured in costs.items() if measured is not None}

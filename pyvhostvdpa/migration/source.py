@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: MIT
+"""The source's side of a migration: it owns the guest until the destination says that it runs there.
+
+``vhost-vdpa help migration`` has the protocol, and who owns the guest when.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..device import State, VdpaNetDevice
+from ..errors import (
+    MigrationCancelled,
+    MigrationFailed,
+    MigrationRefused,
+    OutOfOrder,
+    StreamBroken,
+    StreamCorrupt,
+    VhostVdpaError,
+)
+from ..memory import GuestMemory
+from ..uapi import BackendFeature, names
+from .cancel import Cancel
+from .convergence import Convergence
+from .dirty import DirtyTracker, PageSet
+from .guest import Guest
+from .pages import PageSender, RoundStatistics, memory_hash
+from .saved import DEFAULT_FOLDER, SavedGuest, check_room, save
+from .state import ID_BYTES, GuestShape
+from .stream import Channel, Frame, words
+
+Observer = Callable[[str], None]
+"""Called with the name of each phase as it begins."""
+Tell = Callable[[str], None]
+"""Called with words of progress."""
+
+PHASES = ("handshake", "switch", "memory", "stop", "state", "ready", "go", "running")
+"""Of the source, in order; "back to source" may follow each but the last."""
+
+PATIENCE = 300.0
+"""Seconds that a destination may take to prepare; it says that it is at work in between."""
+_HAND_OVER_SECONDS = 60.0
+_TELL_SECONDS = 1.0
+_HASHED_PER_SECOND = 50 << 20
+
+
+def hash_bytes(memory: GuestMemory) -> bytes:
+    """Return the hash of guest memory, which must stand still, as it goes over the stream."""
+    return memory_hash(memory).to_bytes(8, "big")
+
+
+def patience(shape: GuestShape) -> float:
+    """Return the seconds that either side may take to load or hash, while the guest stands still."""
+    hashing = sum(size for _, size in shape.memory) / _HASHED_PER_SECOND if shape.hashed else 0.0
+    return _HAND_OVER_SECONDS + hashing
+
+
+@dataclass(frozen=True, slots=True)
+class SendOptions:
+    """How to send a guest.
+
+    ``limit`` in bytes a second on the stream until the guest is stopped, None
+    for none; ``downtime`` in seconds that what is left then may take;
+    ``hashed`` compares a hash of all memory while the guest stands still;
+    ``folder`` is where a guest is saved whose stream breaks at the hand-over.
+    """
+
+    limit: float | None = None
+    downtime: float = 0.3
+    hashed: bool = False
+    folder: Path = DEFAULT_FOLDER
+
+
+@dataclass(slots=True)
+class Sent:
+    """What sending took. ``hash`` is "" unless it was asked for; ``stopped`` is when, CLOCK_MONOTONIC ns."""
+
+    id: str = ""
+    rounds: list[RoundStatistics] = field(default_factory=list)
+    hash: str = ""
+    stopped: int = 0
+
+
+class Source:
+    """Sends a guest, which runs in passthrough on ``devices``, to the other end of ``channel``."""
+
+    def __init__(
+        self,
+        guest: Guest,
+        devices: Sequence[VdpaNetDevice],
+        channel: Channel,
+        cancel: Cancel,
+        options: SendOptions | None = None,
+        observer: Observer = lambda phase: None,
+        tell: Tell = lambda text: None,
+    ) -> None:
+        self.guest, self.devices, self.channel = guest, list(devices), channel
+        self.options = options or SendOptions()
+        self.sent = Sent()
+        self._told = self._round_began = time.monotonic()
+        self._halted: set[int] = set()
+        """Numbers of devices that failed to stop: whether they stand still nobody knows."""
+        self._cancel = cancel
+        self._observe, self._tell = observer, tell
+        self._tracker = DirtyTracker(guest.memory)
+        self._left = PageSet(guest.memory)
+        self._sender = PageSender(guest.memory, channel, self.options.limit, self._progress)
+        self._shape = GuestShape(
+            id=os.urandom(ID_BYTES),
+            source=f"{os.uname().nodename} {' '.join(device.path for device in devices)}"[:200],
+            memory=tuple((region.gpa, region.size) for region in guest.memory.regions),
+            devices=guest.shapes(),
+            hashed=self.options.hashed,
+        )
+        self.sent.id = self._shape.id.hex()
+
+    def run(self) -> Sent:
+        """Send the guest; afterwards it runs at the destination and the devices here are reset.
+
+        Raises :class:`~pyvhostvdpa.errors.MigrationRefused`,
+        :class:`~pyvhostvdpa.errors.MigrationCancelled` or
+        :class:`~pyvhostvdpa.errors.MigrationFailed` if it does not. The
+        guest then goes on in passthrough here, or the message says what state
+        it is in and the hint is the command that goes on from there. Any
+        other exception leaves the devices for their owner to close.
+        """
+        try:
+            for phase, step in (
+                ("handshake", self._handshake),
+                ("switch", self._switch),
+                ("memory", self._precopy),
+                ("stop", self._stop),
+                ("state", self._send_state),
+                ("ready", self._await_ready),
+            ):
+                self._observe(phase)
+                self._cancel.check()
+                step()
+            self._observe("go")
+            self._cancel.check()
+        except VhostVdpaError as e:
+            raise self._stay(e) from e
+        finally:
+            self._tracker.stop()
+        self._hand_over()
+        return self.sent
+
+    # -- while the guest runs here -------------------------------------------------
+
+    def _handshake(self) -> None:
+        for device in self.devices:
+            if BackendFeature.SUSPEND not in device.backend_features:
+                raise MigrationRefused(
+                    f"{device.path} lacks SUSPEND: its rings cannot be taken over without loss (it has "
+                    f"{names(device.backend_features)})"
+                )
+        check_room(self.options.folder, self.guest.memory.size)
+        self.channel.send_frame(Frame.SHAPE, self._shape.encode())
+        while True:
+            kind, payload = self.channel.expect(Frame.ACCEPT, Frame.REFUSE, Frame.FAILED, Frame.ALIVE, seconds=PATIENCE)
+            if kind is Frame.ACCEPT:
+                return
+            if kind is not Frame.ALIVE:
+                raise MigrationRefused(f"the destination says: {words(payload)}")
+            self._tell(f"destination: {words(payload)}")
+
+    def _switch(self) -> None:
+        for number, device in enumerate(self.devices):
+            self._cancel.check()
+            with device.trace.in_phase("dt1.stop"):
+                self._stop_device(number, device)
+            with device.trace.in_phase("dt1.start"):
+                device.start_shadow(self.guest.nics[number].queues, self.guest.controls[number])
+
+    def _stop_device(self, number: int, device: VdpaNetDevice) -> None:
+        try:
+            device.stop()
+        except OutOfOrder:
+            # it was resumed, and goes on
+            raise
+        except VhostVdpaError:
+            self._halted.add(number)
+            raise
+
+    def _precopy(self) -> None:
+        # all of memory goes after this, so what was written before is no matter
+        self._tracker.start()
+        converging = Convergence(self.options.downtime)
+        pages = PageSet.all(self.guest.memory)
+        while True:
+            self._send_round(pages)
+            pages = self._collect()
+            seconds = converging.estimate(pages, self._sender.bandwidth)
+            self._tell(
+                f"round {len(self.sent.rounds)}: {_speed(self.sent.rounds[-1])}; "
+                f"{pages.bytes >> 10:,} KiB written since, {(seconds or 0) * 1000:.0f} ms to send"
+            )
+            if converging.done(pages, self._sender.bandwidth):
+                self._left = pages
+                return
+            if converging.gave_up(pages):
+                raise MigrationFailed(
+                    f"the guest writes memory faster than the stream moves it: after {len(self.sent.rounds)} rounds "
+                    f"{pages.bytes >> 10:,} KiB are left, which take {(seconds or 0) * 1000:.0f} ms",
+                    hint="a higher --downtime, or --limit, or a guest that writes less",
+                )
+
+    def _collect(self) -> PageSet:
+        if self._tracker.atomic:
+            return self._tracker.collect()
+        self.guest.pause()
+        try:
+            return self._tracker.collect()
+        finally:
+            self.guest.run()
+
+    def _send_round(self, pages: PageSet) -> None:
+        self.channel.send_frame(Frame.ROUND, pages.bytes.to_bytes(8, "little"), len(self.sent.rounds) + 1)
+        self._round_began = self._told = time.monotonic()
+        self.sent.rounds.append(self._sender.send(pages))
+        self._check()
+
+    def _progress(self, moved: int, total: int) -> None:
+        self._check()
+        now = time.monotonic()
+        if now - self._told < _TELL_SECONDS:
+            return
+        self._told = now
+        rate = moved / (now - self._round_began)
+        left = f", {(total - moved) / rate:.1f} s left" if rate else ""
+        done = f"{moved >> 20} of {total >> 20} MiB"
+        self._tell(f"round {len(self.sent.rounds) + 1}: {done}, {rate / (1 << 20):,.1f} MiB/s{left}")
+
+    def _check(self) -> None:
+        """Raise if a device gave up, or the destination."""
+        for device in self.devices:
+            device.check()
+        if self.channel.readable():
+            _, payload = self.channel.expect(Frame.FAILED)
+            raise MigrationFailed(f"the destination says: {words(payload)}")
+
+    # -- while it stands still -------------------------------------------------------
+
+    def _stop(self) -> None:
+        self.sent.stopped = time.monotonic_ns()
+        self.guest.pause()
+        for number, device in enumerate(self.devices):
+            with device.trace.in_phase("dt2.stop"):
+                self._stop_device(number, device)
+        self._left |= self._tracker.collect()
+        self._tracker.stop()
+
+    def _send_state(self) -> None:
+        self._sender.limit = None
+        self._send_round(self._left)
+        guest, devices = self.guest.state()
+        self.channel.send_frame(Frame.GUEST, guest.encode())
+        for number, device in enumerate(devices):
+            self.channel.send_frame(Frame.DEVICE, device.encode(), number)
+        self.channel.send_frame(Frame.FINAL)
+
+    def _await_ready(self) -> None:
+        ours = hash_bytes(self.guest.memory) if self.options.hashed else b""
+        kind, theirs = self.channel.expect(Frame.READY, Frame.FAILED, seconds=patience(self._shape))
+        if kind is Frame.FAILED:
+            raise MigrationFailed(f"the destination says: {words(theirs)}")
+        if theirs != ours:
+            raise MigrationFailed(
+                f"memory at the destination differs: its hash is {theirs.hex() or 'missing'}, here {ours.hex()}"
+            )
+        self.sent.hash = ours.hex()
+
+    # -- the hand-over ------------------------------------------------------------------
+
+    def _hand_over(self) -> None:
+        """Give the guest away. From GO on only the destination knows whose it is, until it has answered."""
+        self.channel.cancel = -1
+        try:
+            self.channel.send_frame(Frame.GO, time.monotonic_ns().to_bytes(8, "little", signed=True))
+        except StreamBroken as e:
+            # part of a GO is none
+            raise self._stay(e) from e
+        try:
+            self._observe("running")
+            kind, payload = self.channel.expect(Frame.RUNNING, Frame.FAILED, seconds=_HAND_OVER_SECONDS)
+        except (StreamBroken, StreamCorrupt) as e:
+            raise self._unknown(e) from e
+        if kind is Frame.FAILED:
+            error = MigrationFailed(f"the destination could not start the guest: {words(payload)}")
+            raise self._stay(error) from error
+
+    def _unknown(self, error: VhostVdpaError) -> MigrationFailed:
+        happened = f"{error}, after the guest was given away and before the destination said that it runs there"
+        saved, command = self._save()
+        if not command:
+            return MigrationFailed(f"{happened}. It is stopped here; {saved}")
+        return MigrationFailed(
+            f"{happened}. It is stopped here and saved in {saved}",
+            hint=f"if it runs there: rm {saved}\n  if it does not: {command}",
+        )
+
+    def _save(self) -> tuple[str, str]:
+        """Save the stopped guest; its file and the command that starts it, or why not and ""."""
+        try:
+            guest, devices = self.guest.state()
+            state = SavedGuest(self._shape, guest, tuple(devices))
+            path = save(self.options.folder, "source", state, self.guest.memory)
+        except VhostVdpaError as e:
+            return f"{e}: it ends with this process", ""
+        paths = " ".join(device.path for device in self.devices)
+        return str(path), f"vhost-vdpa send --resume {path} {paths}"
+
+    # -- staying --------------------------------------------------------------------------
+
+    def _stay(self, error: VhostVdpaError) -> VhostVdpaError:
+        """Let the guest go on in passthrough here; the error that tells so, or what state is left."""
+        self._observe("back to source")
+        self._tracker.stop()
+        stranded = self._go_on()
+        said = self._part(error)
+        what = f"{error}; the destination says: {said}" if said else str(error)
+        if stranded is not None:
+            return self._stranded(what, stranded)
+        kind = type(error) if isinstance(error, MigrationCancelled | MigrationRefused) else MigrationFailed
+        where = ", ".join(device.path for device in self.devices)
+        return kind(f"{what}; the guest goes on in passthrough on {where}", hint=error.hint)
+
+    def _go_on(self) -> VhostVdpaError | None:
+        """Return to passthrough; why not, if that cannot be."""
+        try:
+            for number, device in enumerate(self.devices):
+                with device.trace.in_phase("cancel.start"):
+                    self._return(number, device)
+        except VhostVdpaError as e:
+            self.guest.pause()
+            return e
+        self.guest.run()
+        return None
+
+    def _part(self, error: VhostVdpaError) -> str:
+        """Tell the destination, and let the stream go; what it said if it was the first to leave."""
+        channel = self.channel
+        channel.cancel = -1
+        said = ""
+        with suppress(StreamBroken, StreamCorrupt):
+            if isinstance(error, StreamBroken):
+                said = channel.last_words()
+            elif not channel.torn:
+                channel.send_text(Frame.CANCEL, str(error))
+        channel.close()
+        return said
+
+    def _return(self, number: int, device: VdpaNetDevice) -> None:
+        if device.state is State.SHADOW:
+            device.stop()
+        elif device.state is State.PASSTHROUGH and number in self._halted:
+            device.reset()
+        if device.state is State.RESET:
+            self.guest.start(number, device)
+
+    def _stranded(self, what: str, worse: VhostVdpaError) -> MigrationFailed:
+        for device in self.devices:
+            with suppress(VhostVdpaError):
+                device.reset()
+        saved, command = self._save()
+        told = f"{what}; and the source could not be started again: {worse}. The guest is stopped"
+        if not command:
+            return MigrationFailed(f"{told}; {saved}")
+        return MigrationFailed(f"{told} and saved in {saved}", hint=command)
+
+
+def _speed(round_: RoundStatistics) -> str:
+    rate = round_.memory / round_.seconds / (1 << 20) if round_.seconds else 0.0
+    return (
+        f"{round_.memory >> 20} MiB ({round_.zero_pages:,} pages of zeros) in {round_.seconds:.2f} s, {rate:,.0f} MiB/s"
+    )

@@ -1,0 +1,235 @@
+"""Two processes that send a guest to each other, and can be held at each phase to do them harm there."""
+
+from __future__ import annotations
+
+import array
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pyvhostvdpa.device import State, VdpaNetDevice
+from pyvhostvdpa.errors import VhostVdpaError
+from pyvhostvdpa.memory import pinned_bytes
+from pyvhostvdpa.migration.cancel import Cancel
+from pyvhostvdpa.migration.destination import Arrived, Destination, take
+from pyvhostvdpa.migration.guest import Guest, GuestOptions
+from pyvhostvdpa.migration.source import SendOptions, Source
+from pyvhostvdpa.migration.stream import Channel
+from pyvhostvdpa.net.features import CONTROL, SUPPORTED
+
+DRAIN_SECONDS = 30.0
+
+
+class Gone(AssertionError):
+    """The process ended before it answered."""
+
+
+class Failed(Exception):
+    """What the process raised on purpose: its class, words and hint."""
+
+    def __init__(self, kind: str, message: str, hint: str) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind, self.message, self.hint = kind, message, hint
+
+
+# -- inside the process ---------------------------------------------------------------
+
+
+class Worker:
+    """Has a guest or has none, and does what it is told."""
+
+    def __init__(self, control: socket.socket, folder: Path) -> None:
+        self.control, self.folder = control, folder
+        self.guest: Guest | None = None
+        self.devices: list[VdpaNetDevice] = []
+        self.arrived: Arrived | None = None
+
+    def tell(self, *message: Any) -> None:
+        self.control.send(pickle.dumps(message))
+
+    def serve(self) -> None:
+        while True:
+            data, descriptors, _, _ = socket.recv_fds(self.control, 1 << 20, 1)
+            if not data:
+                return
+            name, *arguments = pickle.loads(data)
+            try:
+                self.tell("done", getattr(self, name)(*arguments, *descriptors))
+            except VhostVdpaError as e:
+                self.tell("failed", type(e).__name__, str(e), e.hint)
+            except BaseException:
+                self.tell("crashed", traceback.format_exc())
+
+    def holding(self, at: str) -> Callable[[str], None]:
+        """An observer that waits at one phase until the test lets it go on."""
+
+        def observe(phase: str) -> None:
+            if phase == at:
+                self.tell("phase", phase)
+                self.control.recv(64)
+
+        return observe
+
+    def start(self, paths: list[str], options: GuestOptions) -> None:
+        self.devices = [VdpaNetDevice(path, wanted=SUPPORTED | CONTROL) for path in paths]
+        self.guest = guest = Guest.create(self.devices, options)
+        for number, device in enumerate(self.devices):
+            device.attach(guest.memory)
+            guest.start(number, device)
+            guest.use_pairs(number, device.path)
+        guest.run()
+
+    def send(self, options: SendOptions, hold_at: str, fd: int) -> dict[str, Any]:
+        assert self.guest is not None
+        with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=20.0) as channel:
+            source = Source(self.guest, self.devices, channel, cancel, options, self.holding(hold_at))
+            with cancel.on_signals():
+                sent = source.run()
+        frames = self.guest.counts()
+        self.close()
+        return {"rounds": len(sent.rounds), "hash": sent.hash, "frames": frames}
+
+    def receive(self, paths: list[str], hold_at: str, fd: int) -> dict[str, Any]:
+        with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=20.0) as channel:
+            destination = Destination(paths, channel, cancel, folder=self.folder, observer=self.holding(hold_at))
+            with cancel.on_signals():
+                arrived = destination.run()
+        return self._own(arrived)
+
+    def take(self, path: Path, paths: list[str]) -> dict[str, Any]:
+        return self._own(take(path, paths))
+
+    def _own(self, arrived: Arrived) -> dict[str, Any]:
+        self.arrived, self.guest, self.devices = arrived, arrived.guest, arrived.devices
+        return {"hash": arrived.hash, "note": arrived.note}
+
+    def receives(self, frames: int) -> int:
+        """Wait until that many more frames came back; how many the guest has had."""
+        assert self.guest is not None
+        assert all(device.state is State.PASSTHROUGH for device in self.devices)
+        end = time.monotonic() + DRAIN_SECONDS
+        goals = [nic.counts().received + frames for nic in self.guest.nics]
+        while any(nic.counts().received < goal for nic, goal in zip(self.guest.nics, goals, strict=True)):
+            assert time.monotonic() < end, "no traffic"
+            for device in self.devices:
+                device.check()
+            time.sleep(0.005)
+        return self.guest.counts().received
+
+    def settle(self) -> dict[str, int]:
+        """Let everything sent arrive; the account, with the pages that the guest's CPU found wrong."""
+        assert self.guest is not None
+        self.guest.drain(DRAIN_SECONDS)
+        self.guest.pause()
+        counts = self.guest.counts().to_dict()
+        counts["bad_pages"] = self.guest.writer.bad_pages() if self.guest.writer is not None else 0
+        for nic in self.guest.nics:
+            for pair in nic.pairs:
+                pair.c.sending = 1
+        self.guest.run()
+        return counts
+
+    def close(self) -> None:
+        if self.guest is None:
+            return
+        self.guest.pause()
+        if self.arrived is not None:
+            self.arrived.close()
+        for device in self.devices:
+            device.close()
+        self.guest.close()
+        self.guest, self.arrived, self.devices = None, None, []
+
+    def drop_stopped(self) -> None:
+        """End a guest that is stopped here, after its state was saved."""
+        self.close()
+
+    def resources(self) -> tuple[int, int, int]:
+        return len(os.listdir("/proc/self/fd")), pinned_bytes(), threading.active_count()
+
+    def mappings(self) -> int:
+        """Guest memory and rings that are mapped in this process."""
+        return Path("/proc/self/maps").read_text().count("/memfd:")
+
+
+# -- outside -----------------------------------------------------------------------------
+
+
+class Peer:
+    """One of the processes. It is forked from the test, which has no device open."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control.settimeout(120)
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                self.control.close()
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                Worker(theirs, folder).serve()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        theirs.close()
+        self.alive = True
+
+    def ask(self, name: str, *arguments: Any, fd: int | None = None) -> None:
+        data = pickle.dumps((name, *arguments))
+        if fd is None:
+            self.control.send(data)
+        else:
+            self.control.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+
+    def _message(self) -> tuple[Any, ...]:
+        try:
+            data = self.control.recv(1 << 20)
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            raise Gone(self.name)
+        message: tuple[Any, ...] = pickle.loads(data)
+        return message
+
+    def until(self, phase: str) -> None:
+        """Wait until it is held at a phase."""
+        message = self._message()
+        assert message == ("phase", phase), f"{self.name} did not come to {phase!r}: {message}"
+
+    def go_on(self) -> None:
+        self.control.send(b"on")
+
+    def result(self) -> Any:
+        """Wait for its end; Failed or Gone if that is how it ended."""
+        kind, *rest = self._message()
+        if kind == "failed":
+            raise Failed(*rest)
+        assert kind == "done", f"{self.name}: {rest[0]}"
+        return rest[0]
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        self.ask(name, *arguments)
+        return self.result()
+
+    def interrupt(self) -> None:
+        os.kill(self.pid, signal.SIGINT)
+
+    def kill(self) -> None:
+        """End it as kill -9 does, wherever it is. Twice is no error."""
+        if self.alive:
+            self.alive = False
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.control.close()
