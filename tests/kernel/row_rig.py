@@ -12,7 +12,7 @@ from pyvhostvdpa import GuestMemory, State, Trace, VdpaNetDevice
 from pyvhostvdpa import hwsim as counters
 from pyvhostvdpa.migration.ladder import regions
 from pyvhostvdpa.migration.plan import Plan
-from pyvhostvdpa.net.control import ControlModel
+from pyvhostvdpa.net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
 from pyvhostvdpa.net.control_queue import GuestControl
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
 from pyvhostvdpa.net.nic import GuestNic, NicOptions
@@ -35,6 +35,7 @@ class Rig:
 
     def __init__(self, plan: Plan, pairs: int, pieces: int) -> None:
         self.plan, self.pairs = plan, pairs
+        self.uses_all = False
         self.keeps = Optimization.KEEP_AT_SWITCH in plan.switches
         self.sim = hwsim.add("hw0", pairs, heavy_min=HEAVY, clean_map="N" if self.keeps else "Y")
         self.memory = GuestMemory(regions(MEMORY, pieces))
@@ -69,6 +70,15 @@ class Rig:
     def start(self, mode: State) -> None:
         begin = self.device.start_shadow if mode is State.SHADOW else self.device.start_passthrough
         begin(self.nic.queues, self.control)
+        if not self.uses_all:
+            self.uses_all = True
+            self.use_all_pairs()
+
+    def use_all_pairs(self) -> None:
+        """What a guest's driver does once: a pair that is not in use forwards nothing."""
+        assert self.nic.control is not None
+        if self.pairs > 1:
+            assert self.nic.control.send(command(Class.MQ, VQ_PAIRS_SET, self.pairs.to_bytes(2, "little"))) == OK
 
     def to(self, mode: State) -> None:
         self.device.stop(then=mode)
