@@ -50,9 +50,9 @@ class World:
             left.close()
             right.close()
 
-    def migrates(self) -> dict[str, Any]:
+    def migrates(self, limit: float | None = None) -> dict[str, Any]:
         """One that nobody harms; memory is compared by hash. The guest then is in the other process."""
-        with self.migration(hashed=True) as stream:
+        with self.migration(hashed=True, limit=limit) as stream:
             stream.close()
             sent, received = self.here.result(), self.there.result()
         assert sent["hash"] == received["hash"] != ""
