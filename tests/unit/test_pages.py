@@ -194,7 +194,9 @@ def test_all_pages_arrive_as_they_are(pair: Pair) -> None:
     assert statistics.memory == pair.source.size
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
 @given(
     chosen=st.lists(st.tuples(st.integers(0, 511), st.integers(1, 90), st.booleans()), max_size=12),
     seed=st.integers(0, 1 << 30),
@@ -203,7 +205,7 @@ def test_exactly_the_pages_of_a_set_arrive(raw: Pair, chosen: list[tuple[int, in
     fill(raw.source, seed)
     fill(raw.destination, seed + 1)
     pages = PageSet(raw.source)
-    expected = [bytes(region.memory.buffer) for region in raw.destination.regions]
+    expected = [bytearray(region.memory.buffer) for region in raw.destination.regions]
     for first, count, zero in chosen:
         for number in range(first, min(first + count, 512)):
             region, at = divmod(number * GUEST_PAGE, SIZE)
@@ -212,11 +214,10 @@ def test_exactly_the_pages_of_a_set_arrive(raw: Pair, chosen: list[tuple[int, in
             pages.add(LOW + number * GUEST_PAGE)
     for gpa in pages:
         region, at = divmod(gpa - LOW, SIZE)
-        content = bytes(raw.source.regions[region].memory.buffer[at : at + GUEST_PAGE])
-        expected[region] = expected[region][:at] + content + expected[region][at + GUEST_PAGE :]
+        expected[region][at : at + GUEST_PAGE] = raw.source.regions[region].memory.buffer[at : at + GUEST_PAGE]
     statistics = raw.send(pages)
     assert statistics.pages + statistics.zero_pages == pages.count
-    assert [bytes(region.memory.buffer) for region in raw.destination.regions] == expected
+    assert [bytearray(region.memory.buffer) for region in raw.destination.regions] == expected
 
 
 def test_a_page_that_became_zero_is_zero_at_the_other_side(pair: Pair) -> None:
@@ -455,7 +456,9 @@ def test_a_payload_that_is_too_long_is_refused_before_it_is_read(raw: Pair, leng
     assert raw.far.socket.recv(16) == table((LOW, GUEST_PAGE))
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
 @given(at=st.integers(0, 2 * 16 + 2 * GUEST_PAGE - 1), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_noticed(raw: Pair, at: int, bit: int) -> None:
     payload = table((LOW, GUEST_PAGE), (HIGH, GUEST_PAGE)) + PAGE * 2
