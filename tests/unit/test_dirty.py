@@ -19,8 +19,7 @@ LOW, HIGH = Gpa(1 << 30), Gpa(1 << 32)
 PAGES = 300
 SIZE = PAGES * GUEST_PAGE
 
-settings.register_profile("here", suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-settings.load_profile("here")
+with_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +47,7 @@ def made(memory: GuestMemory, chosen: list[tuple[int, int]]) -> PageSet:
     return pages
 
 
+@with_fixtures
 @given(chosen=ranges)
 def test_a_set_holds_the_pages_that_its_ranges_touch(memory: GuestMemory, chosen: list[tuple[int, int]]) -> None:
     pages, expected = made(memory, chosen), touched(chosen)
@@ -59,6 +59,7 @@ def test_a_set_holds_the_pages_that_its_ranges_touch(memory: GuestMemory, chosen
     assert "x" not in pages
 
 
+@with_fixtures
 @given(one=ranges, other=ranges)
 def test_a_union_holds_both_and_leaves_both_alone(
     memory: GuestMemory, one: list[tuple[int, int]], other: list[tuple[int, int]]
@@ -89,6 +90,7 @@ def test_sets_of_different_guests_do_not_mix(memory: GuestMemory) -> None:
         PageSet(memory).update(PageSet(other))
 
 
+@with_fixtures
 @given(entries=st.lists(st.tuples(st.booleans(), st.booleans()), max_size=70), first=st.integers(0, 70))
 def test_a_page_that_is_not_mapped_counts_as_written(entries: list[tuple[bool, bool]], first: int) -> None:
     words = [present << 63 | dirty << 55 for present, dirty in entries]
@@ -158,6 +160,7 @@ def test_without_a_measured_rate_only_nothing_left_is_done(memory: GuestMemory) 
     assert rule.done(PageSet(memory), None)
 
 
+@with_fixtures
 @given(left=st.lists(st.integers(0, PAGES), min_size=1, max_size=25), patience=st.integers(1, 4))
 def test_it_gives_up_when_rounds_leave_no_less_than_the_best(
     memory: GuestMemory, left: list[int], patience: int
