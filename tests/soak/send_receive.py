@@ -17,9 +17,9 @@ from pyvhostvdpa.migration.guest import GuestOptions
 
 DEVICES = ("/dev/vhost-vdpa-0", "/dev/vhost-vdpa-1")
 MIGRATIONS = int(os.environ.get("PYVHOSTVDPA_SOAK_MIGRATIONS", "200"))
-GUEST = GuestOptions(memory=8 << 20, ring_size=64, frame_size=128, write_rate=1 << 20)
-LIMIT, DOWNTIME = 2 << 20, 0.45
-"""The stream is slower than the machine, so how many rounds it takes does not depend on what else the machine does."""
+GUEST = GuestOptions(memory=16 << 20, ring_size=64, frame_size=128, write_rate=3 << 20)
+DOWNTIME = 0.3
+"""Some rounds on a machine that does nothing else; on one that is busy the guest may write too fast for the stream."""
 
 
 def test_back_and_forth(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_back_and_forth(tmp_path: Path) -> None:
     world = World([DEVICES[0]], [DEVICES[1]], tmp_path, GUEST, DOWNTIME)
     try:
         for number in range(1, MIGRATIONS + 1):
-            report = world.migrates(LIMIT)
+            report = world.migrates()
             rounds.append(report["rounds"])
             hashes.add(report["hash"])
             world.lives()
@@ -42,7 +42,7 @@ def test_back_and_forth(tmp_path: Path) -> None:
         world.close()
     assert len(hashes) == MIGRATIONS, "memory did not change between two migrations"
     assert min(rounds) >= 2
-    assert statistics.mean(rounds) >= 3, "the guest wrote too little for several rounds"
+    assert statistics.mean(rounds) > 2, "the guest wrote too little for several rounds"
     print(
         f"{MIGRATIONS} migrations, {min(rounds)} to {max(rounds)} rounds each, memory identical by hash each time; "
         f"{received:,} frames, 0 lost, duplicated or corrupted; no page other than written",
