@@ -21,7 +21,7 @@ SIZE = 2 << 20
 ROUNDS = 10
 
 
-# small pages allocated in order come in other runs in every boot, a huge page is one and shuffled pages are nearly alone
+# small pages allocated in order come in other runs in every boot; a huge page is one, and shuffled pages are as many
 LAYOUTS = {"contiguous": (Page.LARGE, Layout.CONTIGUOUS), "scattered": (Page.SMALL, Layout.SCATTERED)}
 
 
