@@ -1,11 +1,13 @@
 """Everything that can go wrong, at every phase boundary: who has the guest afterwards, and how it goes on.
 
 One guest lives through all of it, with traffic and a CPU that writes memory;
-each case ends with a migration that works.
+each case ends with a migration that works. Here is one case in four; all of
+them are `tools/lab soak migration_failures`.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,10 +56,14 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
+# no multiple of the number of faults: every phase and every fault is met
+CHOSEN = CASES if os.environ.get("PYVHOSTVDPA_EVERY_FAULT") else CASES[::4]
 
 
 def test_there_are_enough_cases() -> None:
     assert len(CASES) >= 60
+    assert {(case.side, case.phase) for case in CHOSEN} == {(case.side, case.phase) for case in CASES}
+    assert {case.fault for case in CHOSEN} == {case.fault for case in CASES}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +138,7 @@ def end_of(world: World, name: str) -> Failed | None:
     return None
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
 def test_a_fault(world: World, case: Case) -> None:
     killed = case.fault.partition(" ")[0] if case.fault.endswith("killed") else ""
     with world.migration(hold=(case.side, case.phase)) as stream:
