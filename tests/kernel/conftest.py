@@ -60,6 +60,14 @@ def devices(loaded: dict[str, int]) -> tuple[str, str]:
 
 
 @pytest.fixture
+def fresh(loaded: dict[str, int]) -> tuple[str, str]:
+    """The same, made anew: a device keeps the address of the guest that it had last."""
+    loaded.clear()
+    lab.reload()
+    return lab.DEVICES
+
+
+@pytest.fixture
 def pinned(loaded: dict[str, int]) -> tuple[str, str]:
     """Two vdpa_sim_net devices that pin pages, as hardware does."""
     _use(loaded, use_va=0)

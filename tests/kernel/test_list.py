@@ -14,7 +14,7 @@ from pyvhostvdpa.net.features import CONTROL, SUPPORTED
 from pyvhostvdpa.uapi import BackendFeature
 
 
-def test_list_tells_names_drivers_and_addresses(devices: tuple[str, str]) -> None:
+def test_list_tells_names_drivers_and_addresses(fresh: tuple[str, str]) -> None:
     done = subprocess.run(["vhost-vdpa", "list", "--json"], capture_output=True, text=True, check=True)
     listed = json.loads(done.stdout)
     assert listed["schema"] == "pyvhostvdpa/list/1"
@@ -28,7 +28,7 @@ def test_list_tells_names_drivers_and_addresses(devices: tuple[str, str]) -> Non
             "mac": mac,
             "holders": [],
         }
-        for number, (device, mac) in enumerate(zip(devices, lab.MACS, strict=True))
+        for number, (device, mac) in enumerate(zip(fresh, lab.MACS, strict=True))
     ]
 
 
