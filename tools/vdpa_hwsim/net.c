@@ -150,7 +150,8 @@ void hwsim_receive(struct hwsim_dev *dev, unsigned int pair, const void *frame, 
 
 	arrival.hash = hwsim_hash(dev, frame, len);
 	rx = hwsim_rx(dev, hwsim_steer(dev, pair, &arrival.hash));
-	if (!hwsim_live(dev) || !rx->ready || hwsim_flawed(dev, HWSIM_FLAW_STALL)) {
+	/* what it was sending to itself when it was told to stall is not lost by that */
+	if (!hwsim_live(dev) || !rx->ready || (!own && hwsim_flawed(dev, HWSIM_FLAW_STALL))) {
 		hwsim_vq_count(rx, HWSIM_VQ_DOWN, 1);
 		return;
 	}
