@@ -108,7 +108,7 @@ class MapReport:
         for result in self.results:
             both.setdefault(result.point, {})[result.mode] = result
         pairs = [(m[Mode.UNBATCHED], m[Mode.BATCH]) for m in both.values() if {Mode.UNBATCHED, Mode.BATCH} <= m.keys()]
-        return max(pairs, key=lambda pair: pair[0].entries, default=None)
+        return max(pairs, key=lambda pair: pair[0].entries) if pairs else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its schema has it. Times in ns."""

@@ -182,7 +182,7 @@ def _append_gap(found: list[Span], gap: Span) -> None:
 
 def by_kind(pieces: Iterable[Span]) -> dict[Kind, int]:
     """Return nanoseconds by kind, in the order of :class:`Kind`, those that did not occur left out."""
-    sums = dict.fromkeys(Kind, 0)
+    sums: dict[Kind, int] = dict.fromkeys(Kind.__members__.values(), 0)
     for span in pieces:
         sums[span.kind] += span.ns
     return {kind: ns for kind, ns in sums.items() if ns}

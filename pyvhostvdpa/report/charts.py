@@ -11,7 +11,7 @@ from ..migration.spans import Kind, Span, by_kind
 from ..trace import describe
 from .svg import WIDTH, TimeAxis, box, drawing, duration, line, words
 
-CLASSES = {kind: f"k{number}" for number, kind in enumerate(Kind)}
+CLASSES = {kind: f"k{number}" for number, kind in enumerate(Kind.__members__.values())}
 """The CSS class of each kind of span."""
 
 _LABELS = 300

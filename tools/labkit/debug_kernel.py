@@ -109,7 +109,7 @@ class DebugBuilder:
         """Return the newest build in the cache that fits."""
         known = [DebugKernel(path.parent) for path in self.root.glob(f"*-{self.recipe()}/kernel.json")]
         fitting = [kernel for kernel in known if archive.fits(kernel.release, wanted)]
-        return max(fitting, key=lambda kernel: archive.order(kernel.version), default=None)
+        return max(fitting, key=lambda kernel: archive.order(kernel.version)) if fitting else None
 
     def ensure(self, wanted: str) -> DebugKernel:
         """Return a kernel that fits; build one if there is none."""
