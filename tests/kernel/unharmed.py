@@ -48,6 +48,10 @@ class Usage:
         """Take a sample when all that waits to be freed is."""
         subprocess.run(["sync"], check=True)
         Path("/proc/sys/vm/drop_caches").write_text("3")
+        # what was freed of the kernel's own addresses is kept until there is much of it, or until the protection of
+        # some changes (mm/vmalloc.c:_vm_unmap_aliases): that of a module's code does as it is loaded
+        subprocess.run(["modprobe", "dummy", "numdummies=0"], check=True)
+        subprocess.run(["modprobe", "-r", "dummy"], check=True)
         time.sleep(2)
         memory = {name: int(rest.split()[0]) for name, _, rest in _fields("/proc/meminfo")}
         kinds = ("SUnreclaim", "SReclaimable", "Percpu", "PageTables", "KernelStack", "VmallocUsed", "Shmem")
