@@ -16,6 +16,7 @@ from .errors import (
     KernelError,
     ManagementFailed,
     MapRejected,
+    MigrationCancelled,
     MigrationFailed,
     MigrationRefused,
     MissingFeature,
@@ -27,7 +28,9 @@ from .errors import (
 from .iotlb import AddressSpace, Iotlb, Limits
 from .memory import GuestMemory
 from .mgmt import list_devices
+from .migration.guest import GuestOptions
 from .migration.local import Options, migrate
+from .migration.source import SendOptions
 from .probe import Probe
 from .trace import Event, Trace
 from .uapi import Access, BackendFeature, Status
@@ -42,11 +45,13 @@ __all__ = [
     "DeviceClosed",
     "Event",
     "GuestMemory",
+    "GuestOptions",
     "Iotlb",
     "KernelError",
     "Limits",
     "ManagementFailed",
     "MapRejected",
+    "MigrationCancelled",
     "MigrationFailed",
     "MigrationRefused",
     "MissingFeature",
@@ -55,6 +60,7 @@ __all__ = [
     "OutOfOrder",
     "Probe",
     "QueueBroken",
+    "SendOptions",
     "State",
     "Status",
     "Trace",

@@ -1,24 +1,91 @@
 # SPDX-License-Identifier: MIT
-"""What ``send`` and ``receive`` have in common: the way to the other side, progress."""
+"""What ``migrate``, ``send`` and ``receive`` have in common: the guest, the way to the other side, progress."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import MigrationRefused
 from ..migration.endpoint import Tls
+from ..migration.guest import GuestOptions
+from ..migration.pages import RoundStatistics
 from ..migration.saved import DEFAULT_FOLDER
-from ..net.nic import FrameCounts
+from ..migration.source import SendOptions
+from ..net.nic import MAX_FRAME, MIN_FRAME, FrameCounts
 from .table import table
+from .units import count, size
 
 ADDRESS = "unix:PATH|tcp:HOST:PORT"
 
+SENDING = {
+    "start": "starting the guest: allocating and mapping its memory",
+    "passthrough": "traffic in passthrough",
+    "connect": "connecting to the destination",
+    "handshake": "telling the destination what the guest needs",
+    "switch": "switching to shadow virtqueues",
+    "shadow": "traffic through shadow virtqueues",
+    "memory": "moving memory while the guest runs",
+    "stop": "stopping the guest",
+    "state": "moving what is left, and the devices' state",
+    "ready": "waiting until the destination has loaded it",
+    "go": "giving the guest away",
+    "running": "waiting until it runs there",
+    "back to source": "bringing the guest back to passthrough here",
+    "source again": "traffic in passthrough on the source again",
+    "destination": "traffic in passthrough on the destination",
+    "drain": "waiting for the last frames",
+}
+"""The phases of whoever sends a guest, in words."""
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of either side."""
+
+def add_sending_options(parser: argparse.ArgumentParser, downtime: str) -> None:
+    """Add the options of a guest that is started here, and of how it is sent; ``downtime`` as by default, in ms."""
+    parser.add_argument("--memory", type=size, default="1G", help="guest memory (default %(default)s)")
+    parser.add_argument("--pairs", type=count, default="1", help="queue pairs of each NIC (default %(default)s)")
+    parser.add_argument(
+        "--frame-size", type=count, default="256", help=f"Ethernet frame, {MIN_FRAME} to {MAX_FRAME} (default 256)"
+    )
+    parser.add_argument(
+        "--write", metavar="BYTES/s", type=size, default=None, help="memory that the guest's CPU writes (default none)"
+    )
+    parser.add_argument("--limit", metavar="BYTES/s", type=size, default=None, help="of the stream while it runs")
+    parser.add_argument(
+        "--downtime",
+        metavar="MS",
+        type=count,
+        default=downtime,
+        help="that what is left of memory may take at the end (default %(default)s)",
+    )
+    parser.add_argument(
+        "--hash", action="store_true", help="compare a hash of all memory on both sides while the guest stands still"
+    )
+
+
+def guest_options(arguments: argparse.Namespace) -> GuestOptions:
+    """Return the guest to start; MigrationRefused for one that cannot be."""
+    if not MIN_FRAME <= arguments.frame_size <= MAX_FRAME:
+        raise MigrationRefused(f"frames of {arguments.frame_size} bytes: from {MIN_FRAME} to {MAX_FRAME} are possible")
+    return GuestOptions(
+        memory=arguments.memory,
+        pairs=arguments.pairs,
+        frame_size=arguments.frame_size,
+        write_rate=arguments.write or 0,
+    )
+
+
+def send_options(arguments: argparse.Namespace) -> SendOptions:
+    """Return how to send it."""
+    return SendOptions(
+        limit=arguments.limit, downtime=arguments.downtime / 1000, hashed=arguments.hash, folder=arguments.state
+    )
+
+
+def add_tls_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a stream between hosts."""
     group = parser.add_argument_group("between hosts: TLS 1.3 with a certificate on both sides (PEM files)")
     group.add_argument("--tls-cert", metavar="FILE", help="this side's certificate")
     group.add_argument("--tls-key", metavar="FILE", help="its key")
@@ -26,6 +93,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--insecure-plain", action="store_true", help="TCP without TLS: whoever is on the way reads the guest's memory"
     )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of either side."""
     parser.add_argument(
         "--state",
         metavar="DIR",
@@ -61,12 +132,24 @@ class Progress:
 
     def tell(self, text: str) -> None:
         """Tell anything."""
-        print(f"[{time.monotonic() - self._start:6.2f} s] {text}", file=sys.stderr, flush=True)
+        # in one piece: several threads may tell at once
+        print(f"[{time.monotonic() - self._start:6.2f} s] {text}\n", end="", file=sys.stderr, flush=True)
 
 
 def frames_table(frames: FrameCounts) -> str:
     """Return the account of frames as a table."""
     return table(["frames", *frames.to_dict()], [["", *(f"{value:,}" for value in frames.to_dict().values())]])
+
+
+def rounds_table(rounds: Sequence[RoundStatistics]) -> str:
+    """Return what moving memory took as a table."""
+    return table(
+        ["round", "pages", "of zeros", "MiB on the stream", "seconds"],
+        [
+            [str(n), f"{r.pages:,}", f"{r.zero_pages:,}", f"{r.bytes / (1 << 20):,.1f}", f"{r.seconds:.2f}"]
+            for n, r in enumerate(rounds, 1)
+        ],
+    )
 
 
 def sound(frames: FrameCounts, bad_pages: int = 0) -> bool:

@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..migration.endpoint import Address, Listener, check_security
+from ..migration.endpoint import Address, Inherited, Listener, check_security
 from ..migration.session import ReceivedReport, Receiving
-from .peer import ADDRESS, Progress, add_options, frames_table, sound, tls
+from . import tracing
+from .peer import ADDRESS, Progress, add_options, add_tls_options, frames_table, sound, tls
 from .units import seconds
 
 _PHASES = {
@@ -37,24 +38,40 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("devices", metavar="DEV", nargs="+", help="vhost-vdpa chardev, in the source's order")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--listen", metavar=ADDRESS, help="where to wait for 'vhost-vdpa send'")
+    where.add_argument(
+        "--listen",
+        metavar=ADDRESS,
+        help="where to wait for 'vhost-vdpa send'; fd:N is a connected Unix socket that this process inherits",
+    )
     where.add_argument("--take", metavar="FILE", type=Path, help="start the guest saved in FILE instead")
     parser.add_argument("--seconds", type=seconds, default="5", help="traffic once it runs (default %(default)s)")
+    add_tls_options(parser)
     add_options(parser)
+    tracing.add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Receive and print the report."""
     progress = Progress(_PHASES)
-    receiving = Receiving(arguments.devices, arguments.seconds, arguments.state, progress.phase, progress.tell)
-    if arguments.take is not None:
-        return show(receiving.take(arguments.take), arguments.json)
+    with tracing.writing(arguments) as trace:
+        receiving = Receiving(
+            arguments.devices, arguments.seconds, arguments.state, progress.phase, progress.tell, trace
+        )
+        if arguments.take is not None:
+            return show(receiving.take(arguments.take), arguments.json)
+        with _listener(arguments) as listener:
+            report = receiving.receive(listener)
+        return show(report, arguments.json)
+
+
+def _listener(arguments: argparse.Namespace) -> Listener | Inherited:
+    inherited = Inherited.parse(arguments.listen)
+    if inherited is not None:
+        return Inherited(inherited)
     address, security = Address.parse(arguments.listen), tls(arguments)
     check_security(address, security, arguments.insecure_plain)
-    with Listener(address, security) as listener:
-        report = receiving.receive(listener)
-    return show(report, arguments.json)
+    return Listener(address, security)
 
 
 def show(report: ReceivedReport, as_json: bool) -> int:

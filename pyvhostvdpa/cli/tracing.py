@@ -9,8 +9,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
+from .. import records
 from ..errors import VhostVdpaError
 from ..migration import spans
 from ..report import events, perfetto
@@ -29,6 +30,7 @@ _FORMATS: dict[str, Callable[[Trace, TextIO], None]] = {
     "perfetto": perfetto.write,
     "events": events.write,
     "spans": _write_spans,
+    "records": records.write,
 }
 
 
@@ -39,9 +41,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--trace-format",
         choices=sorted(_FORMATS),
         help="perfetto: open it at ui.perfetto.dev; events: QEMU's trace events, one JSON object a line; "
-        "spans: what DT1 and DT2 are made of (default: events for FILE.jsonl, else perfetto)",
+        "spans: what DT1 and DT2 are made of; records: everything as it was recorded, for programs "
+        "(default: events for FILE.jsonl, else perfetto)",
     )
+
+
+def add_spans_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of a command that has downtimes."""
     parser.add_argument("--spans", action="store_true", help="print the spans that make up DT1 and DT2, too")
+
+
+def print_report(
+    arguments: argparse.Namespace, trace: Trace, report: dict[str, Any], summary: Callable[[], str]
+) -> None:
+    """Print a report as JSON or for people, with the spans if they were asked for."""
+    if arguments.json:
+        more = {"spans": spans.to_dict(trace)} if arguments.spans else {}
+        print(json.dumps(report | more, indent=2))
+        return
+    print(summary())
+    if arguments.spans:
+        print(f"\n{render_spans(trace)}")
 
 
 @contextmanager
@@ -67,7 +87,8 @@ def _save(arguments: argparse.Namespace, trace: Trace) -> None:
         return
     chosen = arguments.trace_format or ("events" if arguments.trace.endswith(".jsonl") else "perfetto")
     _write(arguments.trace, lambda file: _FORMATS[chosen](trace, file))
-    print(f"trace of {len(trace.events)} events: {arguments.trace} ({chosen})", file=sys.stderr)
+    if chosen != "records":
+        print(f"trace of {len(trace.events)} events: {arguments.trace} ({chosen})", file=sys.stderr)
 
 
 def _write(path: str, content: Callable[[TextIO], None]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where the two sides of a migration meet: a Unix socket, or TCP with TLS.
+"""Where the two sides of a migration meet: a Unix socket, TCP with TLS, or a stream that is open already.
 
 Between hosts both sides show a certificate, and each takes only those of the
 authority it was told. A guest's memory has no business on a wire in plain.
@@ -19,7 +19,11 @@ from ..errors import MigrationRefused, StreamBroken
 from .stream import HANDSHAKE_SECONDS, STALL_SECONDS, Channel, tls_trouble
 
 _TEXT = "unix:PATH or tcp:HOST:PORT"
+_INHERITED = "fd"
 _LEAVE_SECONDS = 1.0
+_NO_HURRY = 1e6
+START_SECONDS = 120.0
+"""How long a destination that is started for one migration may take until it speaks."""
 
 
 class NoPeer(MigrationRefused):
@@ -137,9 +141,9 @@ def connect(address: Address, tls: Tls | None = None, cancel: int = -1, stall: f
     return _greeted(Channel(_secured(sock, tls, False, address.host or "localhost"), cancel, stall))
 
 
-def _greeted(channel: Channel) -> Channel:
+def _greeted(channel: Channel, seconds: float = HANDSHAKE_SECONDS) -> Channel:
     try:
-        channel.greet()
+        channel.greet(seconds)
     except (StreamBroken, MigrationRefused) as e:
         channel.close()
         raise NoPeer(str(e), hint=e.hint) from e
@@ -159,6 +163,52 @@ def _remove_stale(path: str) -> None:
         except OSError:
             # there is none, or it is something else: binding will tell
             return
+
+
+class Inherited:
+    """In a listener's place: the one stream, a connected Unix socket, that whoever started this process gave it."""
+
+    def __init__(self, fd: int) -> None:
+        self.address = f"{_INHERITED}:{fd}"
+        try:
+            self._sock: socket.socket | None = socket.socket(fileno=fd)
+        except OSError as e:
+            raise MigrationRefused(f"{self.address} is no stream: {e.strerror or e}") from e
+
+    @staticmethod
+    def parse(text: str) -> int | None:
+        """Return the N of ``fd:N``, None for another address."""
+        kind, _, rest = text.partition(":")
+        return int(rest) if kind == _INHERITED and rest.isdecimal() else None
+
+    def accept(self, cancel: int = -1, stall: float = STALL_SECONDS) -> Channel:
+        """Return a greeted channel, once the other side begins; the second time MigrationRefused: there is none."""
+        sock, self._sock = self._sock, None
+        if sock is None:
+            raise MigrationRefused(f"{self.address}: the stream that was given has ended")
+        return _greeted(Channel(sock, cancel, stall), _NO_HURRY)
+
+    def close(self) -> None:
+        """Close the stream if nobody took it. Twice is no error."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def greet_started(sock: socket.socket, cancel: int = -1) -> Channel:
+    """Return a greeted channel to a process that was just started with the other end of ``sock``.
+
+    Raises :class:`NoPeer` if it ends or says nothing within :data:`START_SECONDS`.
+    """
+    return _greeted(Channel(sock, cancel), START_SECONDS)
 
 
 class Listener:

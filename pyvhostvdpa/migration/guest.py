@@ -18,7 +18,8 @@ from .._cdefs import ffi, lib
 from ..device import VdpaNetDevice
 from ..errors import MigrationFailed, MissingFeature, StreamCorrupt
 from ..memory import DEFAULT_GPA, PAGE_SIZE, GuestMemory, Progress
-from ..net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
+from ..net.control import ANNOUNCE_ACK, OK, VQ_PAIRS_SET, Class, ControlModel, command
+from ..net.control_driver import ControlDriver
 from ..net.control_queue import GuestControl
 from ..net.nic import FrameCounts, GuestNic, NicOptions
 from ..net.nic_state import BadState, check_memory
@@ -166,6 +167,7 @@ class Guest:
 
     def start(self, number: int, device: VdpaNetDevice) -> None:
         """Start a device in passthrough with this guest's NIC of that number."""
+        device.guest_config = self.nics[number].config
         device.start_passthrough(self.nics[number].queues, self.controls[number])
 
     def use_pairs(self, number: int, path: str) -> None:
@@ -173,8 +175,15 @@ class Guest:
         nic = self.nics[number]
         if nic.control is not None and len(nic.pairs) > 1:
             pairs = len(nic.pairs).to_bytes(2, "little")
-            if nic.control.send(command(Class.MQ, VQ_PAIRS_SET, pairs)) != OK:
+            if _answer(nic.control, command(Class.MQ, VQ_PAIRS_SET, pairs)) != OK:
                 raise MigrationFailed(f"{path} refused to use {len(nic.pairs)} queue pairs")
+
+    def announce(self) -> None:
+        """Ask the guest to tell its networks where it is, and do what its driver does then: here is none to tell."""
+        for nic in self.nics:
+            nic.config.announce()
+            if nic.control is not None and nic.config.asks_to_announce:
+                _answer(nic.control, command(Class.ANNOUNCE, ANNOUNCE_ACK))
 
     def run(self) -> None:
         """Let the guest's CPUs run."""
@@ -268,6 +277,13 @@ class Guest:
         """End the guest and its memory; its devices must have let go. Twice is no error."""
         self.let_go()
         self.memory.close()
+
+
+def _answer(driver: ControlDriver, data: bytes) -> int:
+    try:
+        return driver.send(data)
+    except TimeoutError as e:
+        raise MigrationFailed(f"the guest's control queue: {e}") from e
 
 
 def _queue_state(queue: GuestQueue, memory: GuestMemory) -> QueueState:

@@ -1,293 +1,232 @@
 # SPDX-License-Identifier: MIT
-"""Migration between two devices of one machine, in one process.
+"""Migration between two devices of one machine: both sides, the destination in a process of its own.
 
 The guest starts in passthrough on the source, is switched to shadow
 virtqueues (DT1), stopped there (DT2) and started in passthrough on the
-destination, with traffic before, between and after. Whatever fails before
-the destination runs, the guest goes on in passthrough on the source.
+destination, with traffic before, between and after. Nothing of it passes but
+through the stream between the two processes.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
 
-from .. import mgmt
-from ..chardev import check_path
-from ..device import State, VdpaNetDevice
-from ..errors import MigrationFailed, MigrationRefused, VhostVdpaError
-from ..memory import DEFAULT_GPA, GuestMemory, check_available
-from ..net.control import ANNOUNCE_ACK, OK, VQ_PAIRS_SET, Class, ControlModel, command
-from ..net.control_queue import GuestControl
-from ..net.features import CONTROL, SUPPORTED
-from ..net.nic import MAX_FRAME, MIN_FRAME, GuestNic, NicOptions
-from ..net.traffic import Traffic
+from .. import records
+from ..errors import MigrationEnded, MigrationFailed
+from ..memory import check_available
+from ..net.nic import FrameCounts
 from ..trace import Trace
-from ..uapi import ALL_BACKEND_FEATURES, BackendFeature, names
-from .downtime import DT1, DT2, PHASES, PhaseCost, cost, interval, milliseconds
-from .report import Part, Report, environment
+from .cancel import Cancel
+from .downtime import PhaseCost
+from .endpoint import greet_started
+from .guest import GuestOptions
+from .report import Part, Report
+from .session import Sending, SentReport, check_devices
+from .source import Observer, SendOptions, Tell
+from .stream import Channel
 
-Observer = Callable[[str], None]
-"""Called with the name of each part of a migration as it begins, and with words of progress in long ones."""
+_END_SECONDS = 30.0
+"""How long a destination that has lost its source, or was told to end, may take."""
 
-_DRAIN_SECONDS = 10.0
-_CHECK_SECONDS = 0.05
-_TELL_SECONDS = 2.0
+_TIME = re.compile(r"\[ *[0-9.]+ s\] ")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to migrate. ``memory`` in bytes; ``seconds`` of traffic, a third in each part; ``pairs`` of queues."""
+    """How to migrate: the guest, and how it is sent. ``seconds`` of traffic, a third in each part."""
 
-    memory: int = 1 << 30
-    pairs: int = 1
+    guest: GuestOptions = field(default_factory=GuestOptions)
+    send: SendOptions = field(default_factory=SendOptions)
     seconds: float = 20.0
-    ring_size: int = 256
-    frame_size: int = 256
-    use: BackendFeature = ALL_BACKEND_FEATURES
 
 
 def migrate(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     options: Options | None = None,
-    observer: Observer = lambda part: None,
+    observer: Observer = lambda phase: None,
     trace: Trace | None = None,
+    tell: Tell = lambda text: None,
 ) -> Report:
     """Migrate a guest with traffic from ``source`` to ``destination``; both are reset in the end.
 
-    ``trace`` takes what passed the doors of both, also of a migration that failed.
-    Raises :class:`~pyvhostvdpa.errors.MigrationRefused` before anything is
-    touched, :class:`~pyvhostvdpa.errors.MigrationFailed` (with ``report``)
-    if the guest had to stay on the source, and whatever opening or mapping
-    raises. An exception of ``observer`` ends the migration in that part, with
-    the devices reset.
+    ``trace`` takes what passed the doors of both, also of a migration that failed; ``tell`` gets the
+    words of both.
+    SIGINT and SIGTERM cancel it from "connect" on until the guest is given
+    away. Raises :class:`~pyvhostvdpa.errors.MigrationRefused` before anything
+    is touched, :class:`~pyvhostvdpa.errors.MigrationFailed` or
+    :class:`~pyvhostvdpa.errors.MigrationCancelled` (with ``report``) if the
+    guest stayed on the source, and whatever opening or mapping raises.
     """
     options = options or Options()
-    if not MIN_FRAME <= options.frame_size <= MAX_FRAME:
-        raise MigrationRefused(f"frames of {options.frame_size} bytes: from {MIN_FRAME} to {MAX_FRAME} are possible")
-    for path in (source, destination):
-        check_path(path)
-    if mgmt.device_number(source) == mgmt.device_number(destination):
-        raise MigrationRefused(
-            f"source and destination are the same device: {source}",
-            hint="vhost-vdpa list shows the others; vdpa dev add creates one",
+    check_devices((source, destination))
+    check_available(2 * options.guest.memory)
+    third = options.seconds / 3
+    with _Destination(os.fspath(destination), third, options.send.folder, trace, tell) as other:
+        sending = Sending(
+            [source], other.connect, options.guest, options.send, third, third, observer, tell, trace or Trace()
         )
-    check_available(options.memory)
-    with ExitStack() as stack:
-        observer("prepare")
-        return _Migration((source, destination), options, observer, stack, trace or Trace()).run()
+        try:
+            sent = sending.run()
+        except MigrationEnded as e:
+            if e.report is not None:
+                e.report = _stayed(e.report)
+            raise
+        observer("destination")
+        return _migrated(sent, other.result())
 
 
-@dataclass
-class _Bookkeeping:
-    parts: dict[str, Part] = field(default_factory=dict)
-    drops_before: dict[str, dict[str, int]] = field(default_factory=dict)
-    drops: dict[str, dict[str, int]] = field(default_factory=dict)
+class _Destination:
+    """``vhost-vdpa receive`` in a process of its own.
 
+    It is started before the guest is: a guest with many queues leaves little of a small machine to others.
+    """
 
-class _Migration:
-    def __init__(
-        self,
-        paths: tuple[str | os.PathLike[str], str | os.PathLike[str]],
-        options: Options,
-        observer: Observer,
-        stack: ExitStack,
-        trace: Trace,
+    def __init__(self, path: str, seconds: float, folder: Path, trace: Trace | None, tell: Tell) -> None:
+        self._argv = [sys.executable, "-m", "pyvhostvdpa", "receive", path, "--seconds", str(seconds), "--json"]
+        self._argv += ["--state", str(folder)]
+        self._trace, self._tell = trace, tell
+        self._has_guest = False
+        self._last_words = ""
+
+    def __enter__(self) -> Self:
+        with ExitStack() as unless_started:
+            folder = unless_started.enter_context(tempfile.TemporaryDirectory(prefix="vhost-vdpa-"))
+            self._records = Path(folder) / "records"
+            near, far = socket.socketpair()
+            unless_started.callback(near.close)
+            with far:
+                self._process = self._start(far.fileno())
+            self._near: socket.socket | None = near
+            self._resources = unless_started.pop_all()
+        self._listener = threading.Thread(target=self._listen, args=(self._process.stderr,), name="destination-words")
+        self._listener.start()
+        return self
+
+    def _start(self, fd: int) -> subprocess.Popen[str]:
+        argv = [*self._argv, "--listen", f"fd:{fd}"]
+        if self._trace is not None:
+            argv += ["--trace", str(self._records), "--trace-format", "records"]
+        # of a group of its own: Ctrl-C is for the source to act on, which tells it
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[fd],
+            process_group=0,
+            text=True,
+        )
+
+    def connect(self, cancel: Cancel) -> Channel:
+        """Return the stream to it, which is the caller's then."""
+        assert self._near is not None
+        near, self._near = self._near, None
+        return greet_started(near, cancel.fileno())
+
+    def _listen(self, words: IO[str]) -> None:
+        """Tell what it says: of its progress the source tells until the guest is given away."""
+        for line in words:
+            said, progress = _TIME.subn("", line.strip(), count=1)
+            if self._has_guest or not progress:
+                self._last_words = said
+                self._tell(f"destination: {said}")
+
+    def result(self) -> dict[str, Any]:
+        """Wait until the guest has run there and return the report."""
+        assert self._process.stdout is not None
+        self._has_guest = True
+        said, status = self._process.stdout.read(), self._process.wait()
+        try:
+            return dict(json.loads(said))
+        except ValueError as e:
+            raise MigrationFailed(
+                f"the guest was given to the destination, which then ended with status {status}: {self._last_words}"
+            ) from e
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.options = options
-        self.observe = observer
-        self.trace = trace
-        self.source, self.destination = (
-            stack.enter_context(VdpaNetDevice(path, self.trace, options.use, SUPPORTED | CONTROL)) for path in paths
-        )
-        self._check_devices()
-        self._memory_done, self._memory_told = 0, time.monotonic()
-        self.memory = stack.enter_context(GuestMemory([(DEFAULT_GPA, options.memory)], self._allocated))
-        self.nic = GuestNic(self.memory, self._nic_options())
-        stack.callback(self.nic.close)
-        self.source.guest_config = self.destination.guest_config = self.nic.config
-        self.control: GuestControl | None = None
-        if self.nic.control is not None:
-            model = ControlModel(self.source.features, mac=self.source.mac)
-            self.control = GuestControl(self.nic.control.queue, model)
-        # devices must let go of the memory before it goes: a second close is none
-        stack.callback(self.destination.close)
-        stack.callback(self.source.close)
-        self.traffic = Traffic(self.nic)
-        stack.callback(self.traffic.pause)
-        self.book = _Bookkeeping()
+        with self._resources, self._process as process:
+            try:
+                if isinstance(value, KeyboardInterrupt) or self._near is not None:
+                    process.terminate()
+                process.wait(_END_SECONDS)
+            except BaseException as e:
+                process.kill()
+                if not isinstance(e, subprocess.TimeoutExpired):
+                    raise
+            finally:
+                self._listener.join()
+                self._collect()
 
-    def _nic_options(self) -> NicOptions:
-        return NicOptions(
-            pairs=self.options.pairs,
-            ring_size=self.options.ring_size,
-            frame_size=self.options.frame_size,
-            features=self.source.features,
-            control_index=self.source.groups.control_index,
-        )
+    def _collect(self) -> None:
+        """Take what it recorded into the trace, in order of time; nothing if it was ended before it wrote that."""
+        if self._trace is None:
+            return
+        with suppress(FileNotFoundError), open(self._records, encoding="utf-8") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(0)
+                self._trace.events.extend(records.read(file))
+                self._trace.events.sort(key=lambda event: event.t_end)
 
-    def _allocated(self, step: int) -> None:
-        self._memory_done += step
-        now = time.monotonic()
-        if now - self._memory_told > _TELL_SECONDS:
-            self._memory_told = now
-            self.observe(f"allocated {self._memory_done >> 20} of {self.options.memory >> 20} MiB of guest memory")
 
-    def _check_devices(self) -> None:
-        if BackendFeature.SUSPEND not in self.source.backend_features:
-            raise MigrationRefused(
-                f"{self.source.path} lacks SUSPEND: its rings cannot be taken over without loss (it has "
-                f"{names(self.source.backend_features)})"
-            )
-        missing = self.source.features & ~self.destination.features
-        if missing:
-            raise MigrationRefused(
-                f"{self.destination.path} lacks features that the guest uses on the source: {names(missing)}",
-                hint="create it with the same device_features: vdpa dev add",
-            )
-        for device in (self.source, self.destination):
-            if self.options.pairs > device.groups.max_pairs:
-                raise MigrationRefused(
-                    f"{device.path} has {device.groups.max_pairs} queue pairs that can be used, "
-                    f"{self.options.pairs} were asked for",
-                    hint="vdpa dev add … max_vqp N makes one with more, where the driver can",
-                )
-        if self.source.groups.control_index != self.destination.groups.control_index:
-            raise MigrationRefused(
-                f"{self.destination.path} has its control queue elsewhere "
-                f"({self.destination.groups.max_pairs} queue pairs, the source {self.source.groups.max_pairs})",
-                hint="create both with the same max_vqp: vdpa dev add",
-            )
+def _stayed(sent: SentReport) -> Report:
+    """Return the report of a migration whose guest stayed on the source."""
+    return Report(
+        outcome=sent.outcome,
+        sent=sent.sent,
+        frames=sent.frames,
+        bad_pages=0,
+        parts=sent.parts,
+        dt1_ms=sent.dt1_ms,
+        dt2_ms=sent.dt2_ms,
+        gap_switch_ms=sent.gap_switch_ms,
+        gap_move_ms=0.0,
+        phases=sent.phases,
+        drops={"source": _only(sent.drops)},
+        environment=_with_roles(sent.environment, {"source": sent.environment}),
+    )
 
-    def run(self) -> Report:
-        self.source.attach(self.memory)
-        with self.destination.trace.in_phase("dest.premap"):
-            self.destination.attach(self.memory)
-        self.source.start_passthrough(self.nic.queues, self.control)
-        self._use_pairs()
-        self.book.drops_before["source"] = self._drops(self.source)
-        self.observe("passthrough")
-        self.traffic.run()
-        self._let_run("passthrough", self.source)
-        try:
-            self._switch()
-            self._let_run("shadow", self.source)
-            self.book.drops["source"] = self._drops(self.source)
-            self._move()
-        except VhostVdpaError as e:
-            raise self._stay(e) from e
-        self._let_run("destination", self.destination)
-        return self._finish("migrated", self.destination, "destination")
 
-    def _use_pairs(self) -> None:
-        """What a guest's driver does once it runs: take all its queues into use."""
-        driver = self.nic.control
-        if driver is not None and self.options.pairs > 1:
-            answer = driver.send(command(Class.MQ, VQ_PAIRS_SET, self.options.pairs.to_bytes(2, "little")))
-            if answer != OK:
-                raise MigrationFailed(f"{self.source.path} refused to use {self.options.pairs} queue pairs")
+def _migrated(sent: SentReport, received: dict[str, Any]) -> Report:
+    """Return the report of both sides together."""
+    parts = {name: Part(part["received"], part["seconds"]) for name, part in received["parts"].items()}
+    phases = {name: PhaseCost(**phase) for name, phase in received["phases"].items()}
+    both = sent.phases | phases
+    first = [name for name in both if name == "dest.premap"]
+    return Report(
+        outcome="migrated",
+        sent=sent.sent,
+        frames=FrameCounts(**received["frames"]),
+        bad_pages=received["bad_pages"],
+        parts=sent.parts | parts,
+        dt1_ms=sent.dt1_ms,
+        dt2_ms=sent.dt2_ms,
+        gap_switch_ms=sent.gap_switch_ms,
+        gap_move_ms=received["guest_gap_ms"]["move"],
+        phases={name: both[name] for name in dict.fromkeys([*first, *both])},
+        drops={"source": _only(sent.drops), "destination": _only(received["device_drops"])},
+        environment=_with_roles(sent.environment, {"source": sent.environment, "destination": received["environment"]}),
+    )
 
-    def _announce(self) -> None:
-        """What a guest's driver does that is asked to announce itself; there is no network to tell here."""
-        driver = self.nic.control
-        if driver is not None and self.nic.config.asks_to_announce:
-            driver.send(command(Class.ANNOUNCE, ANNOUNCE_ACK))
 
-    # -- the two phases ---------------------------------------------------------
+def _only(by_device: dict[str, Any]) -> Any:
+    return next(iter(by_device.values()), {})
 
-    def _switch(self) -> None:
-        self.observe("switch")
-        with self.source.trace.in_phase("dt1.stop"):
-            self.source.stop()
-        with self.source.trace.in_phase("dt1.start"):
-            self.source.start_shadow(self.nic.queues, self.control)
-        self.observe("shadow")
 
-    def _move(self) -> None:
-        self.observe("move")
-        self.traffic.pause()
-        with self.source.trace.in_phase("dt2.stop"):
-            self.source.stop()
-        self.observe("start destination")
-        with self.destination.trace.in_phase("dest.start"):
-            self.destination.start_passthrough(self.nic.queues, self.control)
-        self.traffic.run()
-        self._announce()
-        self.observe("destination")
-        self.book.drops_before["destination"] = self._drops(self.destination)
-
-    def _stay(self, error: VhostVdpaError) -> MigrationFailed:
-        """Bring the guest back to passthrough on the source and let it run there."""
-        self.observe("back to source")
-        self.traffic.pause()
-        try:
-            with self.source.trace.in_phase("cancel.start"):
-                if self.source.state is State.SHADOW:
-                    self.source.stop()
-                if self.source.state is State.RESET:
-                    self.source.start_passthrough(self.nic.queues, self.control)
-        except VhostVdpaError as worse:
-            return MigrationFailed(
-                f"{error}; and the source could not be started again: {worse}. "
-                "The guest is stopped, its memory holds all frames that were delivered",
-                hint=error.hint,
-            )
-        self.traffic.run()
-        self._let_run("source again", self.source)
-        failed = MigrationFailed(f"{error}; the guest goes on in passthrough on {self.source.path}", hint=error.hint)
-        failed.report = self._finish("stayed on source", self.source, "source")
-        return failed
-
-    # -- observation ------------------------------------------------------------
-
-    def _let_run(self, part: str, device: VdpaNetDevice) -> None:
-        before, begin = self.nic.counts().received, time.monotonic()
-        end = begin + self.options.seconds / 3
-        while (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, _CHECK_SECONDS))
-            device.check()
-        self.book.parts[part] = Part(self.nic.counts().received - before, time.monotonic() - begin)
-
-    def _drops(self, device: VdpaNetDevice) -> dict[str, int]:
-        """Counters of frames that a device lost, as far as the parent has any."""
-        found: dict[str, int] = {}
-        told = mgmt.vendor_statistics(device.path, [queue.index for queue in self.nic.queues])
-        for name, value in (each for counters in told.values() for each in counters.items()):
-            if any(word in name for word in ("drop", "overrun", "error")):
-                found[name] = found.get(name, 0) + value
-        return found
-
-    def _finish(self, outcome: str, device: VdpaNetDevice, role: str) -> Report:
-        self.observe("drain")
-        self.traffic.stop_sending(_DRAIN_SECONDS)
-        self.book.drops[role] = self._drops(device)
-        self.traffic.pause()
-        source = self.source.path
-        drops = {
-            name: {key: value - self.book.drops_before.get(name, {}).get(key, 0) for key, value in after.items()}
-            for name, after in self.book.drops.items()
-        }
-        return Report(
-            outcome=outcome,
-            frames=self.nic.counts(),
-            parts=self.book.parts,
-            dt1_ms={source: milliseconds(self.trace, source, DT1)},
-            dt2_ms={source: milliseconds(self.trace, source, DT2)},
-            gap_switch_ms=self._gap(source, DT1),
-            gap_move_ms=self._gap(source, DT2),
-            phases=self._phases(),
-            drops=drops,
-            environment=environment({"source": self.source, "destination": self.destination}, self.options.memory),
-        )
-
-    def _gap(self, device: str, phases: tuple[str, ...]) -> float:
-        span = interval(self.trace, device, phases)
-        return self.traffic.longest_gap(*span) if span else 0.0
-
-    def _phases(self) -> dict[str, PhaseCost]:
-        costs = {phase: cost(self.trace, phase) for phase in PHASES}
-        return {phase: measured for phase, measured in costs.items() if measured is not None}
+def _with_roles(common: dict[str, Any], sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return an environment that has devices by what they were in the migration."""
+    return common | {"devices": {role: _only(side["devices"]) for role, side in sides.items()}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from .. import mgmt
 from ..device import VdpaNetDevice
 from ..net.nic import FrameCounts
 from ..uapi import names
+from ..virtqueue.layout import GuestQueue
 from .downtime import PhaseCost
+from .source import Sent
 
 SCHEMA = "pyvhostvdpa/migrate/1"
 
@@ -44,12 +47,15 @@ class Part:
 class Report:
     """The result of one migration. Times in milliseconds.
 
-    ``outcome`` is ``"migrated"`` or ``"stayed on source"``. ``drops`` are the
-    devices' own counters, as far as they have any.
+    ``outcome`` is ``"migrated"`` or ``"stayed on source"``. ``bad_pages`` is
+    what the guest's CPU found wrong in its memory at the destination;
+    ``drops`` are the devices' own counters, as far as they have any.
     """
 
     outcome: str
+    sent: Sent
     frames: FrameCounts
+    bad_pages: int
     parts: dict[str, Part]
     dt1_ms: dict[str, float]
     dt2_ms: dict[str, float]
@@ -65,13 +71,35 @@ class Report:
             "schema": SCHEMA,
             "outcome": self.outcome,
             "frames": self.frames.to_dict(),
+            "bad_pages": self.bad_pages,
             "parts": {name: part.to_dict() for name, part in self.parts.items()},
             **downtimes(self.dt1_ms, self.dt2_ms),
             "guest_gap_ms": {"switch": round(self.gap_switch_ms, 3), "move": round(self.gap_move_ms, 3)},
+            **self.sent.to_dict(),
             "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
             "device_drops": self.drops,
             "environment": self.environment,
         }
+
+
+class Drops:
+    """Frames that a device lost since this was made, by its parent's own counters, as far as it has any."""
+
+    def __init__(self, path: str, queues: Sequence[GuestQueue]) -> None:
+        self._path, self._queues = path, [queue.index for queue in queues]
+        self._before = self._read()
+
+    def _read(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        told = mgmt.vendor_statistics(self._path, self._queues)
+        for name, value in (each for counters in told.values() for each in counters.items()):
+            if any(word in name for word in ("drop", "overrun", "error")):
+                found[name] = found.get(name, 0) + value
+        return found
+
+    def now(self) -> dict[str, int]:
+        """Return the counters by name; the device must still run."""
+        return {name: value - self._before.get(name, 0) for name, value in self._read().items()}
 
 
 def downtimes(dt1_ms: dict[str, float], dt2_ms: dict[str, float]) -> dict[str, Any]:

@@ -15,16 +15,16 @@ from .. import mgmt
 from ..chardev import check_path
 from ..device import VdpaNetDevice
 from ..errors import MigrationEnded, MigrationRefused
-from ..memory import check_available
+from ..memory import Progress, check_available
 from ..net.features import CONTROL, SUPPORTED
 from ..net.nic import MAX_FRAME, MIN_FRAME, FrameCounts
 from ..trace import Trace
 from .cancel import Cancel
 from .destination import Arrived, Destination, Stray, take
 from .downtime import DT1, DT2, PHASES, PhaseCost, cost, interval, milliseconds
-from .endpoint import Listener, NoPeer
+from .endpoint import Inherited, Listener, NoPeer
 from .guest import Guest, GuestOptions
-from .report import Part, downtimes, environment
+from .report import Drops, Part, downtimes, environment
 from .saved import DEFAULT_FOLDER, check_room
 from .source import Observer, SendOptions, Sent, Source, Tell
 from .stream import Channel
@@ -34,6 +34,7 @@ RECEIVED_SCHEMA = "pyvhostvdpa/receive/1"
 
 _DRAIN_SECONDS = 10.0
 _CHECK_SECONDS = 0.05
+_TELL_SECONDS = 2.0
 
 Connect = Callable[[Cancel], Channel]
 """Returns a greeted channel to the other side."""
@@ -51,6 +52,7 @@ class SentReport:
     dt2_ms: dict[str, float]
     gap_switch_ms: float
     phases: dict[str, PhaseCost]
+    drops: dict[str, dict[str, int]]
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,12 +65,9 @@ class SentReport:
             "parts": {name: part.to_dict() for name, part in self.parts.items()},
             **downtimes(self.dt1_ms, self.dt2_ms),
             "guest_gap_ms": {"switch": round(self.gap_switch_ms, 3)},
-            "rounds": [
-                {"pages": r.pages, "zero_pages": r.zero_pages, "bytes": r.bytes, "seconds": round(r.seconds, 6)}
-                for r in self.sent.rounds
-            ],
-            "memory_hash": self.sent.hash or None,
+            **self.sent.to_dict(),
             "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
+            "device_drops": self.drops,
             "environment": self.environment,
         }
 
@@ -86,6 +85,7 @@ class ReceivedReport:
     hash: str
     note: str
     phases: dict[str, PhaseCost]
+    drops: dict[str, dict[str, int]]
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,6 +101,7 @@ class ReceivedReport:
             "memory_hash": self.hash or None,
             "note": self.note or None,
             "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
+            "device_drops": self.drops,
             "environment": self.environment,
         }
 
@@ -115,10 +116,22 @@ def check_devices(paths: Sequence[str | os.PathLike[str]]) -> None:
         raise MigrationRefused("the same device twice", hint="vhost-vdpa list shows the others")
 
 
-def let_run(guest: Guest, devices: Sequence[VdpaNetDevice], seconds: float) -> Part:
-    """Let a guest run, with an eye on its devices."""
+def check_pairs(devices: Sequence[VdpaNetDevice], pairs: int) -> None:
+    """Raise if a device has fewer queue pairs that can be used."""
+    for device in devices:
+        if pairs > device.groups.max_pairs:
+            raise MigrationRefused(
+                f"{device.path} has {device.groups.max_pairs} queue pairs that can be used, {pairs} were asked for",
+                hint="vdpa dev add … max_vqp N makes one with more, where the driver can",
+            )
+
+
+def let_run(
+    guest: Guest, devices: Sequence[VdpaNetDevice], seconds: float, enough: Callable[[], bool] = lambda: False
+) -> Part:
+    """Let a guest run, with an eye on its devices, for ``seconds`` or until that is enough."""
     before, begin = guest.counts().received, time.monotonic()
-    while (left := begin + seconds - time.monotonic()) > 0:
+    while (left := begin + seconds - time.monotonic()) > 0 and not enough():
         time.sleep(min(left, _CHECK_SECONDS))
         for device in devices:
             device.check()
@@ -127,15 +140,21 @@ def let_run(guest: Guest, devices: Sequence[VdpaNetDevice], seconds: float) -> P
 
 @dataclass
 class Sending:
-    """A guest with traffic, started here, that is sent away. ``seconds`` of traffic before, and after if it stays."""
+    """A guest with traffic, started here, that is sent away.
+
+    ``seconds`` of traffic before, and after if it stays; ``shadowed`` seconds
+    of it between the switch and the first round of memory.
+    """
 
     paths: Sequence[str | os.PathLike[str]]
     connect: Connect
     guest_options: GuestOptions
     options: SendOptions = field(default_factory=SendOptions)
     seconds: float = 5.0
+    shadowed: float = 0.0
     observer: Observer = lambda phase: None
     tell: Tell = lambda text: None
+    trace: Trace = field(default_factory=Trace)
 
     def run(self) -> SentReport:
         """Start the guest, let it run, send it. What :meth:`Source.run` raises has a ``report`` if the guest stayed."""
@@ -144,26 +163,45 @@ class Sending:
             raise MigrationRefused(f"frames of {self.guest_options.frame_size} bytes: {MIN_FRAME} to {MAX_FRAME}")
         check_available(self.guest_options.memory)
         check_room(self.options.folder, self.guest_options.memory)
-        self._trace = Trace()
         self._parts: dict[str, Part] = {}
+        self._lost: dict[str, dict[str, int]] = {}
         with ExitStack() as stack, Cancel() as cancel:
+            self.observer("start")
             devices = [
-                stack.enter_context(VdpaNetDevice(path, self._trace, wanted=SUPPORTED | CONTROL)) for path in self.paths
+                stack.enter_context(VdpaNetDevice(path, self.trace, wanted=SUPPORTED | CONTROL)) for path in self.paths
             ]
+            check_pairs(devices, self.guest_options.pairs)
             guest = self._guest(devices, stack)
+            self._drops = drops_of(guest, devices)
+            self.observer("passthrough")
             self._parts["passthrough"] = let_run(guest, devices, self.seconds)
             sent = Sent()
             with cancel.on_signals():
                 try:
                     self.observer("connect")
                     channel = stack.enter_context(self._connected(cancel))
-                    source = Source(guest, devices, channel, cancel, self.options, self.observer, self.tell)
+                    observe = self._shadowing(guest, devices, cancel)
+                    source = Source(guest, devices, channel, cancel, self.options, observe, self.tell)
                     sent = source.sent
                     source.run()
                 except MigrationEnded as e:
                     self._stayed(e, guest, devices, sent)
                     raise
             return self._report("sent", guest, devices, sent)
+
+    def _shadowing(self, guest: Guest, devices: Sequence[VdpaNetDevice], cancel: Cancel) -> Observer:
+        """Return an observer that lets the guest run between the switch and the first round of memory."""
+
+        def observe(phase: str) -> None:
+            if phase == "memory":
+                if self.shadowed:
+                    self.observer("shadow")
+                    self._parts["shadow"] = let_run(guest, devices, self.shadowed, lambda: cancel.wanted)
+                # what a device counts it may forget when it is reset, and asking takes too long for a guest that stands
+                self._lost = {path: drops.now() for path, drops in self._drops.items()}
+            self.observer(phase)
+
+        return observe
 
     def _connected(self, cancel: Cancel) -> Channel:
         try:
@@ -173,8 +211,7 @@ class Sending:
             raise type(e)(f"{e}; the guest goes on in passthrough on {where}", hint=e.hint) from e
 
     def _guest(self, devices: Sequence[VdpaNetDevice], stack: ExitStack) -> Guest:
-        self.observer("start")
-        guest = Guest.create(devices, self.guest_options)
+        guest = Guest.create(devices, self.guest_options, self._allocated())
         stack.callback(guest.close)
         for device in devices:
             # devices let go of the memory before it goes: a second close is none
@@ -187,27 +224,42 @@ class Sending:
         guest.run()
         return guest
 
+    def _allocated(self) -> Progress:
+        done, told = 0, time.monotonic()
+
+        def tell(step: int) -> None:
+            nonlocal done, told
+            done += step
+            if time.monotonic() - told > _TELL_SECONDS:
+                told = time.monotonic()
+                self.tell(f"allocated {done >> 20} of {self.guest_options.memory >> 20} MiB of guest memory")
+
+        return tell
+
     def _stayed(self, error: MigrationEnded, guest: Guest, devices: Sequence[VdpaNetDevice], sent: Sent) -> None:
         """Let a guest that goes on here run, and account for it; one that is stopped has no report."""
         if not all(traffic.running for traffic in guest.traffic):
             return
         self.observer("source again")
         self._parts["source again"] = let_run(guest, devices, self.seconds)
+        self.observer("drain")
         guest.drain(_DRAIN_SECONDS)
+        self._lost = {path: drops.now() for path, drops in self._drops.items()}
         guest.pause()
         error.report = self._report("stayed on source", guest, devices, sent)
 
     def _report(self, outcome: str, guest: Guest, devices: Sequence[VdpaNetDevice], sent: Sent) -> SentReport:
-        spans = [interval(self._trace, device.path, DT1) for device in devices]
+        spans = [interval(self.trace, device.path, DT1) for device in devices]
         return SentReport(
             outcome=outcome,
             sent=sent,
             frames=guest.counts(),
             parts=self._parts,
-            dt1_ms={device.path: milliseconds(self._trace, device.path, DT1) for device in devices},
-            dt2_ms={device.path: milliseconds(self._trace, device.path, DT2) for device in devices},
+            dt1_ms={device.path: milliseconds(self.trace, device.path, DT1) for device in devices},
+            dt2_ms={device.path: milliseconds(self.trace, device.path, DT2) for device in devices},
             gap_switch_ms=max((guest.longest_gap(*span) for span in spans if span), default=0.0),
-            phases=_phases(self._trace),
+            phases=_phases(self.trace),
+            drops=self._lost,
             environment=environment({device.path: device for device in devices}, guest.memory.size),
         )
 
@@ -221,42 +273,44 @@ class Receiving:
     folder: Path = DEFAULT_FOLDER
     observer: Observer = lambda phase: None
     tell: Tell = lambda text: None
+    trace: Trace = field(default_factory=Trace)
 
-    def receive(self, listener: Listener) -> ReceivedReport:
+    def receive(self, listener: Listener | Inherited) -> ReceivedReport:
         """Wait for a source, receive its guest, let it run. Sources that are refused are told of, and waited on."""
         check_devices(self.paths)
         while True:
-            trace = Trace()
             self.tell(f"waiting for a source on {listener.address}")
             try:
                 with Cancel() as cancel:
                     channel = listener.accept(cancel.fileno())
                     with channel, cancel.on_signals():
                         arrived = Destination(
-                            self.paths, channel, cancel, trace, self.folder, self.observer, self.tell
+                            self.paths, channel, cancel, self.trace, self.folder, self.observer, self.tell
                         ).run()
             except (NoPeer, Stray) as e:
                 self.tell(f"refused: {e}")
             else:
-                return self._live(arrived, trace)
+                return self._live(arrived)
 
     def take(self, path: Path) -> ReceivedReport:
         """Start the guest saved in a file, let it run."""
         check_devices(self.paths)
-        trace = Trace()
-        return self._live(take(path, self.paths, trace, self.tell), trace)
+        return self._live(take(path, self.paths, self.trace, self.tell))
 
-    def _live(self, arrived: Arrived, trace: Trace) -> ReceivedReport:
+    def _live(self, arrived: Arrived) -> ReceivedReport:
         with arrived:
             if arrived.note:
                 self.tell(arrived.note)
             self.observer("destination")
             guest, devices = arrived.guest, arrived.devices
+            guest.announce()
+            drops = drops_of(guest, devices)
             part = let_run(guest, devices, self.seconds)
             self.observer("drain")
             guest.drain(_DRAIN_SECONDS)
+            lost = {path: each.now() for path, each in drops.items()}
             guest.pause()
-            spans = [interval(trace, device.path, ("dest.start",)) for device in devices]
+            spans = [interval(self.trace, device.path, ("dest.start",)) for device in devices]
             return ReceivedReport(
                 id=arrived.id,
                 source=arrived.source,
@@ -266,9 +320,15 @@ class Receiving:
                 gap_move_ms=max((guest.longest_gap(*span) for span in spans if span), default=0.0),
                 hash=arrived.hash,
                 note=arrived.note,
-                phases=_phases(trace),
+                phases=_phases(self.trace),
+                drops=lost,
                 environment=environment({device.path: device for device in devices}, guest.memory.size),
             )
+
+
+def drops_of(guest: Guest, devices: Sequence[VdpaNetDevice]) -> dict[str, Drops]:
+    """Return the counters of lost frames from now on, by device."""
+    return {device.path: Drops(device.path, nic.queues) for device, nic in zip(devices, guest.nics, strict=True)}
 
 
 def _phases(trace: Trace) -> dict[str, PhaseCost]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..device import State, VdpaNetDevice
 from ..errors import (
@@ -84,6 +85,16 @@ class Sent:
     rounds: list[RoundStatistics] = field(default_factory=list)
     hash: str = ""
     stopped: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return {
+            "rounds": [
+                {"pages": r.pages, "zero_pages": r.zero_pages, "bytes": r.bytes, "seconds": round(r.seconds, 6)}
+                for r in self.rounds
+            ],
+            "memory_hash": self.hash or None,
+        }
 
 
 class Source:

@@ -178,12 +178,12 @@ class Channel:
 
     # -- the beginning ------------------------------------------------------------
 
-    def greet(self) -> None:
+    def greet(self, seconds: float = HANDSHAKE_SECONDS) -> None:
         """Exchange preambles; :class:`~pyvhostvdpa.errors.MigrationRefused` if the other side speaks something else."""
         theirs = bytearray(_PREAMBLE.size)
         try:
             self.send(_PREAMBLE.pack(MAGIC, VERSION, 0))
-            self.receive_into(theirs, HANDSHAKE_SECONDS)
+            self.receive_into(theirs, seconds)
         except StreamBroken as e:
             raise MigrationRefused(f"no migration stream: {e}", hint="vhost-vdpa help migration") from e
         magic, version, reserved = _PREAMBLE.unpack(theirs)

@@ -10,7 +10,7 @@ import lab
 import pytest
 from hw_guest import Make
 
-from pyvhostvdpa import Options, OutOfOrder, State, migrate
+from pyvhostvdpa import GuestOptions, Options, OutOfOrder, State, migrate
 from pyvhostvdpa._cdefs import ffi
 from pyvhostvdpa.memory import PAGE_SIZE
 from pyvhostvdpa.net.features import CONTROL, RING, SUPPORTED, Feature
@@ -232,10 +232,10 @@ def test_a_guest_migrates_with_all_its_pairs_and_its_address(pairs: int) -> None
         seen: dict[str, str] = {}
 
         def look(part: str) -> None:
-            if part == "drain":
+            if part == "destination":
                 seen.update(destination.read("state"))
 
-        options = Options(memory=lab.SMALL * 2, pairs=pairs, seconds=3, ring_size=64)
+        options = Options(GuestOptions(lab.SMALL * 2, pairs=pairs, ring_size=64), seconds=3)
         report = migrate(source.chardev, destination.chardev, options, look)
         frames = report.frames
         assert (frames.lost, frames.duplicated, frames.corrupted) == (0, 0, 0)

@@ -6,24 +6,32 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
+from pathlib import Path
 
 import lab
+import psutil
 import pytest
 
-from pyvhostvdpa import MigrationFailed, MigrationRefused, MissingFeature, Options, Trace, VhostVdpa, migrate
+from pyvhostvdpa import (
+    GuestOptions,
+    MigrationCancelled,
+    MigrationFailed,
+    MigrationRefused,
+    MissingFeature,
+    Options,
+    SendOptions,
+    Trace,
+    VhostVdpa,
+    mgmt,
+    migrate,
+)
 
-QUICK = Options(memory=lab.SMALL, seconds=1.5)
+GUEST = GuestOptions(lab.SMALL)
+QUICK = Options(GUEST, seconds=1.5)
 COMMAND = ("vhost-vdpa", "migrate", *lab.DEVICES, "--memory", "32M")
-PARTS = {
-    "prepare": "opening both devices",
-    "passthrough": "traffic in passthrough on the source",
-    "switch": "switching the source",
-    "shadow": "traffic through shadow",
-    "move": "stopping the source",
-    "start destination": "starting the destination",
-    "destination": "traffic in passthrough on the destination",
-    "drain": "waiting for the last frames",
-}
+BEFORE = ("start", "passthrough")
+CANCELLABLE = ("connect", "handshake", "switch", "shadow", "memory", "stop", "state", "ready", "go")
 
 
 def migrates(seconds: str = "1.5") -> None:
@@ -41,12 +49,14 @@ def stood_ms(trace: Trace, device: str) -> float:
 @pytest.mark.smoke
 def test_a_guest_moves_with_all_its_frames(devices: tuple[str, str]) -> None:
     trace = Trace()
-    report = migrate(*devices, Options(memory=lab.SMALL, seconds=6), trace=trace)
+    report = migrate(*devices, Options(GUEST, seconds=6), trace=trace)
     frames = report.frames
     assert report.outcome == "migrated"
     assert (frames.lost, frames.duplicated, frames.corrupted, frames.reordered) == (0, 0, 0, 0)
     assert frames.sent == frames.received
     assert list(report.parts) == ["passthrough", "shadow", "destination"]
+    assert sum(each.memory for each in report.sent.rounds) >= lab.SMALL
+    assert trace.devices() == list(devices)
     assert all(part.received > 100 for part in report.parts.values())
     assert report.drops["source"]
     assert not any(value for each in report.drops.values() for value in each.values())
@@ -68,6 +78,8 @@ def test_json_is_all_there_is_on_standard_output(devices: tuple[str, str]) -> No
     assert result["dt1_ms"]["worst"] == max(d["ms"] for d in result["dt1_ms"]["devices"])
     assert result["dt2_ms"]["sum"] == pytest.approx(sum(d["ms"] for d in result["dt2_ms"]["devices"]))
     assert set(result["guest_gap_ms"]) == {"switch", "move"}
+    assert sum(each["pages"] + each["zero_pages"] for each in result["rounds"]) * 4096 >= lab.SMALL
+    assert set(result["environment"]["devices"]) == {"source", "destination"}
     assert {"dest.premap", "dt1.stop", "dt1.start", "dt2.stop", "dest.start"} <= set(result["phases"])
     assert all(set(phase) == {"ms", "ioctls", "iotlb_messages"} for phase in result["phases"].values())
     assert result["environment"]["kernel"] == os.uname().release
@@ -87,6 +99,13 @@ def test_the_table_names_both_downtimes(devices: tuple[str, str]) -> None:
         assert text in done.stdout
 
 
+def test_memory_that_the_guest_writes_all_the_time_arrives(devices: tuple[str, str]) -> None:
+    report = migrate(*devices, Options(GuestOptions(lab.SMALL, write_rate=1 << 20), SendOptions(hashed=True), 1.5))
+    assert report.bad_pages == 0
+    assert report.sent.hash
+    assert report.frames.sent == report.frames.received
+
+
 def test_source_and_destination_must_differ(devices: tuple[str, str], tmp_path: object) -> None:
     link = f"{tmp_path}/same"
     os.symlink(devices[0], link)
@@ -97,7 +116,7 @@ def test_source_and_destination_must_differ(devices: tuple[str, str], tmp_path: 
 
 def test_more_memory_than_there_is_is_refused(devices: tuple[str, str]) -> None:
     with pytest.raises(MissingFeature, match="available"):
-        migrate(*devices, Options(memory=1 << 44))
+        migrate(*devices, Options(GuestOptions(1 << 44)))
 
 
 def test_a_destination_that_lacks_the_guests_features_is_refused(devices: tuple[str, str]) -> None:
@@ -132,9 +151,15 @@ def break_fd_at(part: str, device: str) -> object:
     return observe
 
 
-def test_when_the_destination_fails_to_start_the_guest_goes_on_at_the_source(devices: tuple[str, str]) -> None:
+def test_when_the_destination_dies_the_guest_goes_on_at_the_source(devices: tuple[str, str]) -> None:
+    def kill(now: str) -> None:
+        if now == "state":
+            [child] = psutil.Process().children()
+            child.kill()
+            child.wait()
+
     with pytest.raises(MigrationFailed, match=f"goes on in passthrough on {devices[0]}") as failed:
-        migrate(*devices, QUICK, break_fd_at("start destination", devices[1]))  # type: ignore[arg-type]
+        migrate(*devices, QUICK, kill)
     report = failed.value.report
     assert report.outcome == "stayed on source"
     assert report.parts["source again"].received > 100
@@ -144,49 +169,86 @@ def test_when_the_destination_fails_to_start_the_guest_goes_on_at_the_source(dev
     migrates()
 
 
-def test_when_the_source_dies_the_error_says_what_is_left(devices: tuple[str, str]) -> None:
-    with pytest.raises(MigrationFailed, match="source could not be started again") as failed:
-        migrate(*devices, QUICK, break_fd_at("move", devices[0]))  # type: ignore[arg-type]
+def test_when_the_source_dies_the_guest_is_saved(devices: tuple[str, str], tmp_path: Path) -> None:
+    options = Options(GUEST, SendOptions(folder=tmp_path), 1.5)
+    with pytest.raises(MigrationFailed, match=r"source could not be started again.*saved in") as failed:
+        migrate(*devices, options, break_fd_at("stop", devices[0]))  # type: ignore[arg-type]
     assert failed.value.report is None
+    [saved] = tmp_path.glob("*.saved")
+    assert failed.value.hint == f"vhost-vdpa send --resume {saved} {devices[0]}"
     migrates()
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_an_interrupt_in_any_part_leaves_nothing_behind(devices: tuple[str, str], part: str) -> None:
-    """Raised exactly as the part begins; the leak check of every test looks at what is left."""
-
+def interrupt_at(part: str) -> Callable[[str], None]:
     def interrupt(now: str) -> None:
         if now == part:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        migrate(*devices, QUICK, interrupt)
+    return interrupt
+
+
+def both_are_reset(devices: tuple[str, str]) -> None:
     for device in devices:
         with VhostVdpa(device) as dev:
             assert dev.get_status() == 0
 
 
-@pytest.mark.parametrize("part", ["prepare", "switch", "shadow", "move", "destination"])
-def test_ctrl_c_is_status_130(devices: tuple[str, str], part: str) -> None:
+@pytest.mark.parametrize("part", [*BEFORE, "destination"])
+def test_an_interrupt_before_and_after_ends_it_and_leaves_nothing_behind(devices: tuple[str, str], part: str) -> None:
+    """Raised exactly as the part begins; the leak check of every test looks at what is left."""
+    with pytest.raises(KeyboardInterrupt):
+        migrate(*devices, QUICK, interrupt_at(part))
+    both_are_reset(devices)
+
+
+@pytest.mark.parametrize("part", CANCELLABLE)
+def test_an_interrupt_under_way_cancels_and_the_guest_goes_on(devices: tuple[str, str], part: str) -> None:
+    with pytest.raises(MigrationCancelled, match=f"goes on in passthrough on {devices[0]}") as cancelled:
+        migrate(*devices, QUICK, interrupt_at(part))
+    report = cancelled.value.report
+    assert report.parts["source again"].received > 100
+    assert (report.frames.lost, report.frames.duplicated, report.frames.corrupted) == (0, 0, 0)
+    both_are_reset(devices)
+
+
+def test_an_interrupt_after_the_guest_was_given_away_is_too_late(devices: tuple[str, str]) -> None:
+    report = migrate(*devices, QUICK, interrupt_at("running"))
+    assert report.outcome == "migrated"
+    assert report.frames.sent == report.frames.received
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("opening the source", "the devices were reset and closed"),
+        ("switching to shadow", "the guest goes on in passthrough on"),
+        ("traffic through shadow", "the guest goes on in passthrough on"),
+        ("moving memory", "the guest goes on in passthrough on"),
+        ("traffic in passthrough on the destination", "the devices were reset and closed"),
+    ],
+)
+def test_ctrl_c_is_status_130(devices: tuple[str, str], words: str, told: str) -> None:
     with subprocess.Popen([*COMMAND, "--seconds", "3"], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if PARTS[part] in line:
+            if words in line:
                 process.send_signal(signal.SIGINT)
                 break
         rest = process.stderr.read()
         assert process.wait() == 130
-        assert "the devices were reset and closed" in rest
+        assert told in rest
         assert "Traceback" not in rest
+    both_are_reset(devices)
 
 
 def test_after_kill_9_in_the_shadow_phase_the_next_run_works(devices: tuple[str, str]) -> None:
     with subprocess.Popen([*COMMAND, "--seconds", "9"], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if PARTS["shadow"] in line:
+            if "traffic through shadow" in line:
                 process.kill()
                 break
         process.stderr.read()
         assert process.wait() == -signal.SIGKILL
+    lab.wait_for(lambda: not any(map(mgmt.holders, devices)), "the destination to notice")
     migrates()

@@ -10,11 +10,11 @@ from typing import Any
 import lab
 import pytest
 
-from pyvhostvdpa import MigrationRefused, Options, Trace, migrate
+from pyvhostvdpa import GuestOptions, MigrationRefused, Options, Trace, migrate
 from pyvhostvdpa.migration.downtime import DT1, DT2, milliseconds
 from pyvhostvdpa.migration.spans import downtimes
 
-QUICK = Options(memory=lab.SMALL, seconds=1.5)
+QUICK = Options(GuestOptions(lab.SMALL), seconds=1.5)
 
 
 def run(devices: tuple[str, str], *options: str) -> subprocess.CompletedProcess[str]:
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_a_device_is_opened(devi
     done = run(devices, "--trace", "/nowhere/trace.json")
     assert done.returncode == 1
     assert "/nowhere/trace.json cannot be written" in done.stderr
-    assert "opening both devices" not in done.stderr
+    assert "opening the source" not in done.stderr
 
 
 def test_a_migration_that_was_refused_leaves_its_trace(devices: tuple[str, str], tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_migration_that_was_refused_leaves_its_trace(devices: tuple[str, str],
 def test_the_caller_has_the_trace_of_what_failed(devices: tuple[str, str]) -> None:
     trace = Trace()
     with pytest.raises(MigrationRefused):
-        migrate(*devices, Options(memory=lab.SMALL, pairs=9), trace=trace)
+        migrate(*devices, Options(GuestOptions(lab.SMALL, pairs=9)), trace=trace)
     assert trace.events[0].event == "open"
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 
-from pyvhostvdpa import Options, migrate
+from pyvhostvdpa import GuestOptions, MigrationCancelled, Options, migrate
 from pyvhostvdpa.memory import pinned_bytes
 
 DEVICES = ("/dev/vhost-vdpa-0", "/dev/vhost-vdpa-1")
-PARTS = ("prepare", "passthrough", "switch", "shadow", "move", "start destination", "destination", "drain")
+PARTS = (
+    *("start", "passthrough", "connect", "handshake", "switch", "shadow", "memory", "stop", "state", "ready", "go"),
+    *("running", "destination"),
+)
 MINUTES = float(os.environ.get("PYVHOSTVDPA_SOAK_MINUTES", "10"))
-
-
-class Enough(Exception):
-    """Ends a migration from within."""
 
 
 def migrate_once(number: int, chance: random.Random) -> int:
@@ -25,13 +25,17 @@ def migrate_once(number: int, chance: random.Random) -> int:
 
     def observe(part: str) -> None:
         if part == stop_at:
-            raise Enough(part)
+            os.kill(os.getpid(), signal.SIGINT)
 
-    options = Options(memory=64 << 20, seconds=1.5, ring_size=chance.choice([16, 64, 256]))
+    guest = GuestOptions(64 << 20, ring_size=chance.choice([16, 64, 256]), write_rate=chance.choice([0, 1 << 20]))
     try:
-        frames = migrate(source, destination, options, observe).frames
-    except Enough:
+        report = migrate(source, destination, Options(guest, seconds=1.5), observe)
+    except KeyboardInterrupt:
         return 0
+    except MigrationCancelled as e:
+        report = e.report
+    frames = report.frames
+    assert report.bad_pages == 0
     assert (frames.lost, frames.duplicated, frames.corrupted, frames.reordered) == (0, 0, 0, 0)
     return frames.received
 

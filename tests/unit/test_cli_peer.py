@@ -41,3 +41,7 @@ def test_either_a_peer_or_a_file(capsys: pytest.CaptureFixture[str]) -> None:
         main(["receive", "DEV"])
     assert wrong.value.code == 2
     assert "--listen" in capsys.readouterr().err
+
+
+def test_a_stream_that_was_not_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "fd:987 is no stream" in refusal(capsys, "receive", "DEV", "--listen", "fd:987")
