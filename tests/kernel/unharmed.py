@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,23 +23,29 @@ def watched_kernel() -> Iterator[None]:
     """The kernel's log, which holds its last lines only and so is read all the time, has no report of an error."""
     log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
     os.lseek(log, 0, os.SEEK_END)
-    reports: list[str] = []
-    ended = threading.Event()
+    # a process, for what is watched here may fork, and a thread would not do with that
+    fork = multiprocessing.get_context("fork")
+    ended, found = fork.Event(), fork.SimpleQueue()
 
     def watch() -> None:
+        reports: list[str] = []
         last = False
         while not last:
             last = ended.wait(READ_SECONDS)
-            reports.extend(kernel_log.reports(_messages(log)))
+            reports += kernel_log.reports(_messages(log))
+        found.put(reports)
 
-    watcher = threading.Thread(target=watch)
+    watcher = fork.Process(target=watch)
     watcher.start()
+    os.close(log)
     try:
         yield
     finally:
         ended.set()
+        reports = found.get()
         watcher.join()
-        os.close(log)
+        watcher.close()
+        found.close()
     assert reports == []
 
 
