@@ -139,7 +139,6 @@ static void gather(struct page_sender *s, struct gathered *g)
 
 		/* a prefetch may miss: it never faults */
 		__builtin_prefetch(page + GUEST_PAGE);
-		__builtin_prefetch(page + GUEST_PAGE + 64);
 		if (is_zero(page)) {
 			add_page(s->zeros, &s->zero_runs, r, r->gpa + offset);
 			s->zeros_left -= GUEST_PAGE;
@@ -147,32 +146,51 @@ static void gather(struct page_sender *s, struct gathered *g)
 			continue;
 		}
 		add_page(g->run, &g->runs, r, r->gpa + offset);
-		memcpy(s->frame + SENDER_DATA_AT + g->pages++ * GUEST_PAGE, page,
-		       GUEST_PAGE);
+		g->pages++;
 	}
 	s->pages += g->pages;
 }
 
+/* Copy pages and bring them into the frame's sum. */
+static void copy_runs(const struct page_sender *s, const struct gathered *g,
+		      struct running_sum *sum)
+{
+	uint8_t *to = s->frame + SENDER_DATA_AT;
+	uint32_t i;
+
+	for (i = 0; i < g->runs; i++) {
+		const struct page_run run = g->run[i];
+
+		sum_copy(sum, to, memory_hva(s->memory, run.gpa, run.length), run.length);
+		to += run.length;
+	}
+}
+
 /*
- * Put header and runs together. They end where the pages begin that were
- * gathered; runs of zeros have none behind them, and may need their room.
+ * Put a frame together. Header and runs end where pages begin; runs of zeros
+ * have none behind them, and may need their room.
  */
 static void make_frame(struct page_sender *s, uint32_t type,
-		       const struct page_run *runs, uint32_t count, uint32_t pages)
+		       const struct page_run *runs, uint32_t count,
+		       const struct gathered *g)
 {
 	const uint32_t table = count * FRAME_RUN_BYTES;
-	const uint32_t length = table + pages * GUEST_PAGE;
-	uint8_t *payload = s->frame + (pages ? SENDER_DATA_AT - table : FRAME_HEADER);
+	const uint32_t length = table + g->pages * GUEST_PAGE;
+	uint8_t *payload = s->frame + (g->pages ? SENDER_DATA_AT - table : FRAME_HEADER);
+	struct running_sum sum;
 	uint32_t i;
 
 	for (i = 0; i < count; i++) {
 		store64(payload + i * FRAME_RUN_BYTES, runs[i].gpa);
 		store64(payload + i * FRAME_RUN_BYTES + 8, runs[i].length);
 	}
+	sum_begin(&sum);
+	sum_words(&sum, payload, table);
+	copy_runs(s, g, &sum);
 	store32(payload - FRAME_HEADER, type);
 	store32(payload - FRAME_HEADER + 4, count);
 	store64(payload - FRAME_HEADER + 8, length);
-	store64(payload - FRAME_HEADER + 16, stream_sum(payload, length));
+	store64(payload - FRAME_HEADER + 16, sum_end(&sum));
 	s->first = s->begin = (uint32_t)(payload - FRAME_HEADER - s->frame);
 	s->end = s->begin + FRAME_HEADER + length;
 	s->bytes += FRAME_HEADER + length;
@@ -210,9 +228,9 @@ uint32_t pages_next(struct page_sender *s)
 		return s->end - s->begin;
 	gather(s, &g);
 	if (g.runs) {
-		make_frame(s, FRAME_PAGES, g.run, g.runs, g.pages);
+		make_frame(s, FRAME_PAGES, g.run, g.runs, &g);
 	} else if (s->zero_runs) {
-		make_frame(s, FRAME_ZERO, s->zeros, s->zero_runs, 0);
+		make_frame(s, FRAME_ZERO, s->zeros, s->zero_runs, &g);
 		s->zero_runs = 0;
 		s->zeros_left = FRAME_ZEROS;
 	}
@@ -368,13 +386,36 @@ static void write_runs(struct page_receiver *r)
 	}
 }
 
+/* The sum of a frame whose runs are right; meanwhile memory is asked for the pages that it will write. */
+static uint64_t sum_of_pages(const struct page_receiver *r)
+{
+	const uint8_t *data = r->frame + RECEIVER_DATA_AT;
+	struct running_sum sum;
+	uint32_t i;
+
+	sum_begin(&sum);
+	sum_words(&sum, r->frame + r->at + FRAME_HEADER,
+		  (uint64_t)r->count * FRAME_RUN_BYTES);
+	for (i = 0; i < r->count; i++) {
+		const struct page_run run = run_at(r, i);
+
+		sum_before_copy(&sum, memory_hva(r->memory, run.gpa, run.length),
+				data, run.length);
+		data += run.length;
+	}
+	return sum_end(&sum);
+}
+
 int pages_apply(struct page_receiver *r)
 {
-	int result;
+	const int result = check_runs(r);
+	const uint64_t sum =
+		result == MOVE_DONE && r->type == FRAME_PAGES ?
+			sum_of_pages(r) :
+			stream_sum(r->frame + r->at + FRAME_HEADER, r->length);
 
-	if (stream_sum(r->frame + r->at + FRAME_HEADER, r->length) != r->sum)
+	if (sum != r->sum)
 		return refuse(r, FAULT_SUM);
-	result = check_runs(r);
 	if (result != MOVE_DONE)
 		return result;
 	write_runs(r);

@@ -10,6 +10,25 @@
  */
 uint64_t stream_sum(const uint8_t *bytes, uint64_t length);
 
+#define SUM_LANES 8
+
+/* The same of bytes that come in parts. */
+struct running_sum {
+	uint64_t lane[SUM_LANES];
+	uint64_t length;
+};
+
+void sum_begin(struct running_sum *s);
+/* Take in a multiple of 8 bytes. */
+void sum_words(struct running_sum *s, const uint8_t *bytes, uint64_t length);
+/* Copy a multiple of 64 bytes, aligned to 8, and take in what was copied; others may write there. */
+void sum_copy(struct running_sum *s, uint8_t *to, const uint8_t *from, uint64_t length);
+/* Take in a multiple of 64 bytes and bring where they will go into the cache meanwhile. */
+void sum_before_copy(struct running_sum *s, const uint8_t *to, const uint8_t *from,
+		     uint64_t length);
+/* Nothing may be taken in afterwards. */
+uint64_t sum_end(struct running_sum *s);
+
 /* ---------------------------------------------------------------------- */
 /* Sets of guest pages: one bit per 4 KiB, one bitmap a region             */
 

@@ -11,30 +11,57 @@
 #define BLOCK 64
 #define ODD 0x9e3779b97f4a7c15ULL	/* 2^64 / golden ratio */
 #define ODD_2 0xd6e8feb86659fd93ULL
+#define AHEAD 2048	/* bytes: the CPU by itself asks memory for fewer at a time */
 
 struct lanes {
 	uint64_t a, b, c, d, e, f, g, h;
 };
 
-static inline uint64_t step(uint64_t lane, const uint8_t *at)
+static inline uint64_t step(uint64_t lane, uint64_t word)
 {
-	uint64_t word;
-
-	memcpy(&word, at, sizeof(word));
 	lane ^= le64toh(word);
 	return (lane << 29 | lane >> 35) * ODD;
 }
 
+static inline uint64_t step_at(uint64_t lane, const uint8_t *at)
+{
+	uint64_t word;
+
+	memcpy(&word, at, sizeof(word));
+	return step(lane, word);
+}
+
+/* The guest writes meanwhile: what is summed is what was copied. */
+static inline uint64_t step_copy(uint64_t lane, uint8_t *to, const uint8_t *from)
+{
+	const uint64_t word = __atomic_load_n((const uint64_t *)from, __ATOMIC_RELAXED);
+
+	memcpy(to, &word, sizeof(word));
+	return step(lane, word);
+}
+
 static inline void take_block(struct lanes *l, const uint8_t *at)
 {
-	l->a = step(l->a, at);
-	l->b = step(l->b, at + 8);
-	l->c = step(l->c, at + 16);
-	l->d = step(l->d, at + 24);
-	l->e = step(l->e, at + 32);
-	l->f = step(l->f, at + 40);
-	l->g = step(l->g, at + 48);
-	l->h = step(l->h, at + 56);
+	l->a = step_at(l->a, at);
+	l->b = step_at(l->b, at + 8);
+	l->c = step_at(l->c, at + 16);
+	l->d = step_at(l->d, at + 24);
+	l->e = step_at(l->e, at + 32);
+	l->f = step_at(l->f, at + 40);
+	l->g = step_at(l->g, at + 48);
+	l->h = step_at(l->h, at + 56);
+}
+
+static inline void copy_block(struct lanes *l, uint8_t *to, const uint8_t *from)
+{
+	l->a = step_copy(l->a, to, from);
+	l->b = step_copy(l->b, to + 8, from + 8);
+	l->c = step_copy(l->c, to + 16, from + 16);
+	l->d = step_copy(l->d, to + 24, from + 24);
+	l->e = step_copy(l->e, to + 32, from + 32);
+	l->f = step_copy(l->f, to + 40, from + 40);
+	l->g = step_copy(l->g, to + 48, from + 48);
+	l->h = step_copy(l->h, to + 56, from + 56);
 }
 
 static inline uint64_t scramble(uint64_t v)
@@ -46,25 +73,109 @@ static inline uint64_t scramble(uint64_t v)
 	return v ^ v >> 32;
 }
 
+static uint64_t finish(const uint64_t *lane, uint64_t length)
+{
+	uint64_t sum = length, k;
+
+	for (k = 0; k < SUM_LANES; k++)
+		sum = scramble(sum ^ lane[k]);
+	return sum;
+}
+
+/* The lanes in the order in which the next words fall to them. */
+static struct lanes take_lanes(const struct running_sum *s)
+{
+	uint64_t in_turn[SUM_LANES], k;
+	struct lanes l;
+
+	for (k = 0; k < SUM_LANES; k++)
+		in_turn[k] = s->lane[(s->length / 8 + k) % SUM_LANES];
+	memcpy(&l, in_turn, sizeof(l));
+	return l;
+}
+
+/* Whole blocks were taken in, so the order is the same. */
+static void put_lanes(struct running_sum *s, const struct lanes *l, uint64_t length)
+{
+	uint64_t in_turn[SUM_LANES], k;
+
+	memcpy(in_turn, l, sizeof(in_turn));
+	for (k = 0; k < SUM_LANES; k++)
+		s->lane[(s->length / 8 + k) % SUM_LANES] = in_turn[k];
+	s->length += length;
+}
+
+void sum_begin(struct running_sum *s)
+{
+	uint64_t k;
+
+	s->length = 0;
+	for (k = 0; k < SUM_LANES; k++)
+		s->lane[k] = ODD * (k + 1);
+}
+
+void sum_words(struct running_sum *s, const uint8_t *bytes, uint64_t length)
+{
+	const uint64_t end = s->length + length;
+
+	for (; s->length < end; s->length += 8, bytes += 8) {
+		uint64_t *lane = &s->lane[s->length / 8 % SUM_LANES];
+
+		*lane = step_at(*lane, bytes);
+	}
+}
+
+void sum_copy(struct running_sum *s, uint8_t *to, const uint8_t *from, uint64_t length)
+{
+	struct lanes l = take_lanes(s);
+	uint64_t at;
+
+	for (at = 0; at < length; at += BLOCK) {
+		__builtin_prefetch(from + at + AHEAD);
+		copy_block(&l, to + at, from + at);
+	}
+	put_lanes(s, &l, length);
+}
+
+void sum_before_copy(struct running_sum *s, const uint8_t *to, const uint8_t *from,
+		     uint64_t length)
+{
+	struct lanes l = take_lanes(s);
+	uint64_t at;
+
+	for (at = 0; at < length; at += BLOCK) {
+		__builtin_prefetch(to + at, 1);
+		take_block(&l, from + at);
+	}
+	put_lanes(s, &l, length);
+}
+
+uint64_t sum_end(struct running_sum *s)
+{
+	static const uint8_t zeros[BLOCK];
+	const uint64_t length = s->length;
+
+	sum_words(s, zeros, -length % BLOCK);
+	return finish(s->lane, length);
+}
+
 uint64_t stream_sum(const uint8_t *bytes, uint64_t length)
 {
-	struct lanes l = { ODD,	    ODD * 2, ODD * 3, ODD * 4,
-			   ODD * 5, ODD * 6, ODD * 7, ODD * 8 };
-	uint64_t left = length, sum;
 	uint8_t last[BLOCK] = { 0 };
+	uint64_t left = length;
+	struct running_sum s;
+	struct lanes l;
 
-	for (; left >= BLOCK; left -= BLOCK, bytes += BLOCK)
+	sum_begin(&s);
+	l = take_lanes(&s);
+	for (; left >= BLOCK; left -= BLOCK, bytes += BLOCK) {
+		__builtin_prefetch(bytes + AHEAD);
 		take_block(&l, bytes);
+	}
 	if (left) {
 		memcpy(last, bytes, left);
 		take_block(&l, last);
 	}
-	sum = scramble(length ^ l.a);
-	sum = scramble(sum ^ l.b);
-	sum = scramble(sum ^ l.c);
-	sum = scramble(sum ^ l.d);
-	sum = scramble(sum ^ l.e);
-	sum = scramble(sum ^ l.f);
-	sum = scramble(sum ^ l.g);
-	return scramble(sum ^ l.h);
+	put_lanes(&s, &l, 0);
+	return finish(s.lane, length);
 }

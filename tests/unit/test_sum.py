@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,3 +64,28 @@ def test_every_pair_of_flipped_bits_in_two_blocks_is_noticed() -> None:
 def test_length_and_order_count() -> None:
     assert len({stream_sum(bytes(n)) for n in range(300)}) == 300
     assert stream_sum(b"a" * 64 + b"b" * 64) != stream_sum(b"b" * 64 + b"a" * 64)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["words", "copy", "before copy"]), st.integers(0, 5)), max_size=8),
+    st.integers(0, 1 << 30),
+)
+def test_a_sum_of_parts_is_that_of_the_whole(parts: list[tuple[str, int]], seed: int) -> None:
+    random, whole = Random(seed), b""
+    running = ffi.new("struct running_sum *")
+    lib.sum_begin(running)
+    for how, size in parts:
+        part = random.randbytes(size * (8 if how == "words" else 64))
+        copy, words = ffi.new("uint8_t[]", len(part)), ffi.new("uint64_t[]", len(part) // 8)
+        source = ffi.cast("uint8_t *", words)
+        ffi.memmove(source, part, len(part))
+        if how == "words":
+            lib.sum_words(running, source, len(part))
+        elif how == "copy":
+            lib.sum_copy(running, copy, source, len(part))
+            assert bytes(copy) == part
+        else:
+            lib.sum_before_copy(running, copy, source, len(part))
+            assert bytes(copy) == bytes(len(part))
+        whole += part
+    assert lib.sum_end(running) == stream_sum(whole)
