@@ -104,6 +104,11 @@ class RoundStatistics(NamedTuple):
         """Bytes of guest memory."""
         return (self.pages + self.zero_pages) * GUEST_PAGE
 
+    @property
+    def content(self) -> int:
+        """Bytes of guest memory that were more than named."""
+        return self.pages * GUEST_PAGE
+
 
 def stream_sum(data: Buffer) -> int:
     """Return the checksum of a frame's payload (64 bits; finds corruption, not forgery)."""
@@ -183,9 +188,18 @@ class PageSender:
 
     @property
     def bandwidth(self) -> float | None:
-        """Bytes of guest memory a second, over the last rounds; None before any."""
-        seconds = sum(each.seconds for each in self._rounds)
-        return sum(each.memory for each in self._rounds) / seconds if seconds else None
+        """Bytes a second of pages with content, over the last rounds; None before any went.
+
+        A page of zeros costs next to nothing, one that the guest has written
+        most likely is none. So the former are not counted, and what it took
+        to find them only makes the figure too low: rounds that were mostly
+        zeros stand in until there are others. What the socket's buffers
+        still hold counts as sent.
+        """
+        telling = [each for each in self._rounds if each.pages >= each.zero_pages] or self._rounds
+        last = telling[-_RATE_ROUNDS:]
+        seconds = sum(each.seconds for each in last)
+        return sum(each.content for each in last) / seconds if seconds else None
 
     def send(self, pages: PageSet) -> RoundStatistics:
         """Send a set of pages as they are now.
@@ -211,8 +225,8 @@ class PageSender:
             int(self._c.pages), int(self._c.zero_pages), int(self._c.bytes), time.monotonic() - begin
         )
         self._progress(statistics.memory, total)
-        if statistics.memory:
-            self._rounds = [*self._rounds, statistics][-_RATE_ROUNDS:]
+        if statistics.pages:
+            self._rounds.append(statistics)
         return statistics
 
     def _send_raw(self) -> bool:
