@@ -245,16 +245,17 @@ static int send_frame(struct page_sender *s, int fd, int64_t deadline)
 				 MSG_NOSIGNAL | MSG_DONTWAIT);
 		int r;
 
-		if (n > 0) {
-			s->begin += (uint32_t)n;
-			s->moved_at = now_ns();
-			continue;
-		}
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n < 0 && errno != EAGAIN) {
 			s->error = errno;
 			return MOVE_BROKEN;
+		}
+		if (n > 0) {
+			s->begin += (uint32_t)n;
+			s->moved_at = now_ns();
+			if (s->begin == s->end)
+				return MOVE_DONE;
 		}
 		r = wait_for(fd, POLLOUT, s->cancel, deadline, s->moved_at, s->stall);
 		if (r == MOVE_CANCELLED && s->begin > s->first &&

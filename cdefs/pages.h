@@ -78,7 +78,7 @@ void written_soft_dirty(const uint64_t *entries, uint64_t count, uint64_t pages,
 #define FRAME_ZEROS 67108864	/* bytes that one frame says are zero at most */
 #define FRAME_RUN_BYTES 16
 
-#define SENDER_PAGES 64		/* in one frame, so that it stays in the cache */
+#define SENDER_PAGES 32		/* in one frame, so that it stays in the cache */
 #define SENDER_DATA_AT 4096	/* header and runs end where the pages begin */
 #define RECEIVER_DATA_AT 20480	/* the same, with room for FRAME_RUNS */
 
