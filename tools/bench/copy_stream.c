@@ -7,7 +7,8 @@
  *   copy_stream sendfile BYTES CHUNK  by sendfile, nothing computed
  *
  * Both memories are shared memfds, populated beforehand, no page of zeros.
- * Prints the seconds it took by the clock, then those of CPU that sender and
+ * For each line on standard input all of it is copied, and the seconds are
+ * printed that it took by the clock, then those of CPU that sender and
  * receiver spent.
  */
 #define _GNU_SOURCE
@@ -112,13 +113,11 @@ static double cpu_seconds(void)
 	       (u.ru_utime.tv_usec + u.ru_stime.tv_usec) / 1e6;
 }
 
-static void receive(int fd, int sums, uint64_t size, uint64_t chunk)
+static void receive_round(int fd, uint8_t *to, int sums, uint64_t size, uint64_t chunk)
 {
-	uint8_t *to = memory(size, &(int){ 0 });
 	double cpu = cpu_seconds();
 	uint64_t i;
 
-	put(fd, &cpu, sizeof(cpu), 0);
 	if (sums)
 		receive_sums(fd, to, size);
 	else
@@ -128,14 +127,41 @@ static void receive(int fd, int sums, uint64_t size, uint64_t chunk)
 	put(fd, &cpu, sizeof(cpu), 0);
 }
 
+static void receive(int fd, int sums, uint64_t size, uint64_t chunk)
+{
+	uint8_t *to = memory(size, &(int){ 0 });
+	char byte = 1;
+
+	put(fd, &byte, sizeof(byte), 0);
+	while (recv(fd, &byte, sizeof(byte), MSG_PEEK) > 0)
+		receive_round(fd, to, sums, size, chunk);
+}
+
+static void send_round(int fd, int sums, int memfd, const uint8_t *from,
+		       uint64_t size, uint64_t chunk)
+{
+	const double cpu = cpu_seconds();
+	const int64_t begin = now_ns();
+	double receiver;
+	int64_t end;
+
+	if (sums)
+		send_sums(fd, from, size, chunk);
+	else
+		send_file(fd, memfd, size, chunk);
+	get(fd, &receiver, sizeof(receiver));
+	end = now_ns();
+	printf("%.6f %.6f %.6f\n", (double)(end - begin) / 1e9,
+	       cpu_seconds() - cpu, receiver);
+	fflush(stdout);
+}
+
 int main(int argc, char **argv)
 {
 	const int sums = argc == 4 && !strcmp(argv[1], "sum");
 	uint64_t size, chunk, i;
-	double cpu, receiver;
-	int64_t begin, end;
+	uint8_t *from, ready;
 	int ends[2], fd;
-	uint8_t *from;
 
 	if (argc != 4 || (!sums && strcmp(argv[1], "sendfile"))) {
 		fprintf(stderr, "usage: %s sum|sendfile BYTES CHUNK\n", argv[0]);
@@ -153,17 +179,10 @@ int main(int argc, char **argv)
 	from = memory(size, &fd);
 	for (i = 0; i + 8 <= size; i += 8)
 		*(uint64_t *)(from + i) = (i + 1) * 0x9e3779b97f4a7c15ULL;
-	get(ends[0], &receiver, sizeof(receiver));
-	cpu = cpu_seconds();
-	begin = now_ns();
-	if (sums)
-		send_sums(ends[0], from, size, chunk);
-	else
-		send_file(ends[0], fd, size, chunk);
-	get(ends[0], &receiver, sizeof(receiver));
-	end = now_ns();
-	printf("%.6f %.6f %.6f\n", (double)(end - begin) / 1e9,
-	       cpu_seconds() - cpu, receiver);
+	get(ends[0], &ready, sizeof(ready));
+	while (getchar() == '\n')
+		send_round(ends[0], sums, fd, from, size, chunk);
+	close(ends[0]);
 	wait(NULL);
 	return 0;
 }

@@ -4,10 +4,10 @@
 
 The measure is copy_stream.c: it sends each chunk with the checksum that the
 stream of a migration has, over the same kind of socket, and checks it at the
-other side. All runs are of fresh processes, one kind after the other in
-turns, and medians are compared, so that what else the machine does meets
-all alike. With a core for each process the busier one sets the pace: its CPU
-time is what tells on a machine that has other work.
+other side. Each kind has two processes, and all copy their memory in turns,
+so that what else the machine does meets all alike; medians are compared, of
+pairs that stood side by side. With a core for each process the busier one
+sets the pace: its CPU time is what tells on a machine that has other work.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Self
 
 from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.migration.dirty import PageSet
@@ -36,14 +37,19 @@ from pyvhostvdpa.migration.stream import Channel, Frame
 
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 256 << 10
+"""At which plain C is fastest."""
+PATIENCE = 600.0
+"""Seconds that a receiver waits for its turn."""
 PLAIN, MOVER, TLS, SENDFILE = "plain C", "page mover", "page mover, TLS", "sendfile"
 KINDS = (PLAIN, MOVER, TLS, SENDFILE)
+SELDOM = 5
+"""What is only printed beside is measured in one turn out of so many."""
 _DONE = struct.Struct("<d")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One copy: seconds by the clock, and of CPU on each side."""
+    """Copying once: seconds by the clock, and of CPU on each side."""
 
     seconds: float
     sender: float
@@ -92,18 +98,31 @@ def channel(end: socket.socket, pem: str, server: bool) -> Channel:
 
 
 def receive(end: socket.socket, pem: str, size: int) -> None:
-    """Be the destination: receive until the end and tell the CPU time it took."""
+    """Be the destination: receive rounds and tell the CPU time that each took."""
     with GuestMemory([(DEFAULT_GPA, size)]) as memory, channel(end, pem, True) as stream:
         receiver = PageReceiver(memory, stream)
         stream.send_frame(Frame.ACCEPT)
-        before = cpu_seconds()
-        while (header := stream.receive_header()).type != Frame.FINAL:
-            receiver.receive(header)
-        stream.send_frame(Frame.READY, _DONE.pack(cpu_seconds() - before))
+        while (header := stream.receive_header(PATIENCE)).type != Frame.CANCEL:
+            before = cpu_seconds()
+            while header.type != Frame.FINAL:
+                receiver.receive(header)
+                header = stream.receive_header()
+            stream.send_frame(Frame.READY, _DONE.pack(cpu_seconds() - before))
 
 
-def move(size: int, pem: str) -> Run:
-    """Copy memory from this process to another one, in one round."""
+def send(sender: PageSender, stream: Channel, memory: GuestMemory) -> Run:
+    """Copy all memory in one round."""
+    cpu, begin = cpu_seconds(), time.monotonic()
+    sent = sender.send(PageSet.all(memory))
+    stream.send_frame(Frame.FINAL)
+    _, answer = stream.expect(Frame.READY)
+    run = Run(time.monotonic() - begin, cpu_seconds() - cpu, *_DONE.unpack(answer))
+    assert (sent.zero_pages, sent.memory) == (0, memory.size)
+    return run
+
+
+def move(size: int, pem: str) -> None:
+    """Copy memory from this process to another one for each line on standard input."""
     near, far = socket.socketpair()
     child = os.fork()
     if not child:
@@ -117,26 +136,56 @@ def move(size: int, pem: str) -> Run:
             memory.regions[0].memory.buffer[at : at + len(some)] = some[: size - at]
         sender = PageSender(memory, stream)
         stream.expect(Frame.ACCEPT, seconds=120)
-        cpu, begin = cpu_seconds(), time.monotonic()
-        sent = sender.send(PageSet.all(memory))
-        stream.send_frame(Frame.FINAL)
-        _, answer = stream.expect(Frame.READY)
-        run = Run(time.monotonic() - begin, cpu_seconds() - cpu, *_DONE.unpack(answer))
-        assert (sent.zero_pages, sent.memory) == (0, size)
+        for _ in sys.stdin:
+            run = send(sender, stream, memory)
+            print(run.seconds, run.sender, run.receiver, flush=True)
+        stream.send_frame(Frame.CANCEL)
     os.waitpid(child, 0)
-    return run
 
 
-def measure(kind: str, size: int, program: Path, pem: Path) -> Run:
-    """Run one kind in processes of its own."""
-    command: list[str | Path] = {
-        PLAIN: [program, "sum", str(size), str(CHUNK)],
-        SENDFILE: [program, "sendfile", str(size), str(CHUNK)],
-        MOVER: [sys.executable, __file__, "--move", str(size)],
-        TLS: [sys.executable, __file__, "--move", str(size), "--pem", pem],
-    }[kind]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return Run(*map(float, done.stdout.split()))
+class Mover:
+    """A process that copies its memory to another one when it is told to."""
+
+    def __init__(self, command: Sequence[str | Path]) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def copy(self) -> Run:
+        """Copy all of it once."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, f"{self._process.args!r} ended"
+        return Run(*map(float, line.split()))
+
+
+def take_turns(size: int, repeat: int, tell: Callable[[str], None]) -> dict[str, list[Run]]:
+    """Let the kinds copy in turns, those that are compared ``repeat`` times; ``tell`` is called before each."""
+    runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        program, moves = build(folder), [sys.executable, __file__, "--move", str(size)]
+        commands: dict[str, list[str | Path]] = {
+            PLAIN: [program, "sum", str(size), str(CHUNK)],
+            MOVER: [*moves],
+            TLS: [*moves, "--pem", certificate(folder)],
+            SENDFILE: [program, "sendfile", str(size), str(CHUNK)],
+        }
+        movers = {kind: stack.enter_context(Mover(commands[kind])) for kind in KINDS}
+        for turn in range(repeat):
+            for kind, mover in movers.items():
+                if kind in (TLS, SENDFILE) and turn % SELDOM:
+                    continue
+                tell(f"{turn + 1} of {repeat}: {kind}")
+                runs[kind].append(mover.copy())
+    return runs
 
 
 def ratio(runs: dict[str, list[Run]], figure: str) -> float:
@@ -184,8 +233,8 @@ def table(runs: dict[str, list[Run]], size: int) -> str:
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--memory", type=int, default=512, metavar="MIB", help="guest memory (default 512)")
-    parser.add_argument("--repeat", type=int, default=7, metavar="K", help="runs of each kind (default 7)")
+    parser.add_argument("--memory", type=int, default=256, metavar="MIB", help="guest memory (default 256)")
+    parser.add_argument("--repeat", type=int, default=15, metavar="K", help="rounds of those compared (default 15)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--move", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--pem", default="", help=argparse.SUPPRESS)
@@ -196,18 +245,10 @@ def main() -> int:
     """Run all kinds in turns and print."""
     chosen = options()
     if chosen.move:
-        run = move(chosen.move, chosen.pem)
-        print(run.seconds, run.sender, run.receiver)
+        move(chosen.move, chosen.pem)
         return 0
     size = chosen.memory << 20
-    runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        program, pem = build(folder), certificate(folder)
-        for turn in range(chosen.repeat):
-            for kind in KINDS:
-                print(f"{turn + 1} of {chosen.repeat}: {kind}", file=sys.stderr)
-                runs[kind].append(measure(kind, size, program, pem))
+    runs = take_turns(size, chosen.repeat, lambda text: print(text, file=sys.stderr))
     print(json.dumps(report(runs, size), indent=2) if chosen.json else table(runs, size))
     return 0
 
