@@ -7,11 +7,13 @@
  *   copy_stream sendfile BYTES CHUNK  by sendfile, nothing computed
  *
  * Both memories are shared memfds, populated beforehand, no page of zeros.
+ * Sender and receiver share a CPU.
  * For each line on standard input all of it is copied, and the seconds are
  * printed that it took by the clock, then those of CPU that sender and
  * receiver spent.
  */
 #define _GNU_SOURCE
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -33,6 +35,20 @@ static void check(int good, const char *what)
 		perror(what);
 		exit(1);
 	}
+}
+
+/* Stay on the first CPU that there is. */
+static void stay(void)
+{
+	cpu_set_t all, one;
+	int cpu = 0;
+
+	check(!sched_getaffinity(0, sizeof(all), &all), "sched_getaffinity");
+	while (!CPU_ISSET(cpu, &all))
+		cpu++;
+	CPU_ZERO(&one);
+	CPU_SET(cpu, &one);
+	check(!sched_setaffinity(0, sizeof(one), &one), "sched_setaffinity");
 }
 
 static uint8_t *memory(uint64_t size, int *fd)
@@ -170,6 +186,7 @@ int main(int argc, char **argv)
 	size = strtoull(argv[2], NULL, 0);
 	chunk = strtoull(argv[3], NULL, 0);
 	check(!socketpair(AF_UNIX, SOCK_STREAM, 0, ends), "socketpair");
+	stay();
 	if (!fork()) {
 		close(ends[0]);
 		receive(ends[1], sums, size, chunk);

@@ -6,8 +6,10 @@ The measure is copy_stream.c: it sends each chunk with the checksum that the
 stream of a migration has, over the same kind of socket, and checks it at the
 other side. Each kind has two processes, and all copy their memory in turns,
 so that what else the machine does meets all alike; medians are compared, of
-pairs that stood side by side. With a core for each process the busier one
-sets the pace: its CPU time is what tells on a machine that has other work.
+pairs that stood side by side. Both processes share the CPU that all kinds
+have: on more of them the scheduler puts some pairs together, whose data then
+stays in a cache, and some apart, and that is half of what they take. With a
+CPU for each the busier one sets the pace, so its CPU time is told as well.
 """
 
 from __future__ import annotations
@@ -124,6 +126,7 @@ def send(sender: PageSender, stream: Channel, memory: GuestMemory) -> Run:
 def move(size: int, pem: str) -> None:
     """Copy memory from this process to another one for each line on standard input."""
     near, far = socket.socketpair()
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     child = os.fork()
     if not child:
         near.close()
