@@ -17,10 +17,10 @@ import stat
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from ._cdefs import ffi, lib
+from .closing import Closing
 from .errors import DeviceBusy, DeviceClosed, KernelError, NotVhostVdpa
 from .trace import DeviceTrace, Fields, Trace, describe
 from .uapi import (
@@ -86,7 +86,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
         )
 
 
-class VhostVdpa:
+class VhostVdpa(Closing):
     """An open vhost-vdpa device.
 
     Opening resets the device and is exclusive
@@ -128,14 +128,6 @@ class VhostVdpa:
         t = time.monotonic_ns()
         os.close(fd)
         self.trace.record(t, time.monotonic_ns(), "close", {}, 0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     # -- the door ----------------------------------------------------------
 

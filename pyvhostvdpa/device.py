@@ -12,11 +12,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
 
 from . import mgmt
 from .chardev import VhostVdpa
+from .closing import Closing
 from .errors import DeviceBusy, MissingFeature
 from .groups import probe_groups
 from .iotlb import Iotlb, Limits
@@ -36,7 +35,7 @@ __all__ = ["State", "VdpaNetDevice"]
 log = logging.getLogger(__name__)
 
 
-class VdpaNetDevice:
+class VdpaNetDevice(Closing):
     """An opened device that this process owns, with guest memory to attach to it.
 
     ``use`` masks the backend features to acknowledge of those advertised,
@@ -238,11 +237,3 @@ class VdpaNetDevice:
         self._procedure.abandon()
         self.chardev.close()
         self._procedure.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NewType, Self
+from typing import Any, NewType
 
 import psutil
 
 from ._cdefs import ffi, lib
+from .closing import Closing
 from .errors import DeviceClosed, MapRejected, MissingFeature
 
 Gpa = NewType("Gpa", int)
@@ -63,7 +63,7 @@ Progress = Callable[[int], None]
 _POPULATE_STEP = 64 << 20
 
 
-class SharedMemory:
+class SharedMemory(Closing):
     """A memfd mapped into this process, populated, 2 MiB aligned.
 
     ``size`` in bytes is rounded up to a page; ``progress`` is called with
@@ -123,14 +123,6 @@ class SharedMemory:
             address, self._address = self._address, ffi.NULL
             lib.unmap_shared(address, self.size)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def check_available(size: int) -> None:
     """Raise :class:`MissingFeature` if ``size`` bytes are not to be had now."""
@@ -187,7 +179,7 @@ def bitmap_words(size: int) -> int:
     return -(-size // (GUEST_PAGE * 64))
 
 
-class GuestMemory:
+class GuestMemory(Closing):
     """The guest's RAM: regions by GPA, mapped here, described for the C loops."""
 
     def __init__(self, layout: Sequence[tuple[Gpa, int]], progress: Progress = lambda done: None) -> None:
@@ -270,14 +262,6 @@ class GuestMemory:
         """Unmap all regions."""
         for region in self.regions:
             region.memory.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class IovaAllocator:

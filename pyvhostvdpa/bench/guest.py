@@ -6,10 +6,9 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Self
 
 from .._cdefs import lib
+from ..closing import Closing
 from ..device import State, VdpaNetDevice
 from ..errors import MissingFeature
 from ..memory import DEFAULT_GPA, GuestMemory
@@ -26,7 +25,7 @@ _SECONDS = 5.0
 _SLICE_NS = 10_000_000
 
 
-class BenchGuest:
+class BenchGuest(Closing):
     """``pairs`` queue pairs; :class:`~pyvhostvdpa.errors.MissingFeature` if the device has not that many."""
 
     def __init__(self, path: str | os.PathLike[str], pairs: int = 1, frame_size: int = 256) -> None:
@@ -90,11 +89,3 @@ class BenchGuest:
     def close(self) -> None:
         """Reset and close the device, then give everything back."""
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

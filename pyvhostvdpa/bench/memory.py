@@ -13,10 +13,10 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from .._cdefs import ffi, lib
+from ..closing import Closing
 from ..errors import MissingFeature
 from ..memory import PAGE_SIZE, check_available, physical_runs
 
@@ -103,7 +103,7 @@ def unavailable(size: int, page: Page, backing: Backing) -> tuple[str, str]:
     return "", ""
 
 
-class BenchMemory:
+class BenchMemory(Closing):
     """``size`` bytes of memory as told, every page allocated. Raises :class:`~pyvhostvdpa.errors.MissingFeature`."""
 
     def __init__(
@@ -171,11 +171,3 @@ class BenchMemory:
         if self._address != ffi.NULL:
             address, self._address = self._address, ffi.NULL
             lib.unmap_shared(address, self.size)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

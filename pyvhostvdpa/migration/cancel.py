@@ -8,15 +8,15 @@ import select
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
-from typing import Self
+from types import FrameType
 
+from ..closing import Closing
 from ..errors import MigrationCancelled
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Cancel:
+class Cancel(Closing):
     """An eventfd, readable once the user cancelled."""
 
     def __init__(self) -> None:
@@ -67,11 +67,3 @@ class Cancel:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

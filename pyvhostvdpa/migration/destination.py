@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from ..closing import Closing
 from ..device import VdpaNetDevice
 from ..errors import (
     MigrationCancelled,
@@ -46,7 +45,7 @@ _TELL_SECONDS = 2.0
 
 
 @dataclass(slots=True)
-class Arrived:
+class Arrived(Closing):
     """A guest that runs here, with its devices. ``hash`` is "" unless the source asked for it."""
 
     id: str
@@ -62,14 +61,6 @@ class Arrived:
         """End the guest, reset and close its devices. Twice is no error."""
         self.guest.pause()
         self.resources.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Destination:

@@ -12,9 +12,8 @@ import os
 import socket
 import ssl
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
+from ..closing import Closing
 from ..errors import MigrationRefused, StreamBroken
 from .stream import HANDSHAKE_SECONDS, STALL_SECONDS, Channel, tls_trouble
 
@@ -165,7 +164,7 @@ def _remove_stale(path: str) -> None:
             return
 
 
-class Inherited:
+class Inherited(Closing):
     """In a listener's place: the one stream, a connected Unix socket, that whoever started this process gave it."""
 
     def __init__(self, fd: int) -> None:
@@ -194,14 +193,6 @@ class Inherited:
             self._sock.close()
             self._sock = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def greet_started(sock: socket.socket, cancel: int = -1) -> Channel:
     """Return a greeted channel to a process that was just started with the other end of ``sock``.
@@ -211,7 +202,7 @@ def greet_started(sock: socket.socket, cancel: int = -1) -> Channel:
     return _greeted(Channel(sock, cancel), START_SECONDS)
 
 
-class Listener:
+class Listener(Closing):
     """A socket that sources connect to. A Unix socket is for its owner alone, and goes with it."""
 
     def __init__(self, address: Address, tls: Tls | None = None) -> None:
@@ -260,11 +251,3 @@ class Listener:
             if self.address.local:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.address.path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

@@ -19,9 +19,9 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
+from ..closing import Closing
 from ..errors import MigrationCancelled, MigrationRefused, StreamBroken, StreamCorrupt
 from .pages import PAGES, ZERO, stream_sum
 
@@ -84,7 +84,7 @@ class Header:
     sum: int
 
 
-class Channel:
+class Channel(Closing):
     """One end of a stream on a connected socket, which it owns.
 
     ``cancel`` is a descriptor that becomes readable when the user cancels, -1
@@ -111,14 +111,6 @@ class Channel:
     def close(self) -> None:
         """Close the socket. Twice is no error."""
         self._sock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     # -- bytes ------------------------------------------------------------------
 
