@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import mgmt
-from .memory import pinned_bytes
+from . import hugepages, mgmt
+from .memory import HUGE_PAGE, pinned_bytes
 from .mgmt import Holder, Parent, VdpaDevice
 
 CONFIGS = (
@@ -127,8 +127,8 @@ def gather(root: Path = Path("/"), device: str | None = None) -> Machine:
         vendor_modules=_versions(root),
         incoherent_iommus=tuple(_incoherent(root)),
         iommu_groups=len(_names(root / "sys/kernel/iommu_groups")),
-        shmem_huge=_chosen(root / "sys/kernel/mm/transparent_hugepage/shmem_enabled"),
-        free_huge=int(_text(root / "sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages") or 0),
+        shmem_huge=hugepages.choice("shmem_enabled", root),
+        free_huge=hugepages.free(HUGE_PAGE, root),
         memlock=None if soft == resource.RLIM_INFINITY else soft,
         pinned=pinned_bytes(),
         uid=os.geteuid(),
@@ -241,9 +241,3 @@ def _incoherent(root: Path) -> list[str]:
         if ecap and not int(ecap, 16) & _SNOOP_CONTROL:
             found.append(unit.name)
     return found
-
-
-def _chosen(path: Path) -> str | None:
-    """Return the word in brackets of a sysfs choice."""
-    text = _text(path)
-    return None if text is None else text.partition("[")[2].partition("]")[0]

@@ -21,6 +21,7 @@ from typing import Any, NewType
 
 import psutil
 
+from . import hugepages
 from ._cdefs import ffi, lib
 from .closing import Closing
 from .errors import DeviceClosed, MapRejected, MissingFeature
@@ -39,23 +40,12 @@ HUGE_PAGE = 2 << 20
 DEFAULT_GPA = Gpa(1 << 30)
 """Where guest RAM starts unless told otherwise. Not 0: some devices dislike IOVA 0."""
 
-_SHMEM_THP = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-_HUGETLB = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
-
 
 def _huge_flags(size: int) -> int:
     """Choose how memory becomes contiguous: shmem THP needs no flag, hugetlb does."""
-    try:
-        chosen = _SHMEM_THP.read_text().partition("[")[2].partition("]")[0]
-    except OSError:
-        chosen = "never"
-    if chosen in ("always", "within_size", "advise", "force") or size % HUGE_PAGE:
+    if hugepages.advisable(hugepages.choice("shmem_enabled")) or size % HUGE_PAGE:
         return 0
-    try:
-        free = int(_HUGETLB.read_text())
-    except OSError:
-        free = 0
-    return os.MFD_HUGETLB if free * HUGE_PAGE >= size else 0
+    return os.MFD_HUGETLB if hugepages.free(HUGE_PAGE) * HUGE_PAGE >= size else 0
 
 
 Progress = Callable[[int], None]

@@ -12,17 +12,14 @@ import enum
 import os
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from .. import hugepages
 from .._cdefs import ffi, lib
 from ..closing import Closing
 from ..errors import MissingFeature
 from ..memory import PAGE_SIZE, check_available, physical_runs
 
-_THP = Path("/sys/kernel/mm/transparent_hugepage")
-_HUGETLB = Path("/sys/kernel/mm/hugepages")
-_ADVISABLE = ("always", "within_size", "advise", "force", "madvise")
 _STEP = 4096
 """Pages allocated between two words of progress."""
 _SEED = 4096
@@ -60,28 +57,14 @@ class Backing(enum.Enum):
     PRIVATE = "private"
 
 
-def _chosen(name: str) -> str:
-    try:
-        return (_THP / name).read_text().partition("[")[2].partition("]")[0]
-    except OSError:
-        return "never"
-
-
-def _free(page: Page) -> int:
-    """Return the bytes in the pool of huge pages of that size."""
-    try:
-        return int((_HUGETLB / f"hugepages-{page.bytes >> 10}kB/free_hugepages").read_text()) * page.bytes
-    except OSError:
-        return 0
-
-
 def _huge_flags(page: Page, backing: Backing, size: int) -> int | None:
     """Return memfd's flags for pages of that size, 0 where advice is enough, None where there are none."""
     if page is Page.SMALL:
         return 0
-    if page is Page.LARGE and _chosen("shmem_enabled" if backing is Backing.SHARED else "enabled") in _ADVISABLE:
+    setting = "shmem_enabled" if backing is Backing.SHARED else "enabled"
+    if page is Page.LARGE and hugepages.advisable(hugepages.choice(setting)):
         return 0
-    if backing is Backing.SHARED and _free(page) >= size:
+    if backing is Backing.SHARED and hugepages.free(page.bytes) * page.bytes >= size:
         return os.MFD_HUGETLB | (os.MFD_HUGE_1GB if page is Page.HUGE else os.MFD_HUGE_2MB)
     return None
 
@@ -93,9 +76,9 @@ def unavailable(size: int, page: Page, backing: Backing) -> tuple[str, str]:
     if _huge_flags(page, backing, size) is None:
         if backing is Backing.PRIVATE:
             return f"no private memory in pages of {page.value} here", "--page 4k, or --backing shared"
-        pool = f"{_HUGETLB}/hugepages-{page.bytes >> 10}kB/nr_hugepages"
-        pages = size // page.bytes
-        return f"{_free(page) // page.bytes} of {pages} pages of {page.value} are free", f"echo {pages} > {pool}"
+        pool = hugepages.pool(page.bytes) / "nr_hugepages"
+        pages, free = size // page.bytes, hugepages.free(page.bytes)
+        return f"{free} of {pages} pages of {page.value} are free", f"echo {pages} > {pool}"
     try:
         check_available(0 if _huge_flags(page, backing, size) else size)
     except MissingFeature as e:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..hugepages import advisable
 from ..machine import Machine
-from ..memory import PAGE_SIZE
+from ..memory import HUGE_PAGE, PAGE_SIZE
 from .finding import Level, Plan, Told, mebibytes, named
 
 
@@ -37,9 +38,8 @@ def entry_limit(machine: Machine, plan: Plan) -> Iterator[Told]:
         yield Told(Level.SKIP, "no pinning device with a known limit of IOTLB entries")
         return
     name, limit = min(limits.items(), key=lambda item: item[1])
-    huge = machine.shmem_huge in ("always", "within_size", "advise", "force")
-    huge = huge or machine.free_huge * (2 << 20) >= plan.memory
-    runs = plan.memory // (2 << 20) if huge else plan.memory // PAGE_SIZE
+    huge = advisable(machine.shmem_huge) or machine.free_huge * HUGE_PAGE >= plan.memory
+    runs = plan.memory // (HUGE_PAGE if huge else PAGE_SIZE)
     what = f"{name}: at most {limit} IOTLB entries; {mebibytes(plan.memory)} may take {runs}"
     if runs <= limit:
         yield Told(Level.PASS, what + " in huge pages")
@@ -85,8 +85,8 @@ def map_cost(machine: Machine, plan: Plan) -> Iterator[Told]:
     if not pinning:
         yield Told(Level.SKIP, "no device that pins memory: mapping costs next to nothing")
         return
-    contiguous = machine.shmem_huge in ("always", "within_size", "advise", "force") or machine.free_huge
-    runs = plan.memory // (2 << 20 if contiguous else PAGE_SIZE)
+    contiguous = advisable(machine.shmem_huge) or machine.free_huge
+    runs = plan.memory // (HUGE_PAGE if contiguous else PAGE_SIZE)
     yield Told(
         Level.INFO if contiguous else Level.WARN,
         f"{mebibytes(plan.memory)} of guest memory is up to {runs} contiguous runs to map",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import mmap
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyvhostvdpa import hugepages
 from pyvhostvdpa.errors import DeviceClosed, MapRejected, MissingFeature
 from pyvhostvdpa.memory import HUGE_PAGE, PAGE_SIZE, Gpa, GuestMemory, IovaAllocator, SharedMemory
 from pyvhostvdpa.virtqueue.layout import SplitLayout
@@ -23,6 +25,27 @@ def test_memory_is_shared_aligned_and_gone_after_close() -> None:
     memory.close()
     with pytest.raises(DeviceClosed):
         _ = memory.hva
+
+
+def test_what_is_chosen_of_huge_pages_tells_whether_advice_gets_them(tmp_path: Path) -> None:
+    folder = tmp_path / "sys/kernel/mm/transparent_hugepage"
+    folder.mkdir(parents=True)
+    for text, wanted, gets in (("always [advise] never", "advise", True), ("always madvise [never]", "never", False)):
+        (folder / "shmem_enabled").write_text(text + "\n")
+        chosen = hugepages.choice("shmem_enabled", tmp_path)
+        assert chosen == wanted
+        assert hugepages.advisable(chosen) is gets
+    assert hugepages.choice("enabled", tmp_path) is None
+    assert not hugepages.advisable(None)
+
+
+def test_the_pool_of_huge_pages_tells_what_is_free_in_it(tmp_path: Path) -> None:
+    assert hugepages.free(HUGE_PAGE, tmp_path) == 0
+    pool = tmp_path / "sys/kernel/mm/hugepages/hugepages-2048kB"
+    pool.mkdir(parents=True)
+    (pool / "free_hugepages").write_text("7\n")
+    assert hugepages.pool(HUGE_PAGE, tmp_path) == pool
+    assert hugepages.free(HUGE_PAGE, tmp_path) == 7
 
 
 def test_memory_that_the_machine_has_not_is_refused_before_it_is_touched() -> None:
