@@ -97,15 +97,21 @@ def _page_of(name: str, thing: object, module: str) -> list[str]:
     if isinstance(thing, enum.EnumMeta):
         lines += ["", *(f"    {member.name} = {member.value}" for member in list[enum.Enum](thing))]
     if inspect.isclass(thing):
-        for method, function in vars(thing).items():
-            if method.startswith("_"):
-                continue
+        for method, function in _members(thing):
             if isinstance(function, property):
                 lines += ["", f"    {method}", *_indented(inspect.getdoc(function), 8)]
             elif inspect.isfunction(function) or isinstance(function, classmethod):
                 target = getattr(thing, method)
                 lines += ["", f"    {method}{_signature(target)}", *_indented(inspect.getdoc(target), 8)]
     return lines
+
+
+def _members(thing: type) -> Iterator[tuple[str, object]]:
+    """Yield what is public in a class: its own, then what it has from the package's other classes."""
+    bases = [each for each in thing.__mro__ if each.__module__.startswith(f"{PACKAGE}.")]
+    for name in dict.fromkeys(name for each in bases for name in vars(each)):
+        if not name.startswith("_"):
+            yield name, inspect.getattr_static(thing, name)
 
 
 def _signature(thing: object) -> str:

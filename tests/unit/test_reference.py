@@ -41,6 +41,14 @@ def test_a_class_is_told_with_its_methods() -> None:
         reference.text("api", "Nonsense")
 
 
+def test_a_class_is_told_with_what_it_has_from_another() -> None:
+    page = reference.text("api", "SharedMemory")
+    assert "buffer" in page
+    assert "hva" in page
+    assert page.count(" close(self)") == 1
+    assert "__enter__" not in page
+
+
 def test_the_table_of_requests_names_the_method_of_each() -> None:
     page = reference.text("ioctls")
     assert all(name in page for name in IOCTLS)
