@@ -53,7 +53,53 @@ Progress = Callable[[int], None]
 _POPULATE_STEP = 64 << 20
 
 
-class SharedMemory(Closing):
+class MappedMemory(Closing):
+    """``size`` bytes mapped into this process; what they are mapped of is for those who derive from it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._address: Any = ffi.NULL
+
+    def _map_file(self, name: str, flags: int, align: int) -> None:
+        """Map a memfd; ``flags`` choose its pages."""
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | flags)
+        try:
+            os.ftruncate(fd, self.size)
+            error = ffi.new("int *")
+            self._take(lib.map_shared(fd, self.size, align, error), error)
+        finally:
+            os.close(fd)
+
+    def _take(self, address: Any, error: Any) -> None:
+        if address == ffi.NULL:
+            raise MissingFeature(f"cannot map {self.size} bytes of memory: {os.strerror(error[0])}")
+        self._address = address
+
+    def _check_populated(self, failed: int) -> None:
+        if failed:
+            raise MissingFeature(
+                f"cannot allocate {self.size} bytes of memory: {os.strerror(failed)}", hint="ask for less: --memory"
+            )
+
+    @property
+    def hva(self) -> Hva:
+        """Where the memory starts in this process."""
+        if self._address == ffi.NULL:
+            raise DeviceClosed("memory used after close()")
+        return Hva(int(ffi.cast("uintptr_t", self._address)))
+
+    def runs(self, offset: int = 0, size: int | None = None) -> int:
+        """Return the physically contiguous runs of all or a part, 0 if this process may not know (needs root)."""
+        return physical_runs(self.hva + offset, self.size - offset if size is None else size)
+
+    def close(self) -> None:
+        """Unmap. Whoever gave it to a device has to unmap it there first. Twice is no error."""
+        if self._address != ffi.NULL:
+            address, self._address = self._address, ffi.NULL
+            lib.unmap_shared(address, self.size)
+
+
+class SharedMemory(MappedMemory):
     """A memfd mapped into this process, populated, 2 MiB aligned.
 
     ``size`` in bytes is rounded up to a page; ``progress`` is called with
@@ -62,18 +108,9 @@ class SharedMemory(Closing):
     """
 
     def __init__(self, name: str, size: int, progress: Progress = lambda done: None) -> None:
-        self.size = -(-size // PAGE_SIZE) * PAGE_SIZE
-        self._address: Any = ffi.NULL
+        super().__init__(-(-size // PAGE_SIZE) * PAGE_SIZE)
         check_available(self.size)
-        fd = os.memfd_create(name, os.MFD_CLOEXEC | _huge_flags(self.size))
-        try:
-            os.ftruncate(fd, self.size)
-            error = ffi.new("int *")
-            self._address = lib.map_shared(fd, self.size, HUGE_PAGE, error)
-        finally:
-            os.close(fd)
-        if self._address == ffi.NULL:
-            raise MissingFeature(f"cannot map {self.size} bytes of memory: {os.strerror(error[0])}")
+        self._map_file(name, _huge_flags(self.size), HUGE_PAGE)
         lib.advise_huge(self._address, self.size)
         try:
             self._populate(progress)
@@ -84,34 +121,13 @@ class SharedMemory(Closing):
     def _populate(self, progress: Progress) -> None:
         for done in range(0, self.size, _POPULATE_STEP):
             step = min(_POPULATE_STEP, self.size - done)
-            failed: int = lib.populate(self._address + done, step)
-            if failed:
-                raise MissingFeature(
-                    f"cannot allocate {self.size} bytes of memory: {os.strerror(failed)}", hint="ask for less: --memory"
-                )
+            self._check_populated(lib.populate(self._address + done, step))
             progress(step)
-
-    @property
-    def hva(self) -> Hva:
-        """Where the memory starts in this process."""
-        if self._address == ffi.NULL:
-            raise DeviceClosed("memory used after close()")
-        return Hva(int(ffi.cast("uintptr_t", self._address)))
 
     @property
     def buffer(self) -> memoryview:
         """The memory's bytes. Rings are not to be touched through it."""
         return memoryview(ffi.buffer(self._address, self.size))
-
-    def runs(self) -> int:
-        """Return the number of physically contiguous runs, 0 if this process may not know (needs root)."""
-        return physical_runs(self.hva, self.size)
-
-    def close(self) -> None:
-        """Unmap. Whoever gave it to a device has to unmap it there first."""
-        if self._address != ffi.NULL:
-            address, self._address = self._address, ffi.NULL
-            lib.unmap_shared(address, self.size)
 
 
 def check_available(size: int) -> None:

@@ -12,13 +12,11 @@ import enum
 import os
 import random
 from collections.abc import Callable
-from typing import Any
 
 from .. import hugepages
 from .._cdefs import ffi, lib
-from ..closing import Closing
 from ..errors import MissingFeature
-from ..memory import PAGE_SIZE, check_available, physical_runs
+from ..memory import PAGE_SIZE, MappedMemory, check_available
 
 _STEP = 4096
 """Pages allocated between two words of progress."""
@@ -86,7 +84,7 @@ def unavailable(size: int, page: Page, backing: Backing) -> tuple[str, str]:
     return "", ""
 
 
-class BenchMemory(Closing):
+class BenchMemory(MappedMemory):
     """``size`` bytes of memory as told, every page allocated. Raises :class:`~pyvhostvdpa.errors.MissingFeature`."""
 
     def __init__(
@@ -100,8 +98,8 @@ class BenchMemory(Closing):
         why, hint = unavailable(size, page, backing)
         if why:
             raise MissingFeature(why, hint=hint)
-        self.size, self.page, self.layout, self.backing = size, page, layout, backing
-        self._address: Any = ffi.NULL
+        super().__init__(size)
+        self.page, self.layout, self.backing = page, layout, backing
         self._map(_huge_flags(page, backing, size) or 0)
         try:
             self._populate(progress)
@@ -110,19 +108,12 @@ class BenchMemory(Closing):
             raise
 
     def _map(self, flags: int) -> None:
-        error = ffi.new("int *")
         align = max(self.page.bytes, Page.LARGE.bytes)
         if self.backing is Backing.PRIVATE:
-            self._address = lib.map_private(self.size, align, error)
+            error = ffi.new("int *")
+            self._take(lib.map_private(self.size, align, error), error)
         else:
-            fd = os.memfd_create("bench", os.MFD_CLOEXEC | flags)
-            try:
-                os.ftruncate(fd, self.size)
-                self._address = lib.map_shared(fd, self.size, align, error)
-            finally:
-                os.close(fd)
-        if self._address == ffi.NULL:
-            raise MissingFeature(f"cannot map {self.size} bytes of memory: {os.strerror(error[0])}")
+            self._map_file("bench", flags, align)
         advise = lib.advise_small if self.page is Page.SMALL else lib.advise_huge
         # EINVAL: hugetlb, or a kernel without transparent huge pages
         advise(self._address, self.size)
@@ -133,24 +124,5 @@ class BenchMemory(Closing):
             random.Random(_SEED).shuffle(order)
         for at in range(0, len(order), _STEP):
             some = order[at : at + _STEP]
-            failed: int = lib.populate_in_order(self._address, self.page.bytes, some, len(some))
-            if failed:
-                raise MissingFeature(
-                    f"cannot allocate {self.size} bytes of memory: {os.strerror(failed)}", hint="ask for less: --memory"
-                )
+            self._check_populated(lib.populate_in_order(self._address, self.page.bytes, some, len(some)))
             progress((at + len(some)) * self.page.bytes)
-
-    @property
-    def hva(self) -> int:
-        """Where the memory starts in this process."""
-        return int(ffi.cast("uintptr_t", self._address))
-
-    def runs(self, offset: int, size: int) -> int:
-        """Return the physically contiguous runs of a part, 0 if this process may not know (needs root)."""
-        return physical_runs(self.hva + offset, size)
-
-    def close(self) -> None:
-        """Unmap; a device has to let go of it first."""
-        if self._address != ffi.NULL:
-            address, self._address = self._address, ffi.NULL
-            lib.unmap_shared(address, self.size)
