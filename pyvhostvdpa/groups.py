@@ -14,11 +14,9 @@ from dataclasses import dataclass
 
 from .chardev import VhostVdpa
 from .errors import KernelError
+from .net.config import MAX_PAIRS_OFFSET, control_index
 from .net.features import Feature
 from .uapi import Status
-
-_MAX_PAIRS_OFFSET = 8
-"""Of ``max_virtqueue_pairs`` in struct virtio_net_config."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +38,8 @@ def probe_groups(chardev: VhostVdpa, features: Feature, vqs_count: int) -> Group
     """Ask for every queue's groups under ``features``; the device is reset afterwards."""
     max_pairs = 1
     if features & (Feature.MQ | Feature.RSS):
-        max_pairs = int.from_bytes(chardev.get_config(_MAX_PAIRS_OFFSET, 2), "little")
-    control_index = 2 * max_pairs if Feature.CTRL_VQ in features else None
+        max_pairs = int.from_bytes(chardev.get_config(MAX_PAIRS_OFFSET, 2), "little")
+    control_at = control_index(features, max_pairs)
     chardev.set_status(Status.ACKNOWLEDGE | Status.DRIVER)
     try:
         chardev.set_features(int(features))
@@ -49,14 +47,14 @@ def probe_groups(chardev: VhostVdpa, features: Feature, vqs_count: int) -> Group
         data = range(min(2 * max_pairs, vqs_count))
         buffers = {_group(chardev.get_vring_group, index) for index in data}
         rings = {_group(chardev.get_vring_desc_group, index) for index in data}
-        control = None if control_index is None else _group(chardev.get_vring_group, control_index)
+        control = None if control_at is None else _group(chardev.get_vring_group, control_at)
     finally:
         chardev.set_status(Status(0))
     # QEMU looks at queue 0 alone; a parent may well group queues differently
     descriptors = rings.pop() if len(rings) == 1 else None
     return Groups(
         max_pairs=max_pairs,
-        control_index=control_index,
+        control_index=control_at,
         control=None if control in buffers else control,
         descriptors=None if descriptors in buffers else descriptors,
     )

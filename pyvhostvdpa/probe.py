@@ -19,7 +19,7 @@ from .chardev import VhostVdpa, check_path
 from .errors import DeviceBusy, KernelError, MissingFeature
 from .iotlb import Limits
 from .mgmt import Parent, VdpaDevice
-from .net.config import NetConfig, control_queue
+from .net.config import NetConfig, control_index
 from .net.features import REQUIRED, Feature, negotiate
 from .proofs import Proof, Subject, prove
 from .uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, BackendFeature, Status, name_list, names
@@ -101,7 +101,7 @@ class Probe:
     @property
     def control_queue(self) -> int | None:
         """The control queue's index, None without one."""
-        return control_queue(self.accepted, self.config) if self.virtio_id == VIRTIO_ID_NET else None
+        return control_index(self.accepted, self.config.max_pairs) if self.virtio_id == VIRTIO_ID_NET else None
 
     @property
     def data_queues(self) -> list[int]:

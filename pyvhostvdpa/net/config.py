@@ -10,6 +10,8 @@ from typing import Any
 from .features import Feature
 
 _HEAD = struct.Struct("<6sHHH")
+MAX_PAIRS_OFFSET = 8
+"""Of ``max_virtqueue_pairs`` in struct virtio_net_config."""
 _SPEED = struct.Struct("<IB")
 LINK_UP, ANNOUNCE = 1, 2
 _UNKNOWN_SPEED = 0xFFFFFFFF
@@ -56,8 +58,9 @@ class NetConfig:
         }
 
 
-def control_queue(features: Feature, config: NetConfig) -> int | None:
-    """Return the control queue's index for a driver that takes ``features``, None if there is none."""
-    if Feature.CTRL_VQ not in features:
-        return None
-    return 2 * (config.max_pairs or 1)
+def control_index(features: Feature, max_pairs: int | None) -> int | None:
+    """Return the control queue's index for a driver that takes ``features``, None if there is none (virtio 1.3, 5.1.2).
+
+    ``max_pairs`` is what the configuration space says, None where it does not.
+    """
+    return 2 * (max_pairs or 1) if Feature.CTRL_VQ in features else None

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvhostvdpa.net import control
+from pyvhostvdpa.net.config import control_index
 from pyvhostvdpa.net.control import BadCommand, Class, ControlModel, Rx, command, mac_table, parse_mac_table
 from pyvhostvdpa.net.features import CONTROL, Feature
 
@@ -150,3 +151,12 @@ BAD = {
 def test_hashes_that_do_not_add_up_are_bad(case: str) -> None:
     with pytest.raises(BadCommand):
         ControlModel(FEATURES).apply(BAD[case])
+
+
+@pytest.mark.parametrize(("max_pairs", "index"), [(None, 2), (1, 2), (8, 16)])
+def test_the_control_queue_comes_behind_all_pairs(max_pairs: int | None, index: int) -> None:
+    assert control_index(CONTROL, max_pairs) == index
+
+
+def test_without_its_feature_there_is_no_control_queue() -> None:
+    assert control_index(CONTROL & ~Feature.CTRL_VQ, 8) is None
