@@ -10,16 +10,8 @@
 #ifndef FUZZ_H
 #define FUZZ_H
 
+#include "check.h"
 #include "svq_model.h"
-
-#define CHECK(condition)                                                     \
-	do {                                                                 \
-		if (!(condition)) {                                          \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__,   \
-				#condition);                                 \
-			abort();                                             \
-		}                                                            \
-	} while (0)
 
 struct input {
 	const uint8_t *data;
@@ -65,21 +57,13 @@ static int replay(const char *path)
 	return LLVMFuzzerTestOneInput(data, size);
 }
 
-static uint64_t xorshift(uint64_t *state)
-{
-	*state ^= *state << 13;
-	*state ^= *state >> 7;
-	*state ^= *state << 17;
-	return *state;
-}
-
 static int random_inputs(uint64_t count, uint64_t seed)
 {
 	static uint8_t data[512];
 	uint64_t i, k;
 
 	for (i = 0; i < count; i++) {
-		uint64_t state = (seed + i) * 0x9e3779b97f4a7c15ULL | 1;
+		uint64_t state = seed_state(seed + i);
 
 		for (k = 0; k < sizeof(data); k++)
 			data[k] = (uint8_t)(xorshift(&state) >> 24);

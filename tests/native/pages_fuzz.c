@@ -13,15 +13,7 @@
 
 #include "ring_access.h"
 #include "cdefs.h"
-
-#define CHECK(condition)                                                     \
-	do {                                                                 \
-		if (!(condition)) {                                          \
-			fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__,   \
-				#condition);                                 \
-			abort();                                             \
-		}                                                            \
-	} while (0)
+#include "check.h"
 
 #define REGIONS 3
 #define REGION_PAGES 70
@@ -34,10 +26,7 @@ static uint64_t state, accepted;
 
 static uint64_t any(void)
 {
-	state ^= state << 13;
-	state ^= state >> 7;
-	state ^= state << 17;
-	return state >> 8;
+	return xorshift(&state) >> 8;
 }
 
 static uint64_t below(uint64_t n)
@@ -409,7 +398,7 @@ int main(int argc, char **argv)
 	uint64_t i;
 
 	for (i = 0; i < count; i++) {
-		state = (seed + i) * 0x9e3779b97f4a7c15ULL | 1;
+		state = seed_state(seed + i);
 		any();
 		if (i % 8)
 			one_frame();
