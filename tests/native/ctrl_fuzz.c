@@ -54,22 +54,6 @@ static void init(struct world *w, uint32_t kind)
 	ctrl_driver_start(&w->driver);
 }
 
-static void write_desc(struct world *w, struct input *in)
-{
-	struct vring_desc d = {
-		.addr = some_address(in, &w->m),
-		.len = take(in, 2) * (take(in, 1) & 1 ? 1 : 65537),
-		.flags = (uint16_t)take(in, 1) & 7,
-		.next = (uint16_t)take(in, 1) % (NUM + 1),
-	};
-	uint32_t slot = take(in, 1);
-
-	if (slot & 0x80) /* where an indirect table may be */
-		memcpy(w->m.regions[1].hva + (slot & 0x7f) * 16, &d, sizeof(d));
-	else
-		w->guest.ring.desc[slot % NUM] = d;
-}
-
 static void take_command(struct world *w)
 {
 	struct ctrl_guest *g = &w->guest;
@@ -137,13 +121,11 @@ static void step(struct world *w, struct input *in)
 	case 0:
 	case 1:
 	case 2:
-		write_desc(w, in);
+		write_desc(in, &w->m, &g->ring, 65537);
 		break;
 	case 3:
 	case 4: /* a guest that publishes */
-		g->ring.avail->ring[g->ring.avail->idx % NUM] =
-			(uint16_t)take(in, 1) % (NUM + 1);
-		g->ring.avail->idx++;
+		publish(in, &g->ring);
 		break;
 	case 5: /* and one that does as it likes */
 		g->ring.avail->idx = (uint16_t)take(in, 2);

@@ -39,6 +39,31 @@ static inline uint64_t some_address(struct input *in, const struct model *m)
 	return MODEL_BASE + (v & 3) * m->stride + (v >> 2 & 0xffff) - 0x4000;
 }
 
+/* Any descriptor, of a few lengths times factor. */
+static inline void write_desc(struct input *in, const struct model *m,
+			      const struct vring *ring, uint32_t factor)
+{
+	struct vring_desc d = {
+		.addr = some_address(in, m),
+		.len = take(in, 2) * (take(in, 1) & 1 ? 1 : factor),
+		.flags = (uint16_t)take(in, 1) & 7,
+		.next = (uint16_t)take(in, 1) % (ring->num + 1),
+	};
+	uint32_t slot = take(in, 1);
+
+	if (slot & 0x80) /* where an indirect table may be */
+		memcpy(m->regions[1].hva + (slot & 0x7f) * 16, &d, sizeof(d));
+	else
+		ring->desc[slot % ring->num] = d;
+}
+
+static inline void publish(struct input *in, const struct vring *ring)
+{
+	ring->avail->ring[ring->avail->idx % ring->num] =
+		(uint16_t)take(in, 1) % (ring->num + 1);
+	ring->avail->idx++;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 #ifndef LIBFUZZER

@@ -60,24 +60,6 @@ static void check(const struct model *m)
 	CHECK(q->forwarded - q->returned == elements);
 }
 
-static void write_desc(struct model *m, struct input *in)
-{
-	struct svq *q = &m->q;
-	uint16_t num = q->guest.num;
-	struct vring_desc d = {
-		.addr = some_address(in, m),
-		.len = take(in, 2) * (take(in, 1) & 1 ? 1 : 4099),
-		.flags = (uint16_t)take(in, 1) & 7,
-		.next = (uint16_t)take(in, 1) % (num + 1),
-	};
-	uint32_t slot = take(in, 1);
-
-	if (slot & 0x80) /* where an indirect table may be */
-		memcpy(m->regions[1].hva + (slot & 0x7f) * 16, &d, sizeof(d));
-	else
-		q->guest.desc[slot % num] = d;
-}
-
 static void step(struct model *m, struct input *in)
 {
 	struct svq *q = &m->q;
@@ -88,13 +70,11 @@ static void step(struct model *m, struct input *in)
 	case 0:
 	case 1:
 	case 2:
-		write_desc(m, in);
+		write_desc(in, m, &q->guest, 4099);
 		break;
 	case 3:
 	case 4: /* a guest that publishes */
-		q->guest.avail->ring[q->guest.avail->idx % num] =
-			(uint16_t)take(in, 1) % (num + 1);
-		q->guest.avail->idx++;
+		publish(in, &q->guest);
 		break;
 	case 5: /* and one that does as it likes */
 		q->guest.avail->idx = (uint16_t)take(in, 2);
