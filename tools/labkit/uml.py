@@ -19,6 +19,8 @@ from labkit.vm import default_environment
 INIT = Path(__file__).with_name("guest") / "uml.sh"
 RUN = "/lab/run"
 KERNEL = "/lab/kernel"
+# The project's own folder may lie below one that gets something else mounted, as /tmp does: it is put there last.
+SHARED = "/lab/project"
 MEMORY = "2G"
 LIMIT_S = 7200.0
 SHOWN_LINES = 40
@@ -42,14 +44,19 @@ def run(session: Session, request: Request) -> int:
             (folder / "init").chmod(0o755)
             (folder / "config.sh").write_text(configuration(request))
             _drive(session, kernel, folder, request.timeout or LIMIT_S)
-            return _judge(session, folder)
+            return judge(session, folder)
 
 
 def configuration(request: Request) -> str:
-    """Return config.sh: the command, as the program that runs first finds it."""
+    """Return config.sh: the project's folder and the command, as the program that runs first finds them."""
     variables = {**default_environment(), "PYVHOSTVDPA_LAB_ACCEL": "uml", **request.environment}
     words = ["env", "-i", *(f"{name}={value}" for name, value in variables.items()), *request.command]
-    return f"lab_command() {{\n    cd {shlex.quote(str(PROJECT))} && exec {shlex.join(words)}\n}}\n"
+    project = shlex.quote(str(PROJECT))
+    steps = {
+        "lab_mounts": f"busybox mkdir -p {project} && busybox mount --bind {SHARED} {project}",
+        "lab_command": f"cd {project} && : >{RUN}/begun && exec {shlex.join(words)}",
+    }
+    return "".join(f"{name}() {{\n    {line}\n}}\n" for name, line in steps.items())
 
 
 def command_line(memory: str = MEMORY) -> list[str]:
@@ -60,7 +67,7 @@ def command_line(memory: str = MEMORY) -> list[str]:
 
 
 def _drive(session: Session, kernel: DebugKernel, folder: Path, limit: float) -> None:
-    binds = {PROJECT: str(PROJECT), session.environment.site: INSIDE, folder: RUN, kernel.folder: KERNEL}
+    binds = {PROJECT: SHARED, session.environment.site: INSIDE, folder: RUN, kernel.folder: KERNEL}
     chroot = session.tree.chroot(layers=(kernel.layer,), binds=binds)
     argv = ["setpriv", "--pdeathsig", "KILL", *chroot.argv(command_line())]
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True) as process:
@@ -77,19 +84,24 @@ def _drive(session: Session, kernel: DebugKernel, folder: Path, limit: float) ->
             process.kill()
 
 
-def _judge(session: Session, folder: Path) -> int:
+def judge(session: Session, folder: Path) -> int:
+    """Return the command's exit status; LabError if it never began, or if the kernel had anything to report."""
     texts = {name: _read(folder / name) for name in ("status", "log", "leaks")}
     kept = session.cache.log("debug-kernel")
     kept.write_text(f"{texts['log']}\n{texts['leaks']}")
     look = f"less {kept}   (the kernel's whole log)"
     if not texts["status"].strip() or not texts["log"]:
         raise LabError("the debugging kernel ended before the command did", "Its last words are above.", look)
+    if not (folder / "begun").exists():
+        raise LabError("the command never began", "The project's folder cannot be entered; why is above.", look)
     found = findings(texts["log"], texts["leaks"])
     if found:
         shown = "\n".join(f"| {line}" for line in found[:SHOWN_LINES])
         raise LabError(f"the kernel reports {len(found)} errors of its own", shown, look)
-    session.progress.say("the kernel has nothing to report: no bad access, no wrong lock, no leak")
-    return int(texts["status"])
+    status = int(texts["status"])
+    ended = f"; the command ended with status {status}" if status else ""
+    session.progress.say(f"the kernel has nothing to report: no bad access, no wrong lock, no leak{ended}")
+    return status
 
 
 def _read(path: Path) -> str:

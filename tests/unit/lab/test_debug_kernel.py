@@ -1,10 +1,16 @@
 """A kernel that watches itself: its configuration, how it is started, and what of its log counts."""
 
+import os
+import shutil
+import subprocess
+
 import pytest
 
 from labkit import archive, debug_kernel, kernel, kernel_log, uml
+from labkit.chroot import contained
 from labkit.debug_kernel import REQUIRED, SETTINGS
-from labkit.session import Request
+from labkit.errors import LabError
+from labkit.session import Request, Session
 
 SOUND = "\n".join(uml.WATCHING)
 
@@ -76,6 +82,53 @@ def test_the_command_is_quoted_and_gets_the_labs_variables():
     text = uml.configuration(Request(command=["a b", "c"], environment={"X": "1 2"}))
     assert "'X=1 2' 'a b' c" in text
     assert "PYVHOSTVDPA_LAB_ACCEL=uml" in text
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("busybox"), reason="mounting takes root, and busybox")
+def test_the_command_runs_in_the_project_though_something_is_mounted_over_where_it_lies(tmp_path, monkeypatch):
+    over, shared, run = tmp_path / "over", tmp_path / "shared", tmp_path / "run"
+    for folder in (over, shared, run):
+        folder.mkdir()
+    (shared / "file").write_text("the project's")
+    monkeypatch.setattr(uml, "PROJECT", over / "a project")
+    monkeypatch.setattr(uml, "SHARED", str(shared))
+    monkeypatch.setattr(uml, "RUN", str(run))
+    config = tmp_path / "config.sh"
+    config.write_text(uml.configuration(Request(command=["cat", "file"])))
+    script = f"mount -t tmpfs over {over}; . {config}; lab_mounts && lab_command"
+    done = subprocess.run(contained(["sh", "-ec", script]), capture_output=True, text=True, check=True)
+    assert done.stdout == "the project's"
+    assert (run / "begun").exists()
+
+
+def left(folder, **texts):
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_kernel_without_reports_leaves_the_commands_status(cache, tmp_path, capsys, status):
+    folder = left(tmp_path, begun="", status=f"{status}\n", log=SOUND, leaks="")
+    assert uml.judge(Session(cache=cache), folder) == status
+    said = capsys.readouterr().err
+    assert "nothing to report" in said
+    assert (f"the command ended with status {status}" in said) is bool(status)
+
+
+def test_a_command_that_never_began_is_an_error(cache, tmp_path):
+    with pytest.raises(LabError, match="the command never began"):
+        uml.judge(Session(cache=cache), left(tmp_path, status="2\n", log=SOUND, leaks=""))
+
+
+def test_a_kernel_that_ends_early_is_an_error(cache, tmp_path):
+    with pytest.raises(LabError, match="ended before the command did"):
+        uml.judge(Session(cache=cache), left(tmp_path, begun="", log=SOUND))
+
+
+def test_what_the_kernel_reports_is_an_error_whatever_the_command_says(cache, tmp_path):
+    with pytest.raises(LabError, match="reports 1 errors"):
+        uml.judge(Session(cache=cache), left(tmp_path, begun="", status="0\n", log=f"{SOUND}\n{REPORTS[0]}", leaks=""))
 
 
 def test_the_latest_kernel_is_the_one_that_the_archive_named(cache):

@@ -19,7 +19,7 @@ modprobe vhost_vdpa max_iotlb_entries=1000000 && insmod /lab/run/vdpa_hwsim.ko |
 
 # Through a pipe, so that nothing takes the console for a terminal.
 {
-    (lab_command) 2>&1
+    (lab_mounts && lab_command) 2>&1
     echo $? >/lab/run/status
 } </dev/null | cat
 
