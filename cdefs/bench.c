@@ -21,24 +21,6 @@ int populate_in_order(uint8_t *address, uint64_t page, const uint32_t *order,
 	return r;
 }
 
-uint8_t *map_private(uint64_t size, uint64_t align, int *error)
-{
-	uint8_t *reserved, *aligned;
-
-	*error = 0;
-	reserved = mmap(NULL, size + align, PROT_READ | PROT_WRITE,
-			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (reserved == MAP_FAILED) {
-		*error = errno;
-		return NULL;
-	}
-	aligned = (uint8_t *)(((uintptr_t)reserved + align - 1) & ~(align - 1));
-	if (aligned > reserved)
-		munmap(reserved, aligned - reserved);
-	munmap(aligned + size, align - (aligned - reserved));
-	return aligned;
-}
-
 int advise_small(uint8_t *address, uint64_t size)
 {
 	return madvise(address, size, MADV_NOHUGEPAGE) ? errno : 0;

@@ -7,8 +7,6 @@
  */
 int populate_in_order(uint8_t *address, uint64_t page, const uint32_t *order,
 		      uint32_t count);
-/* Map anonymous private memory at a multiple of align. NULL and *error = errno on failure. */
-uint8_t *map_private(uint64_t size, uint64_t align, int *error);
 /* Ask for small pages only; 0 or errno. */
 int advise_small(uint8_t *address, uint64_t size);
 

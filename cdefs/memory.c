@@ -9,8 +9,10 @@
 #define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
 #endif
 
-uint8_t *map_shared(int fd, uint64_t size, uint64_t align, int *error)
+uint8_t *map_memory(int fd, uint64_t size, uint64_t align, int *error)
 {
+	const int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE :
+				   MAP_SHARED;
 	uint8_t *reserved, *aligned, *mapped;
 
 	*error = 0;
@@ -21,8 +23,8 @@ uint8_t *map_shared(int fd, uint64_t size, uint64_t align, int *error)
 		return NULL;
 	}
 	aligned = (uint8_t *)(((uintptr_t)reserved + align - 1) & ~(align - 1));
-	mapped = mmap(aligned, size, PROT_READ | PROT_WRITE,
-		      MAP_SHARED | MAP_FIXED, fd, 0);
+	mapped = mmap(aligned, size, PROT_READ | PROT_WRITE, flags | MAP_FIXED,
+		      fd, 0);
 	if (mapped == MAP_FAILED) {
 		*error = errno;
 		munmap(reserved, size + align);
@@ -34,7 +36,7 @@ uint8_t *map_shared(int fd, uint64_t size, uint64_t align, int *error)
 	return mapped;
 }
 
-int unmap_shared(uint8_t *address, uint64_t size)
+int unmap_memory(uint8_t *address, uint64_t size)
 {
 	return munmap(address, size) ? errno : 0;
 }

@@ -265,11 +265,12 @@ void nic_clear_gaps(struct nic_pair *p);
 /* Memory                                                                  */
 
 /*
- * Map size bytes of fd, shared, at an address that is a multiple of align (a
- * power of two). NULL and *error = errno on failure.
+ * Map size bytes of fd, shared, or private memory where fd is -1, at an address
+ * that is a multiple of align (a power of two). NULL and *error = errno on
+ * failure.
  */
-uint8_t *map_shared(int fd, uint64_t size, uint64_t align, int *error);
-int unmap_shared(uint8_t *address, uint64_t size);
+uint8_t *map_memory(int fd, uint64_t size, uint64_t align, int *error);
+int unmap_memory(uint8_t *address, uint64_t size);
 /* Ask for huge pages; 0 or errno. */
 int advise_huge(uint8_t *address, uint64_t size);
 /* Allocate every page now; 0 or errno. */

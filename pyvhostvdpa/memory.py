@@ -65,15 +65,16 @@ class MappedMemory(Closing):
         fd = os.memfd_create(name, os.MFD_CLOEXEC | flags)
         try:
             os.ftruncate(fd, self.size)
-            error = ffi.new("int *")
-            self._take(lib.map_shared(fd, self.size, align, error), error)
+            self._map(align, fd)
         finally:
             os.close(fd)
 
-    def _take(self, address: Any, error: Any) -> None:
-        if address == ffi.NULL:
+    def _map(self, align: int, fd: int = -1) -> None:
+        """Map a file, or private memory without one."""
+        error = ffi.new("int *")
+        self._address = lib.map_memory(fd, self.size, align, error)
+        if self._address == ffi.NULL:
             raise MissingFeature(f"cannot map {self.size} bytes of memory: {os.strerror(error[0])}")
-        self._address = address
 
     def _check_populated(self, failed: int) -> None:
         if failed:
@@ -96,7 +97,7 @@ class MappedMemory(Closing):
         """Unmap. Whoever gave it to a device has to unmap it there first. Twice is no error."""
         if self._address != ffi.NULL:
             address, self._address = self._address, ffi.NULL
-            lib.unmap_shared(address, self.size)
+            lib.unmap_memory(address, self.size)
 
 
 class SharedMemory(MappedMemory):

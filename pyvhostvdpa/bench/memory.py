@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable
 
 from .. import hugepages
-from .._cdefs import ffi, lib
+from .._cdefs import lib
 from ..errors import MissingFeature
 from ..memory import PAGE_SIZE, MappedMemory, check_available
 
@@ -100,23 +100,19 @@ class BenchMemory(MappedMemory):
             raise MissingFeature(why, hint=hint)
         super().__init__(size)
         self.page, self.layout, self.backing = page, layout, backing
-        self._map(_huge_flags(page, backing, size) or 0)
+        align = max(page.bytes, Page.LARGE.bytes)
+        if backing is Backing.PRIVATE:
+            self._map(align)
+        else:
+            self._map_file("bench", _huge_flags(page, backing, size) or 0, align)
+        advise = lib.advise_small if page is Page.SMALL else lib.advise_huge
+        # EINVAL: hugetlb, or a kernel without transparent huge pages
+        advise(self._address, size)
         try:
             self._populate(progress)
         except BaseException:
             self.close()
             raise
-
-    def _map(self, flags: int) -> None:
-        align = max(self.page.bytes, Page.LARGE.bytes)
-        if self.backing is Backing.PRIVATE:
-            error = ffi.new("int *")
-            self._take(lib.map_private(self.size, align, error), error)
-        else:
-            self._map_file("bench", flags, align)
-        advise = lib.advise_small if self.page is Page.SMALL else lib.advise_huge
-        # EINVAL: hugetlb, or a kernel without transparent huge pages
-        advise(self._address, self.size)
 
     def _populate(self, progress: Callable[[int], None]) -> None:
         order = list(range(self.size // self.page.bytes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import random
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from pyvhostvdpa.bench import plot
-from pyvhostvdpa.bench.memory import BenchMemory, Layout, Page
+from pyvhostvdpa.bench.memory import Backing, BenchMemory, Layout, Page
 from pyvhostvdpa.bench.plan import HOLE, Mode, Options, Place, Point, messages, refusal
 from pyvhostvdpa.bench.report import SCHEMA, MapReport, Result, compare, load
 from pyvhostvdpa.bench.stats import fit, percentile, summarize
@@ -133,10 +134,12 @@ def test_what_fits_is_not_refused() -> None:
 # -- memory --------------------------------------------------------------------------
 
 
-def test_memory_is_allocated_and_can_be_written() -> None:
-    with BenchMemory(MIB, layout=Layout.SCATTERED) as memory:
+@pytest.mark.parametrize("backing", Backing)
+def test_memory_is_allocated_and_can_be_written(backing: Backing) -> None:
+    with BenchMemory(MIB, layout=Layout.SCATTERED, backing=backing) as memory:
         assert memory.size == MIB
-        assert memory.hva % PAGE_SIZE == 0
+        assert memory.hva % Page.LARGE.bytes == 0
+        ctypes.memset(memory.hva, 1, MIB)
 
 
 def test_memory_that_is_not_to_be_had_is_told() -> None:
