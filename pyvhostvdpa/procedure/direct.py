@@ -139,11 +139,15 @@ class Direct(Procedure):
     # -- stop -------------------------------------------------------------------
 
     def _stop(self, then: State | None) -> None:
+        self._take_queues()
+        self.reset()
+
+    def _take_queues(self) -> None:
+        """Bring the guest's rings to where the device stopped; in passthrough they are there, which is checked."""
         if self.state is State.SHADOW:
             self._take_shadow_queues()
         else:
             self._check_guest_queues()
-        self.reset()
 
     def _check_guest_queues(self) -> None:
         bases: list[tuple[GuestQueue, int]] = [

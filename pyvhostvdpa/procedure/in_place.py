@@ -149,10 +149,7 @@ class InPlace(Direct):
     # -- stop -------------------------------------------------------------------
 
     def _stop(self, then: State | None) -> None:
-        if self.state is State.SHADOW:
-            self._take_shadow_queues()
-        else:
-            self._check_guest_queues()
+        self._take_queues()
         if self.guest_config is not None:
             self.guest_config.disconnect()
         shadows, self.shadows = self.shadows, []
