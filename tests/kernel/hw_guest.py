@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
+import hwsim
 import lab
 from hwsim import HwSim
 
@@ -67,6 +68,16 @@ class HwGuest:
         self._close_devices()
         self.nic.close()
         self.memory.close()
+
+    @contextmanager
+    def destination(self, pairs: int = 1, **parameters: object) -> Iterator[HwSim]:
+        """Another device to move to; all of the guest's devices are closed before it goes."""
+        sim = hwsim.add("destination", pairs, **parameters)
+        try:
+            yield sim
+        finally:
+            self._close_devices()
+            hwsim.remove(sim.name)
 
     def _close_devices(self) -> None:
         for device in self.devices:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 
-import hwsim
 import lab
 import pytest
 from hw_guest import HwGuest, Make
@@ -124,8 +123,7 @@ MEANT = {
 @pytest.mark.parametrize("ring", [Feature(0), RING], ids=["plain ring", "indirect tables and event index"])
 def test_all_that_the_guest_set_goes_with_it(make: Make, ring: Feature) -> None:
     guest = make(4, EVERYTHING | ring, extra_features=OFFER_MORE | int(ring))
-    destination = hwsim.add("destination", 4, extra_features=OFFER_MORE | int(ring))
-    try:
+    with guest.destination(4, extra_features=OFFER_MORE | int(ring)) as destination:
         guest.start()
         assert [guest.send(*each) for each in SET] == [control.OK] * len(SET)
         assert state_after(guest) == MEANT
@@ -141,17 +139,12 @@ def test_all_that_the_guest_set_goes_with_it(make: Make, ring: Feature) -> None:
         assert state_after(guest) == MEANT
         assert guest.send(Class.MAC, control.MAC_ADDR_SET, MACS[7]) == control.OK
         assert state_after(guest) == {**MEANT, "mac": MACS[7].hex(":")}
-    finally:
-        for device in guest.devices:
-            device.close()
-        hwsim.remove(destination.name)
 
 
 @pytest.mark.parametrize("case", COMMANDS)
 def test_what_the_guest_set_is_the_devices_state_after_every_switch_and_a_move(make: Make, case: str) -> None:
     guest = make(4, EVERYTHING, extra_features=OFFER_MORE)
-    destination = hwsim.add("destination", 4, extra_features=OFFER_MORE)
-    try:
+    with guest.destination(4, extra_features=OFFER_MORE) as destination:
         guest.start()
         assert [guest.send(*each) for each in COMMANDS[case]] == [control.OK] * len(COMMANDS[case])
         meant = state_after(guest)
@@ -160,10 +153,6 @@ def test_what_the_guest_set_is_the_devices_state_after_every_switch_and_a_move(m
             assert state_after(guest) == meant
         guest.move(destination)
         assert state_after(guest) == meant
-    finally:
-        for device in guest.devices:
-            device.close()
-        hwsim.remove(destination.name)
 
 
 def test_a_mac_table_too_large_is_promiscuous_mode_that_the_guest_cannot_turn_off(make: Make) -> None:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import hwsim
 import lab
 import pytest
 from hw_guest import HwGuest, Make
@@ -283,8 +282,7 @@ def test_a_guest_is_interrupted_when_its_link_changes(make: Make) -> None:
 
 def test_a_guest_that_moved_is_asked_to_announce_itself_until_it_has(make: Make) -> None:
     guest = make()
-    destination = hwsim.add("destination")
-    try:
+    with guest.destination() as destination:
         guest.start()
         assert guest.send(Class.MAC, control.MAC_ADDR_SET, MAC) == control.OK
         guest.switch()
@@ -300,10 +298,6 @@ def test_a_guest_that_moved_is_asked_to_announce_itself_until_it_has(make: Make)
         assert destination.read("stats")["cvq_command"] == commands, "it is answered by us"
         guest.switch()
         assert not announce_wanted(guest)
-    finally:
-        for device in guest.devices:
-            device.close()
-        hwsim.remove(destination.name)
 
 
 def announce_wanted(guest: HwGuest) -> bool:
