@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import hwsim
 import lab
 from hw_guest import HwGuest, Make
-from hwsim import HwSim
+from hwsim import HwSim, MakeSim
 
 from pyvhostvdpa.device import VdpaNetDevice
 from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory, pinned_bytes
@@ -149,10 +149,24 @@ def forgetful_guest(devices: tuple[str, str]) -> Iterator[Guest]:
 
 
 @pytest.fixture
-def make() -> Iterator[Make]:
-    """Make guests on vdpa_hwsim devices with the given parameters."""
+def make_sim() -> Iterator[MakeSim]:
+    """Make vdpa_hwsim devices with the given parameters."""
     with ExitStack() as stack:
         made: list[HwSim] = []
+
+        def build(pairs: int = 1, **parameters: object) -> HwSim:
+            sim = hwsim.add(f"hw{len(made)}", pairs, **parameters)
+            made.append(sim)
+            stack.callback(hwsim.remove, sim.name)
+            return sim
+
+        yield build
+
+
+@pytest.fixture
+def make(make_sim: MakeSim) -> Iterator[Make]:
+    """Make guests on vdpa_hwsim devices with the given parameters."""
+    with ExitStack() as stack:
 
         def build(
             pairs: int = 1,
@@ -162,10 +176,7 @@ def make() -> Iterator[Make]:
             memory: int = lab.SMALL * 2,
             **parameters: object,
         ) -> HwGuest:
-            sim = hwsim.add(f"hw{len(made)}", pairs, **parameters)
-            made.append(sim)
-            stack.callback(hwsim.remove, sim.name)
-            guest = HwGuest(sim, pairs, wanted, without, ring_size, memory)
+            guest = HwGuest(make_sim(pairs, **parameters), pairs, wanted, without, ring_size, memory)
             stack.callback(guest.close)
             return guest
 

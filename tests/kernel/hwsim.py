@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,10 @@ class HwSim:
     def write(self, file: str, value: object) -> None:
         """Turn a knob."""
         (DEBUGFS / self.name / file).write_text(f"{value}\n")
+
+
+MakeSim = Callable[..., HwSim]
+"""Takes what :func:`add` does, but for the name."""
 
 
 def add(name: str, pairs: int = 1, mac: bytes | None = None, **parameters: object) -> HwSim:

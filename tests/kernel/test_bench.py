@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import hwsim
 import pytest
+from hwsim import MakeSim
 
 from pyvhostvdpa import KernelError, MissingFeature, VdpaNetDevice
 from pyvhostvdpa.bench import requests, shadow, switching
@@ -21,21 +21,6 @@ from pyvhostvdpa.uapi import Access, IotlbType
 
 IOVA = 1 << 30
 MANY = 100_000
-Make = Callable[..., hwsim.HwSim]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    made: list[str] = []
-
-    def build(pairs: int = 1, **parameters: object) -> hwsim.HwSim:
-        sim = hwsim.add(f"hw{len(made)}", pairs, **parameters)
-        made.append(sim.name)
-        return sim
-
-    yield build
-    for name in made:
-        hwsim.remove(name)
 
 
 @contextmanager
@@ -65,8 +50,8 @@ def back_and_forth(memory: SharedMemory, count: int) -> Iterator[IotlbMessage]:
     yield IotlbMessage(IotlbType.BATCH_END, 0)
 
 
-def test_100000_messages_are_built_and_sent_in_constant_memory(make: Make) -> None:
-    with VdpaNetDevice(make().chardev) as device, SharedMemory("test", PAGE_SIZE) as memory:
+def test_100000_messages_are_built_and_sent_in_constant_memory(make_sim: MakeSim) -> None:
+    with VdpaNetDevice(make_sim().chardev) as device, SharedMemory("test", PAGE_SIZE) as memory:
         events = len(device.trace._trace.events)
         with peak() as grown:
             sent = send_all(device.chardev, back_and_forth(memory, MANY))
@@ -78,8 +63,8 @@ def test_100000_messages_are_built_and_sent_in_constant_memory(make: Make) -> No
         device.iotlb.space(0).map(IOVA, memory.hva, PAGE_SIZE)
 
 
-def test_a_burst_that_is_refused_tells_the_message_and_leaves_its_batch_to_be_closed(make: Make) -> None:
-    with VdpaNetDevice(make().chardev) as device, SharedMemory("test", 4 * PAGE_SIZE) as memory:
+def test_a_burst_that_is_refused_tells_the_message_and_leaves_its_batch_to_be_closed(make_sim: MakeSim) -> None:
+    with VdpaNetDevice(make_sim().chardev) as device, SharedMemory("test", 4 * PAGE_SIZE) as memory:
         burst = Burst(8)
         burst.add(IotlbMessage(IotlbType.BATCH_BEGIN, 0))
         for number in (0, 1, 0, 2):
@@ -92,15 +77,15 @@ def test_a_burst_that_is_refused_tells_the_message_and_leaves_its_batch_to_be_cl
         assert device.chardev.batch_asid is None
 
 
-def test_messages_beyond_one_buffer_are_counted_from_the_first(make: Make) -> None:
-    with VdpaNetDevice(make().chardev) as device, SharedMemory("test", 64 * PAGE_SIZE) as memory:
+def test_messages_beyond_one_buffer_are_counted_from_the_first(make_sim: MakeSim) -> None:
+    with VdpaNetDevice(make_sim().chardev) as device, SharedMemory("test", 64 * PAGE_SIZE) as memory:
         with pytest.raises(IotlbWriteError) as refused:
             send_all(device.chardev, [*(update(memory, i) for i in range(50)), update(memory, 7)], chunk=16)
         assert refused.value.applied == 50
 
 
-def test_each_cheap_request_is_timed(make: Make) -> None:
-    report = requests.run(make().chardev, count=50)
+def test_each_cheap_request_is_timed(make_sim: MakeSim) -> None:
+    report = requests.run(make_sim().chardev, count=50)
     served = {c.name for c in report.costs if not c.missing}
     assert {
         "VHOST_GET_FEATURES",
@@ -125,16 +110,16 @@ def test_a_request_that_the_parent_has_not_is_told_and_not_timed(devices: tuple[
     assert by_name["VHOST_VDPA_GET_STATUS"]["count"] == 20
 
 
-def test_an_argument_that_no_request_has_is_refused(make: Make) -> None:
-    with VdpaNetDevice(make().chardev) as device:
+def test_an_argument_that_no_request_has_is_refused(make_sim: MakeSim) -> None:
+    with VdpaNetDevice(make_sim().chardev) as device:
         with pytest.raises(ValueError, match="65 bytes"):
             device.chardev.repeat("VHOST_VDPA_GET_CONFIG", bytes(65), 1)
         with pytest.raises(KernelError, match="no such virtqueue"):
             device.chardev.repeat("VHOST_GET_VRING_BASE", (99).to_bytes(8, "little"), 3)
 
 
-def test_a_switch_is_timed_by_pairs(make: Make) -> None:
-    sim = make(pairs=2)
+def test_a_switch_is_timed_by_pairs(make_sim: MakeSim) -> None:
+    sim = make_sim(pairs=2)
     sim.write("cost/suspend_vq_ns", 20_000_000)
     report = switching.run(sim.chardev, repeat=2)
     found = {(c.operation, c.pairs): c for c in report.costs}
@@ -146,13 +131,13 @@ def test_a_switch_is_timed_by_pairs(make: Make) -> None:
         switching.run(sim.chardev, (4,))
 
 
-def test_a_device_without_resume_is_timed_without_it(make: Make) -> None:
-    report = switching.run(make(resume="N").chardev, repeat=1)
+def test_a_device_without_resume_is_timed_without_it(make_sim: MakeSim) -> None:
+    report = switching.run(make_sim(resume="N").chardev, repeat=1)
     assert [c.operation for c in report.costs] == ["start", "suspend", "reset"]
 
 
-def test_the_shadow_is_compared_with_passthrough(make: Make) -> None:
-    report = shadow.run(make().chardev, seconds=0.5, rounds=1, frames=50)
+def test_the_shadow_is_compared_with_passthrough(make_sim: MakeSim) -> None:
+    report = shadow.run(make_sim().chardev, seconds=0.5, rounds=1, frames=50)
     assert [c.mode for c in report.costs] == [State.PASSTHROUGH, State.SHADOW]
     assert all(len(c.latencies) == 50 and min(c.latencies) > 0 for c in report.costs)
     assert report.ratio > 0

@@ -6,11 +6,10 @@ import json
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import hwsim
 import pytest
+from hwsim import MakeSim
 
 from pyvhostvdpa import MissingFeature, NotVhostVdpa, VhostVdpa
 from pyvhostvdpa.bench.map import run
@@ -21,29 +20,14 @@ from pyvhostvdpa.uapi import Status
 
 KIB = 1 << 10
 SMALL = Options(memory=(64 * KIB, 256 * KIB), regions=(4,), repeat=2)
-Make = Callable[..., hwsim.HwSim]
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    made: list[str] = []
-
-    def build(**parameters: object) -> hwsim.HwSim:
-        sim = hwsim.add(f"hw{len(made)}", **parameters)
-        made.append(sim.name)
-        return sim
-
-    yield build
-    for name in made:
-        hwsim.remove(name)
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["vhost-vdpa", "bench", "map", *arguments], capture_output=True, text=True, check=False)
 
 
-def test_each_combination_is_timed_counted_and_proved(make: Make) -> None:
-    report = run(make().chardev, SMALL)
+def test_each_combination_is_timed_counted_and_proved(make_sim: MakeSim) -> None:
+    report = run(make_sim().chardev, SMALL)
     assert [(r.mode, r.point.bytes) for r in report.results] == [(m, b) for b in SMALL.memory for m in Mode]
     assert report.loops
     for r in report.results:
@@ -55,13 +39,15 @@ def test_each_combination_is_timed_counted_and_proved(make: Make) -> None:
 
 
 @pytest.mark.parametrize("parameters", [{"persist": "N"}, {"dma_map": "Y"}, {"persist": "N", "clean_map": "N"}])
-def test_devices_that_forget_or_map_piece_by_piece_are_measured_too(make: Make, parameters: dict[str, object]) -> None:
-    report = run(make(**parameters).chardev, SMALL)
+def test_devices_that_forget_or_map_piece_by_piece_are_measured_too(
+    make_sim: MakeSim, parameters: dict[str, object]
+) -> None:
+    report = run(make_sim(**parameters).chardev, SMALL)
     assert len(report.results) == 6
 
 
-def test_another_address_space_is_measured_by_its_number(make: Make) -> None:
-    sim = make()
+def test_another_address_space_is_measured_by_its_number(make_sim: MakeSim) -> None:
+    sim = make_sim()
     report = run(sim.chardev, Options(memory=(64 * KIB,), regions=(4,), repeat=1, asid=1))
     assert {r.asid for r in report.results} == {1}
     with pytest.raises(MissingFeature, match="the device has 2 address spaces"):
@@ -69,14 +55,14 @@ def test_another_address_space_is_measured_by_its_number(make: Make) -> None:
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_memory_lies_as_it_was_asked_to(make: Make, layout: Layout) -> None:
-    [r] = run(make().chardev, Options((1 << 20,), (2,), layout=layout, modes=(Mode.BATCH,), repeat=1)).results
+def test_memory_lies_as_it_was_asked_to(make_sim: MakeSim, layout: Layout) -> None:
+    [r] = run(make_sim().chardev, Options((1 << 20,), (2,), layout=layout, modes=(Mode.BATCH,), repeat=1)).results
     if layout is Layout.SCATTERED:
         assert r.runs >= 0.9 * 256
 
 
-def test_large_pages_make_few_runs(make: Make) -> None:
-    [r] = run(make().chardev, Options((16 << 20,), (1,), page=Page.LARGE, modes=(Mode.BATCH,), repeat=1)).results
+def test_large_pages_make_few_runs(make_sim: MakeSim) -> None:
+    [r] = run(make_sim().chardev, Options((16 << 20,), (1,), page=Page.LARGE, modes=(Mode.BATCH,), repeat=1)).results
     assert 1 <= r.runs <= 8
 
 
@@ -100,8 +86,8 @@ def test_private_memory_on_user_addresses_ends_in_an_error_and_no_number(devices
 
 
 @pytest.mark.parametrize("mode", ["batch", "per-region-batch"])
-def test_a_batch_that_fails_in_silence_ends_in_an_error_and_no_number(make: Make, mode: str) -> None:
-    sim = make()
+def test_a_batch_that_fails_in_silence_ends_in_an_error_and_no_number(make_sim: MakeSim, mode: str) -> None:
+    sim = make_sim()
     # the first is that of the proof's own rings
     sim.write("fault/fail_set_map", 5 if mode == "per-region-batch" else 2)
     done = bench(sim.chardev, "--memory", "64K", "--regions", "4", "--mode", mode, "--json")
@@ -111,8 +97,8 @@ def test_a_batch_that_fails_in_silence_ends_in_an_error_and_no_number(make: Make
     assert int(sim.read("stats")["set_map_errors"]) == 1
 
 
-def test_a_map_that_the_parent_refuses_ends_in_an_error_and_no_number(make: Make) -> None:
-    sim = make()
+def test_a_map_that_the_parent_refuses_ends_in_an_error_and_no_number(make_sim: MakeSim) -> None:
+    sim = make_sim()
     sim.write("fault/fail_set_map", 2)
     done = bench(sim.chardev, "--memory", "64K", "--regions", "4", "--mode", "unbatched", "--json")
     assert (done.returncode, done.stdout) == (1, "")
@@ -120,17 +106,17 @@ def test_a_map_that_the_parent_refuses_ends_in_an_error_and_no_number(make: Make
     assert "the parent refused the map" in done.stderr
 
 
-def test_a_device_that_forgets_against_its_word_ends_in_an_error(make: Make) -> None:
+def test_a_device_that_forgets_against_its_word_ends_in_an_error(make_sim: MakeSim) -> None:
     """Piece by piece: a parent with set_map is handed everything again at the next map."""
-    sim = make(dma_map="Y")
+    sim = make_sim(dma_map="Y")
     sim.write("fault/lie_persist", 1)
     with pytest.raises(NotProved, match="every message was accepted"):
         run(sim.chardev, Options((64 * KIB,), (4,), repeat=1, modes=(Mode.UNBATCHED,)))
 
 
-def test_what_is_over_a_limit_is_said_and_the_rest_is_measured(make: Make) -> None:
+def test_what_is_over_a_limit_is_said_and_the_rest_is_measured(make_sim: MakeSim) -> None:
     done = bench(
-        make().chardev, "--layout", "scattered", "--memory", "64K,64M", "--regions", "1", "--repeat", "1", "--json"
+        make_sim().chardev, "--layout", "scattered", "--memory", "64K,64M", "--regions", "1", "--repeat", "1", "--json"
     )
     assert done.returncode == 0, done.stderr
     assert "not measured: 64M in 1 region: takes about" in done.stderr
@@ -148,9 +134,9 @@ NOTHING = {
 
 
 @pytest.mark.parametrize("case", NOTHING)
-def test_where_nothing_can_be_measured_nothing_is_tried(make: Make, case: str) -> None:
+def test_where_nothing_can_be_measured_nothing_is_tried(make_sim: MakeSim, case: str) -> None:
     arguments, why = NOTHING[case]
-    sim = make()
+    sim = make_sim()
     words = ["vhost-vdpa", "bench", "map", sim.chardev, *arguments]
     if case == "memlock":
         drop = ["setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource"]
@@ -162,8 +148,8 @@ def test_where_nothing_can_be_measured_nothing_is_tried(make: Make, case: str) -
     assert sim.read("stats")["set_map"] == "0"
 
 
-def test_a_picture_and_a_comparison_come_with_the_results(make: Make, tmp_path: Path) -> None:
-    sim = make()
+def test_a_picture_and_a_comparison_come_with_the_results(make_sim: MakeSim, tmp_path: Path) -> None:
+    sim = make_sim()
     options = [sim.chardev, "--memory", "64K,128K,256K", "--regions", "4", "--repeat", "2"]
     first = bench(*options, "--json", "--plot", str(tmp_path / "out.svg"))
     assert first.returncode == 0, first.stderr
@@ -179,8 +165,8 @@ def test_a_picture_and_a_comparison_come_with_the_results(make: Make, tmp_path: 
     assert "batch, 64K, 4 regions, 4k, contiguous, ASID 0: map takes" in second.stdout
 
 
-def test_interrupted_it_keeps_what_it_has_and_leaves_the_device_reset(make: Make) -> None:
-    sim = make()
+def test_interrupted_it_keeps_what_it_has_and_leaves_the_device_reset(make_sim: MakeSim) -> None:
+    sim = make_sim()
     words = ["vhost-vdpa", "bench", "map", sim.chardev, "--json", "--memory", "64K", "--repeat", "100000"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
