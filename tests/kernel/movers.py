@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.memory import GUEST_PAGE, GuestMemory
 from pyvhostvdpa.migration.dirty import PageSet
-from pyvhostvdpa.migration.pages import Buffer, PageReceiver, PageSender, RoundStatistics
+from pyvhostvdpa.migration.pages import PageReceiver, PageSender, RoundStatistics
+from pyvhostvdpa.migration.stream import Channel, Frame
 
-END = 7
-FRAME = struct.Struct("<IIQQ")
-
-
-@dataclass
-class Channel:
-    socket: socket.socket
-    raw: bool = True
-    cancel: int = -1
-    torn: bool = False
-    stall: float = 60.0
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
-    def send(self, buffer: Buffer) -> None:
-        raise AssertionError("C sends on a raw channel")
-
-    def receive_into(self, buffer: Buffer) -> None:
-        raise AssertionError("C receives on a raw channel")
-
-
-@dataclass(frozen=True)
-class Header:
-    type: int
-    count: int
-    length: int
-    sum: int
+PATIENCE = 600.0
+"""Seconds between two sets that a test may take."""
 
 
 class Copy:
@@ -51,15 +24,14 @@ class Copy:
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = GuestMemory([(region.gpa, region.size) for region in memory.regions])
-        self._near, self._far = socket.socketpair()
-        self._near.setblocking(False)
-        self._sender = PageSender(memory, Channel(self._near))
+        self._near, self._far = (Channel(end, stall=60.0) for end in socket.socketpair())
+        self._sender = PageSender(memory, self._near)
         self._thread = threading.Thread(target=self._receive)
         self._thread.start()
 
     def _receive(self) -> None:
-        receiver = PageReceiver(self.memory, Channel(self._far))
-        while (header := Header(*FRAME.unpack(self._far.recv(24, socket.MSG_WAITALL)))).type != END:
+        receiver = PageReceiver(self.memory, self._far)
+        while (header := self._far.receive_header(PATIENCE)).type != Frame.FINAL:
             receiver.receive(header)
 
     def move(self, pages: PageSet) -> RoundStatistics:
@@ -67,8 +39,7 @@ class Copy:
 
     def finish(self) -> None:
         """Wait until all that was sent is in the copy."""
-        self._near.setblocking(True)
-        self._near.sendall(FRAME.pack(END, 0, 0, 0))
+        self._near.send_frame(Frame.FINAL)
         self._thread.join()
 
     def close(self) -> None:
