@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 from labkit import kernel_log
@@ -23,6 +24,7 @@ KERNEL = "/lab/kernel"
 SHARED = "/lab/project"
 MEMORY = "2G"
 LIMIT_S = 7200.0
+POLL_S = 0.5
 SHOWN_LINES = 40
 # A kernel that checks locks says so when it starts. (Of KASAN its log says nothing: it is there before the log is.)
 WATCHING = ("Lock dependency validator",)
@@ -72,16 +74,25 @@ def _drive(session: Session, kernel: DebugKernel, folder: Path, limit: float) ->
     argv = ["setpriv", "--pdeathsig", "KILL", *chroot.argv(command_line())]
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True) as process:
         try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired as error:
-            raise LabError(
-                f"time-out: the command ran longer than {seconds(limit)}; the kernel was stopped",
-                "Its output so far is above.",
-                "give it more with --timeout",
-                EXIT_TIMEOUT,
-            ) from error
+            if not wait_for_end(process, folder / "ended", limit):
+                raise LabError(
+                    f"time-out: the command ran longer than {seconds(limit)}; the kernel was stopped",
+                    "Its output so far is above.",
+                    "give it more with --timeout",
+                    EXIT_TIMEOUT,
+                )
         finally:
             process.kill()
+
+
+def wait_for_end(process: subprocess.Popen[bytes], ended: Path, limit: float) -> bool:
+    """Wait until the kernel is off, or has written all that it has to: at times it spins when it should power off."""
+    give_up = time.monotonic() + limit
+    while process.poll() is None and not ended.exists():
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(POLL_S)
+    return True
 
 
 def judge(session: Session, folder: Path) -> int:

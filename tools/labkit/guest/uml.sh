@@ -31,4 +31,5 @@ done
 cat /sys/kernel/debug/kmemleak >/lab/run/leaks
 rmmod vdpa_hwsim || echo "lab: the module cannot be unloaded"
 dmesg >/lab/run/log
+: >/lab/run/ended
 busybox poweroff -f
