@@ -120,6 +120,27 @@ def test_send_and_receive(devices: tuple[str, str], tmp_path: Path) -> None:
     assert "KiB written since" in told
 
 
+def events_of(file: Path, phase: str) -> set[str]:
+    lines = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    return {line["event"] for line in lines if line["phase"] == phase}
+
+
+def test_either_side_records_what_it_does(devices: tuple[str, str], tmp_path: Path) -> None:
+    where, traces = f"unix:{tmp_path}/socket", [tmp_path / "here.jsonl", tmp_path / "there.jsonl"]
+    common = ("--seconds", "1", "--state", str(tmp_path), "--json", "--trace")
+    with run("receive", devices[1], "--listen", where, *common, str(traces[1])) as there:
+        words_until(there, "waiting for a source")
+        with run("send", devices[0], "--to", where, "--memory", "16M", "--spans", *common, str(traces[0])) as here:
+            sent, told = here.communicate()
+        there.communicate()
+    assert here.returncode == 0, told
+    assert "vhost_vdpa_suspend" in events_of(traces[0], "dt1.stop")
+    assert "vhost_vdpa_dev_start" in events_of(traces[1], "dest.start")
+    result = json.loads(sent)
+    spans = [span["ms"] for device in result["spans"]["dt2"] for span in device["spans"]]
+    assert sum(spans) == pytest.approx(result["dt2_ms"]["sum"], abs=0.001)
+
+
 def test_ctrl_c_cancels_and_the_guest_goes_on(devices: tuple[str, str], tmp_path: Path) -> None:
     where = f"unix:{tmp_path}/socket"
     with run("receive", devices[1], "--listen", where, "--state", str(tmp_path)) as there:
