@@ -28,7 +28,6 @@ from .units import seconds
 _PHASES = SENDING | {
     "start": "opening the source, allocating and mapping guest memory",
     "passthrough": "traffic in passthrough on the source",
-    "connect": "starting the destination",
 }
 
 

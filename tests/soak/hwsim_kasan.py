@@ -1,6 +1,11 @@
 # lab: --debug-kernel --minutes 3
 # also: tests/kernel/test_hwsim_features.py tests/kernel/test_hwsim_hostile.py tests/kernel/test_hwsim.py
-"""vdpa_hwsim's own tests and a hostile client, in a kernel that checks memory accesses, locks and leaks."""
+# also: tests/kernel/test_hwsim_control.py -k "not migrates_with_all_its_pairs"
+"""vdpa_hwsim's own tests and a hostile client, in a kernel that checks memory accesses, locks and leaks.
+
+User Mode Linux cannot tell which pages a process wrote (no userfaultfd for writes, no soft-dirty bits), so no memory
+migrates there; guests that go on with another device are in test_hwsim_control.py.
+"""
 
 from __future__ import annotations
 

@@ -27,20 +27,18 @@ def choose(project: Path, name: str) -> Path:
 
 
 def options(path: Path) -> list[str]:
-    """Return the lab's options that a file asks for in its line `# lab: --devices … --memory …`."""
+    """Return the lab's options that a file asks for in lines `# lab: --devices … --memory …`."""
     return _marked(path, MARK)
 
 
 def tests(project: Path, path: Path) -> list[str]:
-    """Return the tests to run: the file, and what it names in its line `# also: tests/kernel/…`."""
+    """Return the tests to run: the file, and what it names in lines `# also: tests/kernel/…`."""
     return [str(path.relative_to(project)), *_marked(path, ALSO)]
 
 
 def _marked(path: Path, mark: str) -> list[str]:
-    for line in path.read_text().splitlines():
-        if line.startswith(mark):
-            return shlex.split(line.removeprefix(mark))
-    return []
+    lines = path.read_text().splitlines()
+    return [word for line in lines if line.startswith(mark) for word in shlex.split(line.removeprefix(mark))]
 
 
 def summary(path: Path) -> str:
