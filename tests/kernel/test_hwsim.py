@@ -171,8 +171,9 @@ def test_every_page_that_changed_while_shadowed_and_that_the_guest_did_not_write
     guest.start(State.SHADOW)
     guest.use_all_pairs()
     [region] = guest.memory.regions
-    before = bytes(region.memory.buffer)
+    # first of all: what was answered last may still ask its guest for the next command
     guest.memory.start_dirty_log()
+    before = bytes(region.memory.buffer)
     guest.traffic.run()
     guest.receives(1000)
     guest.settle()
