@@ -30,8 +30,8 @@ from pyvhostvdpa import (
 GUEST = GuestOptions(lab.SMALL)
 QUICK = Options(GUEST, seconds=1.5)
 COMMAND = ("vhost-vdpa", "migrate", *lab.DEVICES, "--memory", "32M")
-BEFORE = ("start", "passthrough")
-CANCELLABLE = ("connect", "handshake", "switch", "shadow", "memory", "stop", "state", "ready", "go")
+# test_migration_failures.py cancels at every phase
+CANCELLED = ("connect", "shadow", "go")
 
 
 def migrates(seconds: str = "1.5") -> None:
@@ -193,7 +193,7 @@ def both_are_reset(devices: tuple[str, str]) -> None:
             assert dev.get_status() == 0
 
 
-@pytest.mark.parametrize("part", [*BEFORE, "destination"])
+@pytest.mark.parametrize("part", ["start", "passthrough", "destination"])
 def test_an_interrupt_before_and_after_ends_it_and_leaves_nothing_behind(devices: tuple[str, str], part: str) -> None:
     """Raised exactly as the part begins; the leak check of every test looks at what is left."""
     with pytest.raises(KeyboardInterrupt):
@@ -201,7 +201,7 @@ def test_an_interrupt_before_and_after_ends_it_and_leaves_nothing_behind(devices
     both_are_reset(devices)
 
 
-@pytest.mark.parametrize("part", CANCELLABLE)
+@pytest.mark.parametrize("part", CANCELLED)
 def test_an_interrupt_under_way_cancels_and_the_guest_goes_on(devices: tuple[str, str], part: str) -> None:
     with pytest.raises(MigrationCancelled, match=f"goes on in passthrough on {devices[0]}") as cancelled:
         migrate(*devices, QUICK, interrupt_at(part))
@@ -221,8 +221,6 @@ def test_an_interrupt_after_the_guest_was_given_away_is_too_late(devices: tuple[
     ("words", "told"),
     [
         ("opening the source", "the devices were reset and closed"),
-        ("switching to shadow", "the guest goes on in passthrough on"),
-        ("traffic through shadow", "the guest goes on in passthrough on"),
         ("moving memory", "the guest goes on in passthrough on"),
         ("traffic in passthrough on the destination", "the devices were reset and closed"),
     ],

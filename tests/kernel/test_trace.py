@@ -68,17 +68,14 @@ def test_the_spans_add_up_to_the_downtimes_of_the_report(devices: tuple[str, str
     assert {"B", "E", "M", "i", "C"} == {event["ph"] for event in json.loads(file.read_text())["traceEvents"]}
 
 
-def test_the_spans_are_printed_with_their_sums(devices: tuple[str, str]) -> None:
-    done = run(devices, "--spans")
+def test_the_spans_are_printed_with_their_sums_and_are_a_format_of_their_own(
+    devices: tuple[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "spans"
+    done = run(devices, "--spans", "--trace", str(file), "--trace-format", "spans")
     assert done.returncode == 0, done.stderr
     for text in (f"DT1 of {devices[0]}", f"DT2 of {devices[0]}", "VHOST_VDPA_SUSPEND", "control queue replay", "100.0"):
         assert text in done.stdout
-
-
-def test_the_spans_are_a_format_of_their_own(devices: tuple[str, str], tmp_path: Path) -> None:
-    file = tmp_path / "spans"
-    done = run(devices, "--trace", str(file), "--trace-format", "spans")
-    assert done.returncode == 0, done.stderr
     assert json.loads(file.read_text())["schema"] == "pyvhostvdpa/spans/1"
 
 
