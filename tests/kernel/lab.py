@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pyvhostvdpa.migration.source import SendOptions
+
 MACS = ("52:54:91:a1:b2:c1", "52:54:91:a1:b2:c2")
 DEVICES = ("/dev/vhost-vdpa-0", "/dev/vhost-vdpa-1")
 SMALL = 32 << 20
+SLOW_STREAM = SendOptions(downtime=10.0)
+"""For what is not about how soon memory converges: on an emulated machine with all its CPUs busy that takes long."""
 SYSFS = Path("/sys/bus/vdpa/devices")
 VDUSE_NET = Path(__file__).parents[2] / "tools" / "vduse_net.py"
 

@@ -236,7 +236,7 @@ def test_a_guest_migrates_with_all_its_pairs_and_its_address(pairs: int) -> None
             if part == "destination":
                 seen.update(destination.read("state"))
 
-        options = Options(GuestOptions(lab.SMALL * 2, pairs=pairs, ring_size=64), seconds=3)
+        options = Options(GuestOptions(lab.SMALL * 2, pairs=pairs, ring_size=64), lab.SLOW_STREAM, seconds=3)
         report = migrate(source.chardev, destination.chardev, options, look)
         frames = report.frames
         assert (frames.lost, frames.duplicated, frames.corrupted) == (0, 0, 0)

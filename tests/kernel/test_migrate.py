@@ -28,7 +28,7 @@ from pyvhostvdpa import (
 )
 
 GUEST = GuestOptions(lab.SMALL)
-QUICK = Options(GUEST, seconds=1.5)
+QUICK = Options(GUEST, lab.SLOW_STREAM, 1.5)
 COMMAND = ("vhost-vdpa", "migrate", *lab.DEVICES, "--memory", "32M")
 # test_migration_failures.py cancels at every phase
 CANCELLED = ("connect", "shadow", "go")
@@ -49,7 +49,7 @@ def stood_ms(trace: Trace, device: str) -> float:
 @pytest.mark.smoke
 def test_a_guest_moves_with_all_its_frames(devices: tuple[str, str]) -> None:
     trace = Trace()
-    report = migrate(*devices, Options(GUEST, seconds=6), trace=trace)
+    report = migrate(*devices, Options(GUEST, lab.SLOW_STREAM, 6), trace=trace)
     frames = report.frames
     assert report.outcome == "migrated"
     assert (frames.lost, frames.duplicated, frames.corrupted, frames.reordered) == (0, 0, 0, 0)
@@ -100,7 +100,9 @@ def test_the_table_names_both_downtimes(devices: tuple[str, str]) -> None:
 
 
 def test_memory_that_the_guest_writes_all_the_time_arrives(devices: tuple[str, str]) -> None:
-    report = migrate(*devices, Options(GuestOptions(lab.SMALL, write_rate=1 << 20), SendOptions(hashed=True), 1.5))
+    report = migrate(
+        *devices, Options(GuestOptions(lab.SMALL, write_rate=1 << 20), SendOptions(downtime=10.0, hashed=True), 1.5)
+    )
     assert report.bad_pages == 0
     assert report.sent.hash
     assert report.frames.sent == report.frames.received
@@ -170,7 +172,7 @@ def test_when_the_destination_dies_the_guest_goes_on_at_the_source(devices: tupl
 
 
 def test_when_the_source_dies_the_guest_is_saved(devices: tuple[str, str], tmp_path: Path) -> None:
-    options = Options(GUEST, SendOptions(folder=tmp_path), 1.5)
+    options = Options(GUEST, SendOptions(downtime=10.0, folder=tmp_path), 1.5)
     with pytest.raises(MigrationFailed, match=r"source could not be started again.*saved in") as failed:
         migrate(*devices, options, break_fd_at("stop", devices[0]))  # type: ignore[arg-type]
     assert failed.value.report is None

@@ -96,7 +96,20 @@ def test_send_and_receive(devices: tuple[str, str], tmp_path: Path) -> None:
     where = f"unix:{tmp_path}/socket"
     with run("receive", devices[1], "--listen", where, "--seconds", "1", "--state", str(tmp_path), "--json") as there:
         words_until(there, "waiting for a source")
-        sending = ("--memory", "16M", "--seconds", "1", "--write", "1M", "--hash", "--state", str(tmp_path), "--json")
+        sending = (
+            "--memory",
+            "16M",
+            "--seconds",
+            "1",
+            "--write",
+            "1M",
+            "--downtime",
+            "3000",
+            "--hash",
+            "--state",
+            str(tmp_path),
+            "--json",
+        )
         with run("send", devices[0], "--to", where, *sending) as here:
             sent, told = here.communicate()
         received, said = there.communicate()
@@ -130,7 +143,19 @@ def test_either_side_records_what_it_does(devices: tuple[str, str], tmp_path: Pa
     common = ("--seconds", "1", "--state", str(tmp_path), "--json", "--trace")
     with run("receive", devices[1], "--listen", where, *common, str(traces[1])) as there:
         words_until(there, "waiting for a source")
-        with run("send", devices[0], "--to", where, "--memory", "16M", "--spans", *common, str(traces[0])) as here:
+        with run(
+            "send",
+            devices[0],
+            "--to",
+            where,
+            "--memory",
+            "16M",
+            "--downtime",
+            "3000",
+            "--spans",
+            *common,
+            str(traces[0]),
+        ) as here:
             sent, told = here.communicate()
         there.communicate()
     assert here.returncode == 0, told

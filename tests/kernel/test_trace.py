@@ -14,7 +14,7 @@ from pyvhostvdpa import GuestOptions, MigrationRefused, Options, Trace, migrate
 from pyvhostvdpa.migration.downtime import DT1, DT2, milliseconds
 from pyvhostvdpa.migration.spans import downtimes
 
-QUICK = Options(GuestOptions(lab.SMALL), seconds=1.5)
+QUICK = Options(GuestOptions(lab.SMALL), lab.SLOW_STREAM, 1.5)
 
 
 def run(devices: tuple[str, str], *options: str) -> subprocess.CompletedProcess[str]:
