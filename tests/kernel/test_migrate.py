@@ -29,7 +29,7 @@ from pyvhostvdpa import (
 
 GUEST = GuestOptions(lab.SMALL)
 QUICK = Options(GUEST, lab.SLOW_STREAM, 1.5)
-COMMAND = ("vhost-vdpa", "migrate", *lab.DEVICES, "--memory", "32M")
+COMMAND = ("vhost-vdpa", "migrate", *lab.DEVICES, "--memory", "32M", "--downtime", "10000")
 # test_migration_failures.py cancels at every phase
 CANCELLED = ("connect", "shadow", "go")
 

@@ -97,18 +97,8 @@ def test_send_and_receive(devices: tuple[str, str], tmp_path: Path) -> None:
     with run("receive", devices[1], "--listen", where, "--seconds", "1", "--state", str(tmp_path), "--json") as there:
         words_until(there, "waiting for a source")
         sending = (
-            "--memory",
-            "16M",
-            "--seconds",
-            "1",
-            "--write",
-            "1M",
-            "--downtime",
-            "3000",
-            "--hash",
-            "--state",
-            str(tmp_path),
-            "--json",
+            *("--memory", "16M", "--seconds", "1", "--write", "1M", "--downtime", "3000", "--hash"),
+            *("--state", str(tmp_path), "--json"),
         )
         with run("send", devices[0], "--to", where, *sending) as here:
             sent, told = here.communicate()
@@ -143,19 +133,8 @@ def test_either_side_records_what_it_does(devices: tuple[str, str], tmp_path: Pa
     common = ("--seconds", "1", "--state", str(tmp_path), "--json", "--trace")
     with run("receive", devices[1], "--listen", where, *common, str(traces[1])) as there:
         words_until(there, "waiting for a source")
-        with run(
-            "send",
-            devices[0],
-            "--to",
-            where,
-            "--memory",
-            "16M",
-            "--downtime",
-            "3000",
-            "--spans",
-            *common,
-            str(traces[0]),
-        ) as here:
+        sending = ("--memory", "16M", "--downtime", "3000", "--spans", *common, str(traces[0]))
+        with run("send", devices[0], "--to", where, *sending) as here:
             sent, told = here.communicate()
         there.communicate()
     assert here.returncode == 0, told

@@ -18,7 +18,7 @@ QUICK = Options(GuestOptions(lab.SMALL), lab.SLOW_STREAM, 1.5)
 
 
 def run(devices: tuple[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    argv = ["vhost-vdpa", "migrate", *devices, "--memory", "32M", "--seconds", "1.5", *options]
+    argv = ["vhost-vdpa", "migrate", *devices, "--memory", "32M", "--downtime", "10000", "--seconds", "1.5", *options]
     return subprocess.run(argv, capture_output=True, text=True, check=False)
 
 
