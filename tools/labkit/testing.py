@@ -27,6 +27,8 @@ CHECKS = (
 )
 NO_TESTS = 5
 LIMIT_S = 3600.0
+# What needs no device takes minutes. A thread that a failed test left behind would keep its process for ever.
+TREE_LIMIT_S = 1200.0
 DEVICES = (devices.DEFAULT, "vdpa_hwsim:0")
 KEPT_RESULTS = 5
 
@@ -140,9 +142,17 @@ class Run:
             folder=str(PROJECT),
         )
         sys.stdout.flush()
-        return subprocess.run(
-            ["setpriv", "--pdeathsig", "KILL", *chroot.argv(argv)], stdin=subprocess.DEVNULL, check=False
-        ).returncode
+        limit = self.request.timeout or TREE_LIMIT_S
+        command = ["setpriv", "--pdeathsig", "KILL", *chroot.argv(argv)]
+        try:
+            return subprocess.run(command, stdin=subprocess.DEVNULL, check=False, timeout=limit).returncode
+        except subprocess.TimeoutExpired as error:
+            raise LabError(
+                f"time-out: {argv[0]} ran longer than {limit:g} s and was stopped",
+                "its last words are above; a process does not end before its last thread",
+                "tools/lab test --timeout S",
+                EXIT_TIMEOUT,
+            ) from error
 
     def _in_virtual_time(self, argv: Sequence[str]) -> int:
         return self._in_vm(argv, icount=True)

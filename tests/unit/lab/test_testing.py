@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from labkit import testing
-from labkit.errors import LabError
+from labkit.errors import EXIT_TIMEOUT, LabError
 from labkit.session import Request
 from labkit.testing import ICOUNT, KERNEL, PARTS, SECOND_KERNEL, SMOKE, Run, Selection
 
@@ -81,3 +81,14 @@ def test_its_report_is_a_file_of_its_own():
     assert selection.pytest(KERNEL, "/r")[-1] == "--junitxml=/r/kernel.xml"
     assert selection.pytest(KERNEL, "/r", SMOKE)[3:6] == [KERNEL, "-m", SMOKE]
     assert selection.pytest(KERNEL, "/r", SMOKE)[-1] == "--junitxml=/r/smoke.xml"
+
+
+def test_a_part_that_never_ends_is_stopped(cache):
+    cache.root.mkdir(parents=True, exist_ok=True)
+    session = Recorder(cache)
+    session.environment = SimpleNamespace(ready=False)
+    session.tree = SimpleNamespace(chroot=lambda **_: SimpleNamespace(argv=list))
+    run = Run(session, Request(timeout=0.1), [])
+    with pytest.raises(LabError, match="sleep ran longer") as raised:
+        run._in_tree(["sleep", "60"])
+    assert raised.value.status == EXIT_TIMEOUT
