@@ -3,11 +3,11 @@
  * Copies memory from one process to another over a Unix stream socket, as
  * plainly as C can: the measure for what moves guest memory.
  *
- *   copy_stream sum BYTES CHUNK       each chunk with its stream_sum, checked
- *   copy_stream sendfile BYTES CHUNK  by sendfile, nothing computed
+ *   copy_stream sum BYTES CHUNK APART       each chunk with its stream_sum, checked
+ *   copy_stream sendfile BYTES CHUNK APART  by sendfile, nothing computed
  *
  * Both memories are shared memfds, populated beforehand, no page of zeros.
- * Sender and receiver share a CPU.
+ * Sender and receiver share a CPU; with APART, not 0, each has one.
  * For each line on standard input all of it is copied, and the seconds are
  * printed that it took by the clock, then those of CPU that sender and
  * receiver spent.
@@ -37,15 +37,15 @@ static void check(int good, const char *what)
 	}
 }
 
-/* Stay on the first CPU that there is. */
-static void stay(void)
+/* Stay on the first CPU that there is, or on the one after so many. */
+static void stay(int others)
 {
 	cpu_set_t all, one;
 	int cpu = 0;
 
 	check(!sched_getaffinity(0, sizeof(all), &all), "sched_getaffinity");
-	while (!CPU_ISSET(cpu, &all))
-		cpu++;
+	for (; !CPU_ISSET(cpu, &all) || others--; cpu++)
+		check(cpu < CPU_SETSIZE, "a CPU for each");
 	CPU_ZERO(&one);
 	CPU_SET(cpu, &one);
 	check(!sched_setaffinity(0, sizeof(one), &one), "sched_setaffinity");
@@ -174,25 +174,26 @@ static void send_round(int fd, int sums, int memfd, const uint8_t *from,
 
 int main(int argc, char **argv)
 {
-	const int sums = argc == 4 && !strcmp(argv[1], "sum");
+	const int sums = argc == 5 && !strcmp(argv[1], "sum");
 	uint64_t size, chunk, i;
 	uint8_t *from, ready;
 	int ends[2], fd;
 
-	if (argc != 4 || (!sums && strcmp(argv[1], "sendfile"))) {
-		fprintf(stderr, "usage: %s sum|sendfile BYTES CHUNK\n", argv[0]);
+	if (argc != 5 || (!sums && strcmp(argv[1], "sendfile"))) {
+		fprintf(stderr, "usage: %s sum|sendfile BYTES CHUNK APART\n", argv[0]);
 		return 2;
 	}
 	size = strtoull(argv[2], NULL, 0);
 	chunk = strtoull(argv[3], NULL, 0);
 	check(!socketpair(AF_UNIX, SOCK_STREAM, 0, ends), "socketpair");
-	stay();
 	if (!fork()) {
 		close(ends[0]);
+		stay(atoi(argv[4]) != 0);
 		receive(ends[1], sums, size, chunk);
 		return 0;
 	}
 	close(ends[1]);
+	stay(0);
 	from = memory(size, &fd);
 	for (i = 0; i + 8 <= size; i += 8)
 		*(uint64_t *)(from + i) = (i + 1) * 0x9e3779b97f4a7c15ULL;

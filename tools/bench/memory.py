@@ -7,9 +7,10 @@ stream of a migration has, over the same kind of socket, and checks it at the
 other side. Each kind has two processes, and all copy their memory in turns,
 so that what else the machine does meets all alike; medians are compared, of
 pairs that stood side by side. Both processes share the CPU that all kinds
-have: on more of them the scheduler puts some pairs together, whose data then
-stays in a cache, and some apart, and that is half of what they take. With a
-CPU for each the busier one sets the pace, so its CPU time is told as well.
+have, or have one each with --apart: left to itself the scheduler puts some
+pairs together, whose data then stays in a cache, and some apart, and that is
+half of what they take. With a CPU for each the busier one sets the pace, so
+its CPU time is told as well.
 """
 
 from __future__ import annotations
@@ -123,11 +124,16 @@ def send(sender: PageSender, stream: Channel, memory: GuestMemory) -> Run:
     return run
 
 
-def move(size: int, pem: str) -> None:
+def stay(others: int) -> None:
+    """Stay on the first CPU that there is, or on the one after so many."""
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[others]})
+
+
+def move(size: int, pem: str, apart: bool) -> None:
     """Copy memory from this process to another one for each line on standard input."""
     near, far = socket.socketpair()
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     child = os.fork()
+    stay(apart and not child)
     if not child:
         near.close()
         receive(far, pem, size)
@@ -169,17 +175,20 @@ class Mover:
         return Run(*map(float, line.split()))
 
 
-def take_turns(size: int, repeat: int, tell: Callable[[str], None]) -> dict[str, list[Run]]:
-    """Let the kinds copy in turns, those that are compared ``repeat`` times; ``tell`` is called before each."""
+def take_turns(size: int, repeat: int, tell: Callable[[str], None], apart: bool = False) -> dict[str, list[Run]]:
+    """Let the kinds copy in turns, those that are compared ``repeat`` times; ``tell`` is called before each.
+
+    Sender and receiver share a CPU, or are ``apart``.
+    """
     runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        program, moves = build(folder), [sys.executable, __file__, "--move", str(size)]
+        program, moves = build(folder), [sys.executable, __file__, "--move", str(size), *(["--apart"] if apart else [])]
         commands: dict[str, list[str | Path]] = {
-            PLAIN: [program, "sum", str(size), str(CHUNK)],
+            PLAIN: [program, "sum", str(size), str(CHUNK), str(int(apart))],
             MOVER: [*moves],
             TLS: [*moves, "--pem", certificate(folder)],
-            SENDFILE: [program, "sendfile", str(size), str(CHUNK)],
+            SENDFILE: [program, "sendfile", str(size), str(CHUNK), str(int(apart))],
         }
         movers = {kind: stack.enter_context(Mover(commands[kind])) for kind in KINDS}
         for turn in range(repeat):
@@ -238,6 +247,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--memory", type=int, default=256, metavar="MIB", help="guest memory (default 256)")
     parser.add_argument("--repeat", type=int, default=15, metavar="K", help="rounds of those compared (default 15)")
+    parser.add_argument("--apart", action="store_true", help="a CPU for each process; they share one otherwise")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--move", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--pem", default="", help=argparse.SUPPRESS)
@@ -248,10 +258,10 @@ def main() -> int:
     """Run all kinds in turns and print."""
     chosen = options()
     if chosen.move:
-        move(chosen.move, chosen.pem)
+        move(chosen.move, chosen.pem, chosen.apart)
         return 0
     size = chosen.memory << 20
-    runs = take_turns(size, chosen.repeat, lambda text: print(text, file=sys.stderr))
+    runs = take_turns(size, chosen.repeat, lambda text: print(text, file=sys.stderr), chosen.apart)
     print(json.dumps(report(runs, size), indent=2) if chosen.json else table(runs, size))
     return 0
 
