@@ -169,13 +169,16 @@ class VdpaNetDevice(Closing):
         isolated, :class:`~pyvhostvdpa.net.control_queue.ControlFailed` if the
         device refuses the state.
         """
-        self._check_startable(queues, control)
-        self._procedure.start(State.PASSTHROUGH, queues, control)
+        self.start(State.PASSTHROUGH, queues, control)
 
     def start_shadow(self, queues: Sequence[GuestQueue], control: GuestControl | None = None) -> None:
         """Let the device work on shadow rings; the guest's are read on from their used index."""
+        self.start(State.SHADOW, queues, control)
+
+    def start(self, mode: State, queues: Sequence[GuestQueue], control: GuestControl | None = None) -> None:
+        """Start in ``mode``: :meth:`start_passthrough` or :meth:`start_shadow`."""
         self._check_startable(queues, control)
-        self._procedure.start(State.SHADOW, queues, control)
+        self._procedure.start(mode, queues, control)
 
     def _check_startable(self, queues: Sequence[GuestQueue], control: GuestControl | None) -> None:
         if self.memory is None:

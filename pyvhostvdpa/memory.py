@@ -131,12 +131,13 @@ class SharedMemory(MappedMemory):
         return memoryview(ffi.buffer(self._address, self.size))
 
 
-def check_available(size: int) -> None:
-    """Raise :class:`MissingFeature` if ``size`` bytes are not to be had now."""
+def check_available(size: int, copies: int = 1) -> None:
+    """Raise :class:`MissingFeature` if ``size`` bytes are not to be had now, ``copies`` times."""
     available = psutil.virtual_memory().available
-    if size > available:
+    if copies * size > available:
+        times = f" {copies} times" if copies > 1 else ""
         raise MissingFeature(
-            f"{size >> 20} MiB of guest memory asked for, {available >> 20} MiB available",
+            f"{size >> 20} MiB of guest memory asked for{times}, {available >> 20} MiB available",
             hint="ask for less: --memory",
         )
 

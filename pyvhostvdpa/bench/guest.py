@@ -66,8 +66,7 @@ class BenchGuest(Closing):
 
     def start(self, mode: State = State.PASSTHROUGH) -> None:
         """Start the device in a mode."""
-        start = self.device.start_shadow if mode is State.SHADOW else self.device.start_passthrough
-        start(self.nic.queues, self.control)
+        self.device.start(mode, self.nic.queues, self.control)
 
     def use_pairs(self) -> None:
         """Take all pairs into use, as a guest's driver does once; later starts replay it."""

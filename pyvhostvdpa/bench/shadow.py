@@ -147,9 +147,8 @@ def _latencies(guest: BenchGuest, mode: State, frames: int, size: int) -> list[i
     (c.rx_kick, c.rx_call), (c.tx_kick, c.tx_call) = ((queue.kick, queue.call) for queue in queues)
     places = [_place(guest, arena.take(PAGE_SIZE)) for _ in range(2)]
     lib.touch_start(c)
-    start = guest.device.start_shadow if mode is State.SHADOW else guest.device.start_passthrough
     try:
-        start(queues, guest.control)
+        guest.device.start(mode, queues, guest.control)
         took = []
         for _ in range(frames):
             state: int = lib.touch_frame(c, *places, size, time.monotonic_ns() + _FRAME_NS, _FRAME_NS)

@@ -72,7 +72,7 @@ def migrate(
     """
     options = options or Options()
     check_devices((source, destination))
-    check_available(2 * options.guest.memory)
+    check_available(options.guest.memory, copies=2)
     third = options.seconds / 3
     with _Destination(os.fspath(destination), third, options.send.folder, trace, tell) as other:
         sending = Sending(

@@ -84,8 +84,7 @@ class HwGuest:
             device.close()
 
     def start(self, mode: State = State.PASSTHROUGH) -> None:
-        start = self.device.start_shadow if mode is State.SHADOW else self.device.start_passthrough
-        start(self.nic.queues, self.control)
+        self.device.start(mode, self.nic.queues, self.control)
 
     def switch(self) -> None:
         mode = State.PASSTHROUGH if self.device.state is State.SHADOW else State.SHADOW

@@ -68,8 +68,7 @@ class Rig:
         hwsim.remove(self.sim.name)
 
     def start(self, mode: State) -> None:
-        begin = self.device.start_shadow if mode is State.SHADOW else self.device.start_passthrough
-        begin(self.nic.queues, self.control)
+        self.device.start(mode, self.nic.queues, self.control)
         if not self.uses_all:
             self.uses_all = True
             self.use_all_pairs()

@@ -60,9 +60,9 @@ def test_vdpa_sim_net_1_pair() -> None:
         traffic.run()
         for _ in range(SWITCHES):
             time.sleep(0.02)
-            start = device.start_shadow if device.state is State.PASSTHROUGH else device.start_passthrough
+            mode = State.SHADOW if device.state is State.PASSTHROUGH else State.PASSTHROUGH
             device.stop()
-            start(nic.queues)
+            device.start(mode, nic.queues)
         assert traffic.stop_sending(30.0)
         traffic.pause()
         counts = nic.counts()
