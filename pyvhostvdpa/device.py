@@ -213,6 +213,16 @@ class VdpaNetDevice(Closing):
         """
         self._procedure.stop(then)
 
+    def halt(self) -> None:
+        """Reset a device that cannot be suspended, and take the queues over as :meth:`stop` does.
+
+        A reset stops it as surely, but what it had begun and not told of is
+        done again by whoever goes on. Raises, with the device reset,
+        :class:`OutOfOrder` if in passthrough the rings do not tell what is
+        open, and :class:`QueueBroken`.
+        """
+        self._procedure.halt()
+
     def resume(self) -> None:
         """Let a suspended device go on; :class:`MissingFeature` without the RESUME backend feature."""
         self._procedure.resume()

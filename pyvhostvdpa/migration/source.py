@@ -192,7 +192,7 @@ class Source:
         try:
             device.stop()
         except OutOfOrder:
-            # it was resumed, and goes on
+            # it was resumed and goes on, or was reset
             raise
         except VhostVdpaError:
             self._halted.add(number)
@@ -361,21 +361,25 @@ class Source:
         with suppress(StreamBroken, StreamCorrupt):
             if isinstance(error, StreamBroken):
                 said = channel.last_words()
-            elif not channel.torn:
+            if not said and not channel.torn:
+                # also to a side that was silent for too long, and reads it later
                 channel.send_text(Frame.CANCEL, str(error))
         channel.close()
         return said
 
     def _return(self, number: int, device: VdpaNetDevice) -> None:
         if device.state is State.SHADOW:
-            device.stop()
+            _stop_or_halt(device)
         elif device.state is State.PASSTHROUGH and number in self._halted:
-            device.reset()
+            device.halt()
         if device.state is State.RESET:
             self.guest.start(number, device)
 
     def _stranded(self, what: str, worse: VhostVdpaError) -> MigrationFailed:
         for device in self.devices:
+            with suppress(VhostVdpaError):
+                if device.state is not State.RESET:
+                    _stop_or_halt(device)
             with suppress(VhostVdpaError):
                 device.reset()
         saved, command = self._save()
@@ -383,6 +387,15 @@ class Source:
         if not command:
             return MigrationFailed(f"{told}; {saved}")
         return MigrationFailed(f"{told} and saved in {saved}", hint=command)
+
+
+def _stop_or_halt(device: VdpaNetDevice) -> None:
+    try:
+        device.stop()
+    except VhostVdpaError:
+        if device.state is State.RESET:
+            raise
+        device.halt()
 
 
 def _speed(round_: RoundStatistics) -> str:

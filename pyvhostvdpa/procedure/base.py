@@ -13,6 +13,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ..chardev import VhostVdpa
@@ -220,27 +221,45 @@ class Procedure(ABC):
             if self.state is not State.SHADOW:
                 self._check_order()
             self._stop(then)
-        except OutOfOrder:
-            self.resume()
-            raise
+        except OutOfOrder as e:
+            if BackendFeature.RESUME in self.target.backend_features:
+                self.resume()
+                raise
+            self.abandon()
+            raise OutOfOrder(f"{e}; it cannot be resumed and was reset, which the guest's driver has to do too") from e
         except BaseException:
             self.abandon()
             raise
 
     def reset(self) -> None:
         """Reset the device. Guest rings stand as they are."""
+        self._end(taking_over=False)
+
+    def halt(self) -> None:
+        """Reset a device that cannot be suspended and take its queues over; see :meth:`VdpaNetDevice.halt`."""
+        self._end(taking_over=True)
+
+    def _end(self, taking_over: bool) -> None:
+        passthrough = self.state is State.PASSTHROUGH
         self._stop_serving()
         try:
             if self.guest_config is not None:
                 self.guest_config.disconnect()
         finally:
             self._reset()
-            self._forget()
+            try:
+                if taking_over:
+                    self._take_over_shadows()
+                if taking_over and passthrough:
+                    self._check_order()
+            finally:
+                self._forget()
 
     def abandon(self) -> None:
-        """After a failure: reset as far as that goes, and let the first error be the one that is told."""
+        """After a failure: halt as far as that goes, and let the first error be the one that is told."""
         try:
-            self.reset()
+            with suppress(OutOfOrder, QueueBroken):
+                self.halt()
         except VhostVdpaError as e:
             log.warning("%s could not be reset: %s", self.target.path, e)
             self._stop_serving()

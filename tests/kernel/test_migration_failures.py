@@ -254,6 +254,8 @@ class Broken:
 STAYS = (
     Broken("source", "switch", "fail_suspend", 1, "VHOST_VDPA_SUSPEND"),
     Broken("source", "stop", "fail_suspend", 1, "VHOST_VDPA_SUSPEND"),
+    # nor for the way back: the device is reset
+    Broken("source", "stop", "fail_suspend", 2, "VHOST_VDPA_SUSPEND"),
     Broken("source", "switch", "fail_set_map", 2, "IOTLB"),
     Broken("source", "switch", "fail_set_map", 3, "NEEDS_RESET"),
     Broken("source", "switch", "fail_vq_create", 1, "DRIVER_OK"),
@@ -315,6 +317,11 @@ def test_a_source_that_cannot_be_started_again_saves_its_guest(world: World, liv
     [path] = world.files()
     assert f"The guest is stopped and saved in {path}" in source.message
     assert source.hint == f"vhost-vdpa send --resume {path} {sim.chardev}"
+    world.here.call("drop_stopped")
+    sim.write("fault/fail_set_map", 2)
+    with pytest.raises(Failed, match="IOTLB"):
+        world.here.call("take", path, world.paths[world.here.name])
+    assert world.files() == [path]
     is_resumed(world, "")
     world.lives()
     world.is_sound()
