@@ -71,6 +71,9 @@ def _send(arguments: argparse.Namespace, trace: Trace) -> int:
     progress = Progress(SENDING)
     address, security = Address.parse(arguments.to), tls(arguments)
     check_security(address, security, arguments.insecure_plain)
+    if security is not None:
+        # bad files are to be told now, not to a guest that runs
+        security.context(server=False)
     sending = Sending(
         paths=arguments.devices,
         connect=lambda cancel: connect(address, security, cancel.fileno()),

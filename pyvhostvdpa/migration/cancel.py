@@ -16,6 +16,18 @@ from ..errors import MigrationCancelled
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def check_cancelled(fd: int) -> None:
+    """Raise :class:`~pyvhostvdpa.errors.MigrationCancelled` if the :class:`Cancel` behind a descriptor is set."""
+    if _is_set(fd):
+        raise MigrationCancelled("cancelled")
+
+
+def _is_set(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 class Cancel(Closing):
     """An eventfd, readable once the user cancelled."""
 
@@ -33,14 +45,11 @@ class Cancel(Closing):
     @property
     def wanted(self) -> bool:
         """Whether the user cancelled."""
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
-        return bool(poll.poll(0))
+        return _is_set(self._fd)
 
     def check(self) -> None:
         """Raise :class:`~pyvhostvdpa.errors.MigrationCancelled` if the user cancelled."""
-        if self.wanted:
-            raise MigrationCancelled("cancelled")
+        check_cancelled(self._fd)
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:

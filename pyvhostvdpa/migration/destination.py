@@ -129,7 +129,7 @@ class Destination:
 
     def _shape(self) -> GuestShape:
         try:
-            kind, payload = self.channel.expect(Frame.SHAPE, Frame.CANCEL, seconds=PATIENCE)
+            kind, payload = self.channel.expect(Frame.SHAPE, Frame.CANCEL)
             if kind is Frame.CANCEL:
                 raise _SourceCancelled(f"the source says: {words(payload)}")
             shape = GuestShape.decode(payload)
@@ -164,9 +164,7 @@ class Destination:
         for device in self._devices:
             self._stack.callback(device.close)
         for device in self._devices:
-            with device.trace.in_phase("dest.premap"):
-                device.attach(self._memory)
-                _prove_maps(device)
+            _map(device, self._memory)
             self._alive(f"memory mapped in {device.path}")
 
     def _allocated(self, step: int) -> None:
@@ -219,6 +217,8 @@ class Destination:
             raise _SourceCancelled(f"the source says: {words(payload)}")
         if header.type == Frame.ROUND and len(payload) == 8:
             self._tell(f"round {header.count}: {int.from_bytes(payload, 'little') >> 10:,} KiB")
+        elif header.type == Frame.ALIVE:
+            self._tell(f"source: {words(payload)}")
         elif header.type == Frame.GUEST:
             self._guest_state = GuestState.decode(payload)
         elif header.type == Frame.DEVICE and header.count == len(self._device_states) < len(shape.devices):
@@ -326,16 +326,17 @@ def _check_fit(device: VdpaNetDevice, shape: DeviceShape) -> None:
         )
 
 
-def _prove_maps(device: VdpaNetDevice) -> None:
-    """Raise if the device did not take its maps.
+def _map(device: VdpaNetDevice, memory: GuestMemory) -> None:
+    """Map guest memory; raise if the device did not take its maps.
 
     The kernel says nothing of a batch that failed
     (drivers/vhost/vdpa.c:vhost_vdpa_process_iotlb_msg), but a map outside one
     has an answer, and a set_map parent installs the whole table with it.
     """
-    limits, space = device.iotlb.limits, device.iotlb.space(GUEST_ASID)
-    holes = IovaAllocator(limits.first, limits.last, [(m.iova, m.size) for m in space.mappings])
-    with SharedMemory("proof", PAGE_SIZE) as page:
+    with device.trace.in_phase("dest.premap"), SharedMemory("proof", PAGE_SIZE) as page:
+        device.attach(memory)
+        limits, space = device.iotlb.limits, device.iotlb.space(GUEST_ASID)
+        holes = IovaAllocator(limits.first, limits.last, [(m.iova, m.size) for m in space.mappings])
         iova = holes.allocate(PAGE_SIZE)
         space.map(iova, page.hva, PAGE_SIZE)
         space.unmap(iova, PAGE_SIZE)
@@ -395,7 +396,7 @@ def take(
             _check_fit(device, shape)
         for device in devices:
             tell(f"mapping memory in {device.path}")
-            device.attach(memory)
+            _map(device, memory)
         guest = Guest.restore(memory, saved.guest, saved.devices)
         stack.callback(guest.close)
         for device in devices:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ..closing import Closing
 from ..errors import MigrationRefused, StreamBroken
-from .stream import HANDSHAKE_SECONDS, STALL_SECONDS, Channel, tls_trouble
+from .stream import HANDSHAKE_SECONDS, STALL_SECONDS, Channel, read_out, tls_trouble
 
 _TEXT = "unix:PATH or tcp:HOST:PORT"
 _INHERITED = "fd"
@@ -91,36 +91,37 @@ def check_security(address: Address, tls: Tls | None, plain: bool) -> None:
 
 
 def _secured(sock: socket.socket, tls: Tls | None, server: bool, name: str) -> socket.socket:
-    if sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if tls is None:
-        return sock
-    context = tls.context(server)
-    secured = context.wrap_socket(
-        sock, server_side=server, server_hostname=None if server else name, do_handshake_on_connect=False
-    )
-    secured.settimeout(HANDSHAKE_SECONDS)
+    """Return the socket, with TLS if wanted; closed on a failure, which is :class:`NoPeer` if it is the peer's."""
     try:
-        secured.do_handshake()
-    except TimeoutError as e:
-        secured.close()
-        raise NoPeer(f"TLS: no answer within {HANDSHAKE_SECONDS:g} s") from e
-    except OSError as e:
-        _leave(secured)
-        raise NoPeer(tls_trouble(e), hint="vhost-vdpa help migration") from e
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock if tls is None else _with_tls(sock, tls.context(server), server, name)
     except BaseException:
-        secured.close()
+        sock.close()
         raise
+
+
+def _with_tls(sock: socket.socket, context: ssl.SSLContext, server: bool, name: str) -> ssl.SSLSocket:
+    try:
+        secured = context.wrap_socket(
+            sock, server_side=server, server_hostname=None if server else name, do_handshake_on_connect=False
+        )
+    except OSError as e:
+        # who connected has gone again
+        raise NoPeer(tls_trouble(e)) from e
+    with contextlib.ExitStack() as unless_secured:
+        unless_secured.callback(secured.close)
+        secured.settimeout(HANDSHAKE_SECONDS)
+        try:
+            secured.do_handshake()
+        except TimeoutError as e:
+            raise NoPeer(f"TLS: no answer within {HANDSHAKE_SECONDS:g} s") from e
+        except OSError as e:
+            # the other side gets to read why
+            read_out(secured, _LEAVE_SECONDS)
+            raise NoPeer(tls_trouble(e), hint="vhost-vdpa help migration") from e
+        unless_secured.pop_all()
     return secured
-
-
-def _leave(sock: socket.socket) -> None:
-    """Close so that the other side gets to read why: what it sent is read first, or a reset would overtake it."""
-    with sock, contextlib.suppress(OSError):
-        sock.settimeout(_LEAVE_SECONDS)
-        sock.shutdown(socket.SHUT_WR)
-        while socket.socket.recv(sock, 1 << 16):
-            pass
 
 
 def connect(address: Address, tls: Tls | None = None, cancel: int = -1, stall: float = STALL_SECONDS) -> Channel:
@@ -128,6 +129,8 @@ def connect(address: Address, tls: Tls | None = None, cancel: int = -1, stall: f
     try:
         if address.local:
             sock = socket.socket(socket.AF_UNIX)
+            # who does not accept may have a full queue
+            sock.settimeout(HANDSHAKE_SECONDS)
             sock.connect(address.path)
         else:
             sock = socket.create_connection((address.host, address.port), HANDSHAKE_SECONDS)
@@ -155,6 +158,7 @@ def _greeted(channel: Channel, seconds: float = HANDSHAKE_SECONDS) -> Channel:
 def _remove_stale(path: str) -> None:
     """Remove the socket of a listener that was killed."""
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(HANDSHAKE_SECONDS)
         try:
             probe.connect(path)
         except ConnectionRefusedError:

@@ -64,6 +64,9 @@ class Channel(Protocol):
     def fileno(self) -> int:
         """Return the socket's descriptor."""
 
+    def check(self) -> None:
+        """Raise if the user cancelled."""
+
     def send(self, buffer: Buffer) -> None:
         """Send all of a buffer."""
 
@@ -238,6 +241,7 @@ class PageSender:
         deadline = self._slices.deadline()
         with memoryview(self._frame) as frame:
             while time.monotonic_ns() < deadline:
+                self._channel.check()
                 result = lib.pages_pause(self._c, deadline)
                 self._slices.ended(result, 0)
                 if result == lib.MOVE_AGAIN:
@@ -300,6 +304,7 @@ class PageReceiver:
                 result = lib.pages_receive(self._c, self._channel.fileno(), self._slices.deadline())
                 self._settle(result)
         else:
+            self._channel.check()
             begin = self._c.at + lib.FRAME_HEADER
             with memoryview(self._frame) as frame, frame[begin : begin + header.length] as part:
                 self._channel.receive_into(part)

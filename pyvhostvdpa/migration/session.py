@@ -14,20 +14,21 @@ from typing import Any
 from .. import mgmt
 from ..chardev import check_path
 from ..device import VdpaNetDevice
-from ..errors import MigrationEnded, MigrationRefused
+from ..errors import MigrationEnded, MigrationRefused, VhostVdpaError
 from ..memory import Progress, check_available
 from ..net.features import CONTROL, SUPPORTED
 from ..net.nic import MAX_FRAME, MIN_FRAME, FrameCounts
 from ..trace import Trace
 from .cancel import Cancel
 from .destination import Arrived, Destination, Stray, take
+from .dirty import probe_interface
 from .downtime import DT1, DT2, PHASES, PhaseCost, cost, interval, milliseconds
 from .endpoint import Inherited, Listener, NoPeer
 from .guest import Guest, GuestOptions
 from .report import Drops, Part, downtimes, environment
 from .saved import DEFAULT_FOLDER, check_room
 from .source import Observer, SendOptions, Sent, Source, Tell
-from .stream import Channel
+from .stream import Channel, Frame
 
 SENT_SCHEMA = "pyvhostvdpa/send/1"
 RECEIVED_SCHEMA = "pyvhostvdpa/receive/1"
@@ -35,6 +36,7 @@ RECEIVED_SCHEMA = "pyvhostvdpa/receive/1"
 _DRAIN_SECONDS = 10.0
 _CHECK_SECONDS = 0.05
 _TELL_SECONDS = 2.0
+_ALIVE_SECONDS = 20.0
 
 Connect = Callable[[Cancel], Channel]
 """Returns a greeted channel to the other side."""
@@ -163,6 +165,8 @@ class Sending:
             raise MigrationRefused(f"frames of {self.guest_options.frame_size} bytes: {MIN_FRAME} to {MAX_FRAME}")
         check_available(self.guest_options.memory)
         check_room(self.options.folder, self.guest_options.memory)
+        # whether the kernel can tell what was written is no news for a guest that runs
+        probe_interface()
         self._parts: dict[str, Part] = {}
         self._lost: dict[str, dict[str, int]] = {}
         with ExitStack() as stack, Cancel() as cancel:
@@ -180,23 +184,34 @@ class Sending:
                 try:
                     self.observer("connect")
                     channel = stack.enter_context(self._connected(cancel))
-                    observe = self._shadowing(guest, devices, cancel)
+                    observe = self._shadowing(guest, devices, cancel, channel)
                     source = Source(guest, devices, channel, cancel, self.options, observe, self.tell)
                     sent = source.sent
                     source.run()
                 except MigrationEnded as e:
-                    self._stayed(e, guest, devices, sent)
+                    try:
+                        self._stayed(e, guest, devices, sent)
+                    except VhostVdpaError as worse:
+                        self.tell(f"the guest that stayed cannot be accounted for: {worse}")
                     raise
             return self._report("sent", guest, devices, sent)
 
-    def _shadowing(self, guest: Guest, devices: Sequence[VdpaNetDevice], cancel: Cancel) -> Observer:
+    def _shadowing(self, guest: Guest, devices: Sequence[VdpaNetDevice], cancel: Cancel, channel: Channel) -> Observer:
         """Return an observer that lets the guest run between the switch and the first round of memory."""
+        told = time.monotonic()
+
+        def enough() -> bool:
+            nonlocal told
+            if time.monotonic() - told > _ALIVE_SECONDS:
+                told = time.monotonic()
+                channel.send_text(Frame.ALIVE, "the guest runs on shadow virtqueues")
+            return cancel.wanted
 
         def observe(phase: str) -> None:
             if phase == "memory":
                 if self.shadowed:
                     self.observer("shadow")
-                    self._parts["shadow"] = let_run(guest, devices, self.shadowed, lambda: cancel.wanted)
+                    self._parts["shadow"] = let_run(guest, devices, self.shadowed, enough)
                 # what a device counts it may forget when it is reset, and asking takes too long for a guest that stands
                 self._lost = {path: drops.now() for path, drops in self._drops.items()}
             self.observer(phase)
@@ -276,7 +291,10 @@ class Receiving:
     trace: Trace = field(default_factory=Trace)
 
     def receive(self, listener: Listener | Inherited) -> ReceivedReport:
-        """Wait for a source, receive its guest, let it run. Sources that are refused are told of, and waited on."""
+        """Wait for a source, receive its guest, let it run.
+
+        Whoever brings no guest is told of, and the next waited for; a guest that does not fit ends it.
+        """
         check_devices(self.paths)
         while True:
             self.tell(f"waiting for a source on {listener.address}")

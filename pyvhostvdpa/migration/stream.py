@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from ..closing import Closing
 from ..errors import MigrationCancelled, MigrationRefused, StreamBroken, StreamCorrupt
+from .cancel import check_cancelled
 from .pages import PAGES, ZERO, stream_sum
 
 T = TypeVar("T")
@@ -44,12 +45,12 @@ _LAST_WORDS_SECONDS = 2.0
 
 
 class Frame(enum.IntEnum):
-    """Control frames, by who sends them."""
+    """Control frames, and who sends them."""
 
     SHAPE = 1
     """Source: what the guest needs."""
     ALIVE = 2
-    """Destination: still at work, with words of what it does."""
+    """Either: still at work, with words of what it does."""
     ACCEPT = 3
     """Destination: memory is there and mapped, the devices fit."""
     REFUSE = 4
@@ -114,6 +115,11 @@ class Channel(Closing):
 
     # -- bytes ------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Raise :class:`~pyvhostvdpa.errors.MigrationCancelled` if the user cancelled; waits do so themselves."""
+        if self.cancel >= 0:
+            check_cancelled(self.cancel)
+
     def _wait(self, events: int, seconds: float) -> None:
         poll = select.poll()
         poll.register(self._sock, events)
@@ -146,6 +152,8 @@ class Channel(Closing):
         view = memoryview(buffer).cast("B")
         while view:
             part = view
+            # a TLS record that waits leaves with whatever is sent next
+            self.torn = self.torn or not self.raw
             view = view[self._repeat(lambda: self._sock.send(part), select.POLLOUT, self.stall) :]  # noqa: B023
             self.torn = bool(view)
 
@@ -247,20 +255,27 @@ class Channel(Closing):
         return ""
 
     def finish(self, seconds: float = _LAST_WORDS_SECONDS) -> None:
-        """Say that nothing more comes, and read on until the other side has closed.
+        """Say that nothing more comes, and let the other side read what was said last; :func:`read_out`."""
+        read_out(self._sock, seconds)
 
-        A socket closed with something unread would take what was said last
-        away from the other side.
-        """
-        end, rest = time.monotonic() + seconds, bytearray(1 << 16)
-        try:
-            self._sock.shutdown(socket.SHUT_WR)
-            while (left := end - time.monotonic()) > 0 and self.readable(left):
-                if not socket.socket.recv_into(self._sock, rest):
-                    return
-        except OSError:
-            # it is gone already: nothing is left to be read
-            return
+
+def read_out(sock: socket.socket, seconds: float) -> None:
+    """Say that nothing more comes, and read on until the other side has closed, for so long at most.
+
+    A socket closed with something unread would take what was said last away
+    from the other side.
+    """
+    end, rest = time.monotonic() + seconds, bytearray(1 << 16)
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        while (left := end - time.monotonic()) > 0 and poll.poll(left * 1000):
+            if not socket.socket.recv_into(sock, rest):
+                return
+    except OSError:
+        # it is gone already: nothing is left to be read
+        return
 
 
 def words(payload: bytes) -> str:

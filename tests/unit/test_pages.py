@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from pyvhostvdpa.errors import MigrationCancelled, StreamBroken, StreamCorrupt
 from pyvhostvdpa.memory import GUEST_PAGE, Gpa, GuestMemory
+from pyvhostvdpa.migration.cancel import check_cancelled
 from pyvhostvdpa.migration.dirty import PageSet
 from pyvhostvdpa.migration.pages import (
     PAGES,
@@ -64,6 +65,9 @@ class Channel:
         self.socket.setblocking(True)
         self.socket.sendall(buffer)
         self.socket.setblocking(not self.raw)
+
+    def check(self) -> None:
+        check_cancelled(self.cancel)
 
     def receive_into(self, buffer: Buffer) -> None:
         view = memoryview(buffer)
@@ -396,6 +400,21 @@ def test_cancelling_ends_a_sender_with_a_limit(pair: Pair) -> None:
     threading.Timer(0.3, lambda: os.eventfd_write(pair.near.cancel, 1)).start()
     with pytest.raises(MigrationCancelled):
         PageSender(pair.source, pair.near, limit=50_000).send(PageSet.all(pair.source))
+
+
+def test_cancelling_is_noticed_by_who_has_nothing_to_wait_for(pair: Pair) -> None:
+    one = PageSet(pair.source)
+    one.add(LOW)
+    fill(pair.source)
+    os.eventfd_write(pair.near.cancel, 1)
+    with pytest.raises(MigrationCancelled):
+        PageSender(pair.source, pair.near).send(one)
+    assert not pair.near.torn
+    payload = table((LOW, GUEST_PAGE)) + b"x" * GUEST_PAGE
+    pair.near.send(payload)
+    os.eventfd_write(pair.far.cancel, 1)
+    with pytest.raises(MigrationCancelled):
+        pair.receiver.receive(Header(PAGES, 1, len(payload), stream_sum(payload)))
 
 
 def test_cancelling_ends_a_receiver_that_waits(raw: Pair) -> None:

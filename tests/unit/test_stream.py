@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +20,7 @@ from pyvhostvdpa.errors import MigrationCancelled, MigrationRefused, StreamBroke
 from pyvhostvdpa.migration import stream
 from pyvhostvdpa.migration.endpoint import Address, Listener, check_security, connect
 from pyvhostvdpa.migration.pages import stream_sum
+from pyvhostvdpa.migration.source import Source
 from pyvhostvdpa.migration.stream import HEADER, Channel, Frame, words
 
 
@@ -133,6 +138,30 @@ def test_finishing_lets_the_last_frame_arrive_though_the_peer_still_sends() -> N
     closer.join()
 
 
+def test_a_peer_that_goes_on_for_ever_is_not_read_for_ever(raw: tuple[socket.socket, Channel]) -> None:
+    stop = threading.Event()
+
+    def trickle() -> None:
+        while not stop.wait(0.05):
+            raw[0].send(b"x")
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    begin = time.monotonic()
+    try:
+        raw[1].finish(0.5)
+    finally:
+        stop.set()
+        thread.join()
+    assert time.monotonic() - begin < 10
+
+
+def test_a_source_that_gives_up_a_silent_destination_tells_it(pair: tuple[Channel, Channel]) -> None:
+    source: Any = SimpleNamespace(channel=pair[0])
+    assert Source._part(source, StreamBroken("the other side did nothing")) == ""
+    assert pair[1].expect(*Frame) == (Frame.CANCEL, b"the other side did nothing")
+
+
 def test_words_of_the_other_side_cannot_touch_the_terminal() -> None:
     assert words(b"\x1b[2Jno\n\xff") == "?[2Jno?\ufffd"
 
@@ -209,6 +238,17 @@ def test_nobody_listening_says_what_to_run_there(tmp_path: object) -> None:
     with pytest.raises(MigrationRefused) as refused:
         connect(Address.parse(f"unix:{tmp_path}/none"))
     assert "vhost-vdpa receive" in refused.value.hint
+
+
+def test_a_listener_that_accepts_nobody_is_not_waited_for(tmp_path: object) -> None:
+    address = Address.parse(f"unix:{tmp_path}/s")
+    with Listener(address), contextlib.ExitStack() as waiting:
+        for _ in range(10):
+            other = waiting.enter_context(socket.socket(socket.AF_UNIX))
+            other.setblocking(False)
+            other.connect_ex(address.path)
+        with pytest.raises(MigrationRefused, match="temporarily unavailable"):
+            connect(address)
 
 
 def test_a_killed_listeners_socket_is_in_nobodys_way(tmp_path: object) -> None:

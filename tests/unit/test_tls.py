@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from certificates import authority, issue
 
-from pyvhostvdpa.errors import MigrationRefused
+from pyvhostvdpa.errors import MigrationRefused, StreamBroken
 from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.migration.dirty import PageSet
 from pyvhostvdpa.migration.endpoint import Address, Listener, NoPeer, Tls, connect
@@ -189,6 +189,31 @@ def test_another_version_inside_tls_is_refused(here: Tls, there: Tls) -> None:
 def test_junk_inside_tls_is_refused(here: Tls, there: Tls) -> None:
     meeting = Meeting(there, saying(here, b"junk" * 100))
     assert "no migration stream" in str(meeting.refused)
+
+
+def test_who_leaves_before_tls_begins_is_no_peer(there: Tls) -> None:
+    address = Address("", "127.0.0.1", free_port())
+    with Listener(address, there) as listener:
+        with socket.create_connection((address.host, address.port)) as gone:
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with pytest.raises(NoPeer, match="closed the connection"):
+            listener.accept()
+
+
+def test_nothing_may_follow_a_record_of_tls_that_could_not_leave(here: Tls, there: Tls) -> None:
+    meeting = Meeting(there, lambda address: connect(address, here))
+    assert meeting.client is not None
+    channel = meeting.client
+    channel.stall = 0.05
+
+    def fill() -> None:
+        while True:
+            channel.send_frame(Frame.FINAL)
+
+    with pytest.raises(StreamBroken):
+        fill()
+    assert channel.torn
+    meeting.close()
 
 
 def test_files_that_are_no_certificates_are_told_before_anybody_connects(here: Tls, tmp_path: Path) -> None:
