@@ -34,9 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
     """Descriptors, pinned pages and threads are as many afterwards as before."""
-    before = lab.open_fds(), pinned_bytes(), threading.active_count()
+    before = lab.open_fds(), pinned_bytes(), threading.enumerate()
     yield
-    assert (lab.open_fds(), pinned_bytes(), threading.active_count()) == before
+    assert (lab.open_fds(), pinned_bytes(), threading.enumerate()) == before
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pyvhostvdpa.migration.source import SendOptions
@@ -77,5 +77,11 @@ def wait_for(condition: object, what: str, seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def open_fds() -> dict[str, str]:
+    """What each descriptor is open on."""
+    targets = {}
+    for fd in os.listdir("/proc/self/fd"):
+        # the one that was read through is gone
+        with suppress(FileNotFoundError):
+            targets[fd] = os.readlink(f"/proc/self/fd/{fd}")
+    return targets

@@ -254,8 +254,6 @@ class Broken:
 STAYS = (
     Broken("source", "switch", "fail_suspend", 1, "VHOST_VDPA_SUSPEND"),
     Broken("source", "stop", "fail_suspend", 1, "VHOST_VDPA_SUSPEND"),
-    # nor for the way back: the device is reset
-    Broken("source", "stop", "fail_suspend", 2, "VHOST_VDPA_SUSPEND"),
     Broken("source", "switch", "fail_set_map", 2, "IOTLB"),
     Broken("source", "switch", "fail_set_map", 3, "NEEDS_RESET"),
     Broken("source", "switch", "fail_vq_create", 1, "DRIVER_OK"),
@@ -282,6 +280,26 @@ def test_a_device_fails_and_the_guest_stays(world: World, lives: Lives, broken: 
     assert broken.words in source.message
     assert "the guest goes on in passthrough" in source.message
     assert not world.files()
+    world.lives()
+    world.migrates()
+    world.lives()
+    world.is_sound()
+
+
+def test_a_device_that_is_not_suspended_for_the_way_back_either_is_reset(world: World, lives: Lives) -> None:
+    sim = lives.sim(world.paths[world.here.name][0])
+    # the first is for the switch
+    sim.write("fault/fail_suspend", 2)
+    with world.migration(hold=("source", "back to source")) as stream:
+        stream.close()
+        world.here.until("back to source")
+        sim.write("fault/fail_suspend", 1)
+        world.here.go_on()
+        source = end_of(world, "source")
+        assert end_of(world, "destination") is not None
+    assert int((hwsim.DEBUGFS / sim.name / "fault/fail_suspend").read_text(), 0) == 0
+    assert source is not None
+    assert "the guest goes on in passthrough" in source.message
     world.lives()
     world.migrates()
     world.lives()
