@@ -87,6 +87,33 @@ def test_a_device_that_reorders_in_passthrough_is_refused_and_goes_on(make: Make
     guest.settle()
 
 
+def test_one_that_reorders_and_cannot_be_resumed_is_reset(make: Make) -> None:
+    guest = make(inflight=16, reorder=1, without=BackendFeature.RESUME)
+    guest.start()
+    guest.traffic.run()
+    guest.receives(500)
+    with pytest.raises(OutOfOrder, match="cannot be resumed and was reset"):
+        guest.device.stop()
+    assert guest.device.state is State.RESET
+
+
+def test_a_device_halted_while_shadowed_leaves_what_was_open_in_any_order(make: Make) -> None:
+    guest = make(2, inflight=16)
+    guest.start()
+    guest.use_all_pairs()
+    guest.traffic.run()
+    for _ in range(5):
+        guest.switch()
+        guest.sim.write("reorder", "Y")
+        guest.receives(60)
+        guest.device.halt()
+        assert guest.device.state is State.RESET
+        guest.sim.write("reorder", "N")
+        guest.start()
+        guest.receives(60)
+    guest.settle()
+
+
 @pytest.mark.parametrize(("threads", "busy_poll"), [(2, 0.0), (4, 0.001), (9, 0.0)])
 def test_pairs_are_spread_over_threads(make: Make, threads: int, busy_poll: float) -> None:
     guest = make(4)

@@ -225,7 +225,8 @@ def is_resumed(world: World, killed: str) -> None:
     world.here.call("drop_stopped")
     world.here.call("take", path, world.paths[world.here.name])
     assert not path.exists()
-    world.there = world.fork(world.there.name)
+    if killed:
+        world.there = world.fork(world.there.name)
 
 
 def is_lost(world: World, killed: str) -> None:
