@@ -10,12 +10,15 @@
  * Frames are kept so small that the copy stays in the CPU's cache.
  */
 #define _GNU_SOURCE
+#include <sched.h>
 #include <sys/socket.h>
 
 #include "ring_access.h"
 #include "cdefs.h"
 
 #define MOMENT_MS 1
+#define SPIN_NS 30000LL
+#define YIELD_NS 5000LL	/* more than recv and sched_yield take if nobody else runs */
 #define GRACE_NS 1000000000LL	/* without a byte, until cancelling does not wait for a frame's end */
 #define CREDIT_NS 50000000LL	/* time not used for sending that the limit lets one make up for */
 
@@ -424,13 +427,35 @@ int pages_apply(struct page_receiver *r)
 	return MOVE_DONE;
 }
 
+/*
+ * Receive; if nothing is there look again for a while. To wake who sleeps
+ * mostly costs the sender more time than the next bytes take to come. Once
+ * somebody else wanted this CPU, it is left to him.
+ */
+static ssize_t recv_soon(int fd, void *to, uint64_t size, int flags)
+{
+	int64_t last, now = now_ns();
+	const int64_t until = now + SPIN_NS;
+	ssize_t n;
+
+	do {
+		n = recv(fd, to, size, flags | MSG_DONTWAIT);
+		if (n >= 0 || errno != EAGAIN)
+			return n;
+		last = now;
+		sched_yield();
+		now = now_ns();
+	} while (now < until && now - last < YIELD_NS);
+	errno = EAGAIN;
+	return n;
+}
+
 static int read_frame(struct page_receiver *r, int fd, int64_t deadline)
 {
 	const uint64_t size = FRAME_HEADER + r->length;
 
 	while (r->got < size) {
-		ssize_t n = recv(fd, r->frame + r->at + r->got, size - r->got,
-				 MSG_DONTWAIT);
+		ssize_t n = recv_soon(fd, r->frame + r->at + r->got, size - r->got, 0);
 		int result;
 
 		if (n > 0) {
@@ -461,7 +486,7 @@ static int next_header(struct page_receiver *r, int fd)
 {
 	struct pollfd polled = { fd, POLLIN, 0 };
 	uint8_t header[FRAME_HEADER];
-	ssize_t n = recv(fd, header, sizeof(header), MSG_PEEK | MSG_DONTWAIT);
+	ssize_t n = recv_soon(fd, header, sizeof(header), MSG_PEEK);
 
 	if (n < 0 && errno == EAGAIN && poll(&polled, 1, MOMENT_MS) > 0)
 		n = recv(fd, header, sizeof(header), MSG_PEEK | MSG_DONTWAIT);
