@@ -19,6 +19,7 @@
 #include "cdefs.h"
 
 #define NSEC_PER_SEC 1000000000LL
+#define RING_MAX 32768	/* virtio 1.3, 2.7 */
 
 static inline uint16_t load_once16(const uint16_t *p)
 {

@@ -140,14 +140,40 @@ static int matches_in_order(const struct vring *ring, uint16_t since)
 	return 1;
 }
 
+/*
+ * Whether a head is twice among those that are open if the device keeps order.
+ * A driver gives a head again only when it was used: the first of the two was,
+ * and something before it was not. A driver that refills its ring leaves
+ * nothing else to see. Slots between the indices are not written meanwhile.
+ */
+static int open_twice(const struct vring *ring)
+{
+	uint64_t seen[RING_MAX / 64] = { 0 };
+	uint16_t avail, k;
+
+	vring_indices(ring, &avail, &k);
+	if ((uint16_t)(avail - k) > ring->num)
+		return 0;
+	for (; k != avail; k++) {
+		const uint16_t head = load_once16(&ring->avail->ring[k & (ring->num - 1)]);
+
+		if (head >= ring->num)
+			continue;
+		if (seen[head / 64] & 1ULL << (head % 64))
+			return 1;
+		seen[head / 64] |= 1ULL << (head % 64);
+	}
+	return 0;
+}
+
 int vring_in_order(const struct vring *ring, uint16_t since, int64_t deadline)
 {
 	while (!matches_in_order(ring, since)) {
-		if (now_ns() >= deadline)
+		if (now_ns() >= deadline || open_twice(ring))
 			return 0;
 		poll(NULL, 0, 1);
 	}
-	return 1;
+	return !open_twice(ring);
 }
 
 void svq_start(struct svq *q)
@@ -634,7 +660,7 @@ uint16_t svq_in_flight(const struct svq *q, uint16_t *heads)
 
 uint16_t svq_republish(struct svq *q)
 {
-	uint16_t heads[32768];
+	uint16_t heads[RING_MAX];
 	uint16_t n = svq_in_flight(q, heads), k;
 
 	for (k = 0; k < n; k++)

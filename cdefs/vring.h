@@ -29,7 +29,8 @@ void vring_indices(const struct vring *ring, uint16_t *avail, uint16_t *used);
 /*
  * Whether a device that stands still has used what it was given in the order
  * in which it was given, from the used index since on, as far as the rings
- * still show. A driver that runs writes slots before it publishes them, so
+ * still show: slots that the driver has not written again match, and no head
+ * is open twice. A driver that runs writes slots before it publishes them, so
  * what does not match is looked at again until deadline (CLOCK_MONOTONIC, ns).
  */
 int vring_in_order(const struct vring *ring, uint16_t since, int64_t deadline);
