@@ -24,3 +24,7 @@ class LabError(Exception):
         if self.next_step:
             lines.append(f"  next: {self.next_step}")
         return "\n".join(lines)
+
+
+class NotBooted(LabError):
+    """A VM did not get as far as its first own program: nothing of the project had run in it."""

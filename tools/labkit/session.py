@@ -123,13 +123,7 @@ class Session:
         chosen = self.set_up(request.kernel, command)
         with self.using():
             spec = self.spec(request, chosen, self.mode(request, chosen))
-            with (
-                vm.Machine(spec, output.writer(1), output.writer(2)) as machine,
-                selectors.DefaultSelector() as selector,
-            ):
-                vm.drive([machine], selector, _ignore)
-        assert machine.status is not None
-        return machine.status
+            return vm.run(spec, output.writer(1), output.writer(2), self.progress.say)
 
     def shell(self, request: Request) -> int:
         """Give the user an interactive shell in a VM."""

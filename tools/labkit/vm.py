@@ -14,7 +14,7 @@ from labkit import qemu
 from labkit.chroot import PATH
 from labkit.devices import Plan
 from labkit.environment import INSIDE
-from labkit.errors import EXIT_TIMEOUT, LabError
+from labkit.errors import EXIT_TIMEOUT, LabError, NotBooted
 from labkit.images import Cpio
 
 GUEST = Path(__file__).with_name("guest")
@@ -131,6 +131,7 @@ class Machine:
     def __init__(self, spec: Spec, out: Sink, err: Sink) -> None:
         self.spec = spec
         self.status: int | None = None
+        self.booted = False
         self.started_after: float | None = None
         self._sinks = {qemu.OUT: out, qemu.ERR: err}
         self._received = {qemu.OUT: 0, qemu.ERR: 0}
@@ -233,7 +234,9 @@ class Machine:
 
     def _report(self, line: str) -> None:
         word, _, rest = line.partition(" ")
-        if word == "started":
+        if word == "booted":
+            self.booted = True
+        elif word == "started":
             self.started_after = time.monotonic() - self._begin
         elif word == "failed":
             raise LabError(f"the VM could not make its devices: {rest}", self._console(), self._look())
@@ -260,12 +263,11 @@ class Machine:
         if self._process is not None and self._process.poll() is not None and len(self._closed) == len(self._sockets):
             raise self._death()
         limit = self.spec.boot_limit or BOOT_LIMIT_S[self.spec.mode]
+        boot = self.spec.boot_limit or limit / 2
+        if not self.booted and now - self._begin > boot:
+            raise NotBooted(f"the VM did not boot within {boot:.0f} s", self._console(), self._look())
         if self.started_after is None and now - self._begin > limit:
-            raise LabError(
-                f"the VM did not get to its command within {limit:.0f} s",
-                self._console(),
-                self._look(),
-            )
+            raise LabError(f"the VM did not get to its command within {limit:.0f} s", self._console(), self._look())
         if self.spec.timeout is not None and self.started_after is not None:
             over = now - self._begin - self.started_after - self.spec.timeout
             if over > 0 and self.status is None:
@@ -287,7 +289,8 @@ class Machine:
             what = f"the VM ended before its command started (QEMU's status {self._process.returncode})"
         else:
             what = "the VM stopped before the command ended"
-        return LabError(what, "\n".join(part for part in (said, console) if part), self._look())
+        kind = LabError if self.booted else NotBooted
+        return kind(what, "\n".join(part for part in (said, console) if part), self._look())
 
     def _console(self) -> str:
         try:
@@ -316,6 +319,33 @@ def drive(machines: Sequence[Machine], selector: selectors.BaseSelector, idle: C
                 idle(key.data)
         for machine in machines:
             machine.check()
+
+
+def run(spec: Spec, out: Sink, err: Sink, tell: Callable[[str], None]) -> int:
+    """Run a VM's command; return its exit status.
+
+    An emulated VM that does not boot is started once more, and that is told:
+    in one boot of some hundred the emulator loses a timer's interrupt or trips
+    over the kernel's patching of its own code. What comes after the kernel's
+    boot, which is all of the project's own, is never tried again.
+    """
+    try:
+        return _run(spec, out, err)
+    except NotBooted as e:
+        if spec.mode == "kvm":
+            raise
+        log = spec.console_log.with_name(f"{spec.console_log.name}-not-booted")
+        if spec.console_log.exists():
+            spec.console_log.replace(log)
+        tell(f"{e.what}; starting it once more (the console of the first: {log})")
+        return _run(spec, out, err)
+
+
+def _run(spec: Spec, out: Sink, err: Sink) -> int:
+    with Machine(spec, out, err) as machine, selectors.DefaultSelector() as selector:
+        drive([machine], selector, lambda _: None)
+    assert machine.status is not None
+    return machine.status
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from labkit import devices, qemu, vm
+from labkit.errors import LabError, NotBooted
 
 
 def spec(**changes):
@@ -75,3 +76,75 @@ def test_virtual_time():
 @pytest.mark.parametrize("name", ["init.sh", "main.sh"])
 def test_scripts_of_the_vm_are_well_formed(name):
     subprocess.run(["sh", "-n", str(vm.GUEST / name)], check=True)
+
+
+def silent(_):
+    pass
+
+
+class Boots:
+    """Stands for Machine, whose emulator fails only once in some hundred boots: what each next VM comes to."""
+
+    def __init__(self, spec, *outcomes):
+        self.spec, self.outcomes, self.told = spec, list(outcomes), []
+
+    def __call__(self, spec, out, err):
+        assert spec is self.spec
+        spec.console_log.write_text(f"{len(self.outcomes)} to go")
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def register(self, selector):
+        pass
+
+    finished = False
+
+    def check(self):
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        self.finished, self.status = True, outcome
+
+    def run(self, monkeypatch):
+        monkeypatch.setattr(vm, "Machine", self)
+        return vm.run(self.spec, silent, silent, self.told.append)
+
+
+def test_an_emulated_vm_that_does_not_boot_is_started_once_more(tmp_path, monkeypatch):
+    boots = Boots(spec(console_log=tmp_path / "console"), NotBooted("no boot"), 3)
+    assert boots.run(monkeypatch) == 3
+    assert boots.told == [f"no boot; starting it once more (the console of the first: {tmp_path}/console-not-booted)"]
+    assert (tmp_path / "console-not-booted").read_text() == "2 to go"
+
+
+@pytest.mark.parametrize(
+    ("mode", "outcomes"),
+    [
+        ("tcg", [NotBooted("no boot"), NotBooted("no boot again")]),
+        ("tcg", [LabError("booted, and then not")]),
+        ("kvm", [NotBooted("no boot")]),
+    ],
+)
+def test_nothing_else_is_tried_again(tmp_path, monkeypatch, mode, outcomes):
+    boots = Boots(spec(console_log=tmp_path / "console", mode=mode), *outcomes)
+    with pytest.raises(LabError) as caught:
+        boots.run(monkeypatch)
+    assert caught.value is outcomes[-1]
+    assert not boots.outcomes
+
+
+@pytest.mark.parametrize(("reached", "after", "kind"), [("", 91, NotBooted), ("booted", 181, LabError)])
+def test_a_vm_has_its_time_to_boot_and_to_begin(reached, after, kind):
+    machine = vm.Machine(spec(), silent, silent)
+    if reached:
+        machine._report(reached)
+    machine.check()
+    machine._begin -= after
+    with pytest.raises(LabError) as caught:
+        machine.check()
+    assert type(caught.value) is kind
