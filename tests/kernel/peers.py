@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ class Failed(Exception):
 
 
 # -- inside the process ---------------------------------------------------------------
+
+
+@contextmanager
+def interruptible(cancel: Cancel) -> Iterator[None]:
+    """Let Ctrl-C cancel what is done here, also one that came before it began; nowhere else is it heard."""
+    with cancel.on_signals():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 class Worker:
@@ -91,7 +103,7 @@ class Worker:
         assert self.guest is not None
         with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=20.0) as channel:
             source = Source(self.guest, self.devices, channel, cancel, options, self.holding(hold_at))
-            with cancel.on_signals():
+            with interruptible(cancel):
                 sent = source.run()
         frames = self.guest.counts()
         self.close()
@@ -100,7 +112,7 @@ class Worker:
     def receive(self, paths: list[str], hold_at: str, fd: int) -> dict[str, Any]:
         with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=20.0) as channel:
             destination = Destination(paths, channel, cancel, folder=self.folder, observer=self.holding(hold_at))
-            with cancel.on_signals():
+            with interruptible(cancel):
                 arrived = destination.run()
         return self._own(arrived)
 
@@ -175,7 +187,7 @@ class Peer:
             status = 1
             try:
                 self.control.close()
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 Worker(theirs, folder).serve()
                 status = 0
             except BaseException:
