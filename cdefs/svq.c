@@ -168,12 +168,18 @@ static int open_twice(const struct vring *ring)
 
 int vring_in_order(const struct vring *ring, uint16_t since, int64_t deadline)
 {
-	while (!matches_in_order(ring, since)) {
-		if (now_ns() >= deadline || open_twice(ring))
+	for (;;) {
+		/* in this order: what a refill takes from the first, the second sees */
+		const int matches = matches_in_order(ring, since);
+
+		if (open_twice(ring))
+			return 0;
+		if (matches)
+			return 1;
+		if (now_ns() >= deadline)
 			return 0;
 		poll(NULL, 0, 1);
 	}
-	return !open_twice(ring);
 }
 
 void svq_start(struct svq *q)

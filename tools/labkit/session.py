@@ -1,6 +1,7 @@
 """What every sub-command that runs something shares: set-up on demand, and running a command in a VM."""
 
 import contextlib
+import itertools
 import os
 import selectors
 import sys
@@ -45,6 +46,7 @@ class Session:
         self.progress = progress or Progress()
         self.tree = Tree(self.cache, self.progress)
         self.environment = Environment(self.cache, self.tree, PROJECT, self.progress)
+        self._specs = itertools.count(1)
 
     def set_up(self, wanted: str, command: str, refresh: bool = False) -> Kernel:
         """Make all that a run needs; return at once when it is all there."""
@@ -85,10 +87,9 @@ class Session:
         spec = self.spec(Request(command=["true"], devices=["none"]), chosen, "kvm", "proof")
         begin = time.monotonic()
         spec = replace(spec, boot_limit=limit, timeout=limit)
-        with vm.Machine(spec, _ignore, _ignore) as machine, selectors.DefaultSelector() as selector:
-            vm.drive([machine], selector, _ignore)
-        if machine.status != 0:
-            raise LabError(f"`true` ended with status {machine.status}")
+        status = vm.run_once(spec, _ignore, _ignore)
+        if status != 0:
+            raise LabError(f"`true` ended with status {status}")
         self.progress.say(f"it does, {seconds(time.monotonic() - begin)}")
 
     def spec(self, request: Request, chosen: Kernel, mode: str, name: str = "lab") -> vm.Spec:
@@ -107,7 +108,7 @@ class Session:
             disks=disks,
             devices=plan,
             modules=modules.build_own(self.tree, chosen, PROJECT, plan),
-            console_log=self.cache.log(f"console-{name}-{os.getpid()}"),
+            console_log=self.cache.log(f"console-{name}-{os.getpid()}-{next(self._specs)}"),
             mode=mode,
             cpus=request.cpus,
             memory=request.memory,

@@ -322,26 +322,26 @@ def drive(machines: Sequence[Machine], selector: selectors.BaseSelector, idle: C
 
 
 def run(spec: Spec, out: Sink, err: Sink, tell: Callable[[str], None]) -> int:
-    """Run a VM's command; return its exit status.
+    """Do as run_once(), and start an emulated VM that does not boot once more, which is told.
 
-    An emulated VM that does not boot is started once more, and that is told:
-    in one boot of some hundred the emulator loses a timer's interrupt or trips
+    In one boot of some hundred the emulator loses a timer's interrupt or trips
     over the kernel's patching of its own code. What comes after the kernel's
     boot, which is all of the project's own, is never tried again.
     """
     try:
-        return _run(spec, out, err)
+        return run_once(spec, out, err)
     except NotBooted as e:
         if spec.mode == "kvm":
             raise
-        log = spec.console_log.with_name(f"{spec.console_log.name}-not-booted")
+        log = spec.console_log.with_stem(f"{spec.console_log.stem}-not-booted")
         if spec.console_log.exists():
             spec.console_log.replace(log)
         tell(f"{e.what}; starting it once more (the console of the first: {log})")
-        return _run(spec, out, err)
+        return run_once(spec, out, err)
 
 
-def _run(spec: Spec, out: Sink, err: Sink) -> int:
+def run_once(spec: Spec, out: Sink, err: Sink) -> int:
+    """Run a VM's command; return its exit status."""
     with Machine(spec, out, err) as machine, selectors.DefaultSelector() as selector:
         drive([machine], selector, lambda _: None)
     assert machine.status is not None
