@@ -8,9 +8,7 @@
 Opening a device resets it, and a device has one user at a time.
 """
 
-from .chardev import VhostVdpa
-from .device import State, VdpaNetDevice
-from .errors import (
+from .base.errors import (
     DeviceBusy,
     DeviceClosed,
     KernelError,
@@ -25,15 +23,17 @@ from .errors import (
     QueueBroken,
     VhostVdpaError,
 )
-from .iotlb import AddressSpace, Iotlb, Limits
-from .memory import GuestMemory
-from .mgmt import list_devices
-from .migration.guest import GuestOptions
+from .base.uapi import Access, BackendFeature, Status
+from .chardev.door import VhostVdpa
+from .chardev.iotlb import AddressSpace, Iotlb, Limits
+from .device.net import State, VdpaNetDevice
+from .guest.synthetic import GuestOptions
+from .host.mgmt import list_devices
+from .memory.guest import GuestMemory
 from .migration.local import Options, migrate
 from .migration.source import SendOptions
-from .probe import Probe
-from .trace import Event, Trace
-from .uapi import Access, BackendFeature, Status
+from .probe.probe import Probe
+from .trace.recorder import Event, Trace
 
 __version__ = "0.1.0"
 

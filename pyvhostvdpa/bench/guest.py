@@ -8,16 +8,16 @@ import time
 from contextlib import ExitStack
 
 from .._cdefs import lib
-from ..closing import Closing
-from ..device import State, VdpaNetDevice
-from ..errors import MissingFeature
-from ..memory import DEFAULT_GPA, GuestMemory
+from ..base.closing import Closing
+from ..base.errors import MissingFeature
+from ..device.net import State, VdpaNetDevice
+from ..guest.nic import GuestNic, NicOptions
+from ..memory.guest import DEFAULT_GPA, GuestMemory
 from ..net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
 from ..net.control_queue import GuestControl
 from ..net.features import CONTROL, SUPPORTED
-from ..net.nic import GuestNic, NicOptions
-from ..proofs import NotProved
-from ..trace import Trace
+from ..probe.proofs import NotProved
+from ..trace.recorder import Trace
 from ..virtqueue.layout import indices
 
 MEMORY = 64 << 20
@@ -26,7 +26,7 @@ _SLICE_NS = 10_000_000
 
 
 class BenchGuest(Closing):
-    """``pairs`` queue pairs; :class:`~pyvhostvdpa.errors.MissingFeature` if the device has not that many."""
+    """``pairs`` queue pairs; :class:`~pyvhostvdpa.MissingFeature` if the device has not that many."""
 
     def __init__(self, path: str | os.PathLike[str], pairs: int = 1, frame_size: int = 256) -> None:
         self._stack = ExitStack()

@@ -16,15 +16,15 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from ..burst import Burst
-from ..chardev import IotlbMessage, IotlbWriteError
-from ..device import VdpaNetDevice
-from ..errors import MissingFeature
-from ..iotlb import Limits
-from ..memory import PAGE_SIZE
-from ..proofs import NotProved
-from ..rejection import likely_cause
-from ..uapi import IotlbType
+from ..base.errors import MissingFeature
+from ..base.uapi import IotlbType
+from ..chardev.burst import Burst
+from ..chardev.door import IotlbMessage, IotlbWriteError
+from ..chardev.iotlb import Limits
+from ..chardev.rejection import likely_cause
+from ..device.net import VdpaNetDevice
+from ..memory.guest import PAGE_SIZE
+from ..probe.proofs import NotProved
 from .memory import Backing, BenchMemory
 from .plan import (
     Mode,
@@ -118,10 +118,10 @@ def run(
     """Measure and return the report. The device is reset, and reset again and closed in the end.
 
     Ctrl-C ends it early: what was measured so far is returned, marked
-    ``partial``. Raises :class:`~pyvhostvdpa.errors.MissingFeature` if nothing
-    of what was asked can be measured, :class:`~pyvhostvdpa.proofs.NotProved`
+    ``partial``. Raises :class:`~pyvhostvdpa.MissingFeature` if nothing
+    of what was asked can be measured, :class:`~pyvhostvdpa.probe.proofs.NotProved`
     if a map that the kernel accepted does not lead to memory, and
-    :class:`~pyvhostvdpa.chardev.IotlbWriteError` for one it did not accept.
+    :class:`~pyvhostvdpa.chardev.door.IotlbWriteError` for one it did not accept.
     """
     options = options or Options()
     with ExitStack() as stack:

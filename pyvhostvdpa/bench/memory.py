@@ -13,10 +13,10 @@ import os
 import random
 from collections.abc import Callable
 
-from .. import hugepages
 from .._cdefs import lib
-from ..errors import MissingFeature
-from ..memory import PAGE_SIZE, MappedMemory, check_available
+from ..base.errors import MissingFeature
+from ..memory import hugepages
+from ..memory.guest import PAGE_SIZE, MappedMemory, check_available
 
 _STEP = 4096
 """Pages allocated between two words of progress."""
@@ -85,7 +85,7 @@ def unavailable(size: int, page: Page, backing: Backing) -> tuple[str, str]:
 
 
 class BenchMemory(MappedMemory):
-    """``size`` bytes of memory as told, every page allocated. Raises :class:`~pyvhostvdpa.errors.MissingFeature`."""
+    """``size`` bytes of memory as told, every page allocated. Raises :class:`~pyvhostvdpa.MissingFeature`."""
 
     def __init__(
         self,

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ..chardev import IotlbMessage
-from ..errors import MapRejected, MissingFeature
-from ..iotlb import Limits
-from ..memory import DEFAULT_GPA, HUGE_PAGE, PAGE_SIZE, allow_pinning
-from ..uapi import Access, IotlbType
+from ..base.errors import MapRejected, MissingFeature
+from ..base.uapi import Access, IotlbType
+from ..chardev.door import IotlbMessage
+from ..chardev.iotlb import Limits
+from ..memory.guest import DEFAULT_GPA, HUGE_PAGE, PAGE_SIZE, allow_pinning
 from .memory import Backing, Layout, Page, unavailable
 from .prover import SIZE as RINGS
 
@@ -178,7 +178,7 @@ def points(options: Options) -> Iterator[Point]:
 
 
 def check(options: Options, limits: Limits) -> None:
-    """Raise :class:`~pyvhostvdpa.errors.MissingFeature` for what no point could be measured with."""
+    """Raise :class:`~pyvhostvdpa.MissingFeature` for what no point could be measured with."""
     if not 0 <= options.asid < limits.as_num:
         raise MissingFeature(
             f"ASID {options.asid}: the device has {limits.as_num} address space{'s' * (limits.as_num > 1)}",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingFeature
+from ..base.errors import MissingFeature
 from .plan import Mode, in_words
 from .report import MapReport, Result
 
@@ -28,7 +28,7 @@ _End = tuple[str, str, float, float]
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
-    """Raise :class:`~pyvhostvdpa.errors.MissingFeature` beforehand if a picture cannot be drawn, or not there."""
+    """Raise :class:`~pyvhostvdpa.MissingFeature` beforehand if a picture cannot be drawn, or not there."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingFeature(
             "--plot needs matplotlib, which is not installed",

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from .. import mgmt
 from .._cdefs import ffi, lib
-from ..device import VdpaNetDevice
-from ..errors import KernelError, MissingFeature
-from ..memory import HUGE_PAGE, PAGE_SIZE, SharedMemory
-from ..proofs import NotProved
-from ..uapi import Access, BackendFeature, Status, names
+from ..base.errors import KernelError, MissingFeature
+from ..base.uapi import Access, BackendFeature, Status, names
+from ..device.net import VdpaNetDevice
+from ..host import mgmt
+from ..memory.guest import HUGE_PAGE, PAGE_SIZE, SharedMemory
+from ..probe.proofs import NotProved
 from ..virtqueue.layout import SplitLayout, fill_vring
 
 SIZE = HUGE_PAGE

@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 
-from .. import mgmt
-from ..device import VdpaNetDevice
-from ..errors import MissingFeature
-from ..uapi import names
+from ..base.errors import MissingFeature
+from ..base.uapi import names
+from ..device.net import VdpaNetDevice
+from ..host import mgmt
 from .memory import Layout, Page
 from .plan import Mode, Options, Point, Refusal
 from .stats import Fit, Summary, fit
@@ -181,7 +181,7 @@ class Change:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a stored report; :class:`~pyvhostvdpa.errors.MissingFeature` if it is none."""
+    """Read a stored report; :class:`~pyvhostvdpa.MissingFeature` if it is none."""
     try:
         stored = json.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..device import VdpaNetDevice
-from ..errors import KernelError, errno_text
-from ..memory import DEFAULT_GPA
-from ..uapi import IOCTLS, Status, VdpaConfig, VringAddr, VringFile, VringState
+from ..base.errors import KernelError, errno_text
+from ..base.uapi import IOCTLS, Status, VdpaConfig, VringAddr, VringFile, VringState
+from ..device.net import VdpaNetDevice
+from ..memory.guest import DEFAULT_GPA
 from .report import place
 from .stats import percentile
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._cdefs import ffi, lib
-from ..device import State
-from ..memory import PAGE_SIZE
-from ..net.traffic import Traffic
-from ..proofs import NotProved
-from ..virtqueue.driver import GuestArena, place_queue
+from ..device.net import State
+from ..guest.arena import GuestArena, place_queue
+from ..guest.traffic import Traffic
+from ..memory.guest import PAGE_SIZE
+from ..probe.proofs import NotProved
 from ..virtqueue.layout import map_queue
 from .guest import BenchGuest
 from .report import place
@@ -88,8 +88,8 @@ def run(
 ) -> ShadowReport:
     """Measure ``rounds`` times ``seconds`` of traffic in each mode, and ``frames`` single frames. The device is reset.
 
-    Raises :class:`~pyvhostvdpa.proofs.NotProved` if frames do not come back,
-    or not all of them, :class:`~pyvhostvdpa.errors.MissingFeature` if the
+    Raises :class:`~pyvhostvdpa.probe.proofs.NotProved` if frames do not come back,
+    or not all of them, :class:`~pyvhostvdpa.MissingFeature` if the
     device cannot be suspended.
     """
     costs = [ModeCost(mode) for mode in MODES]

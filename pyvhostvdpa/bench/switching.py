@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..migration.downtime import interval
-from ..uapi import BackendFeature
+from ..base.uapi import BackendFeature
+from ..trace.downtime import interval
 from .guest import BenchGuest
 from .report import place
 from .stats import Summary, summarize
@@ -65,8 +65,8 @@ def run(
 ) -> SwitchReport:
     """Measure, by default with 1, 2, 4 … pairs up to what the device has. It is reset.
 
-    Raises :class:`~pyvhostvdpa.errors.MissingFeature` if it has not that many
-    or cannot be suspended, :class:`~pyvhostvdpa.proofs.NotProved` if it does
+    Raises :class:`~pyvhostvdpa.MissingFeature` if it has not that many
+    or cannot be suspended, :class:`~pyvhostvdpa.probe.proofs.NotProved` if it does
     not go on after a start or a resume.
     """
     costs: list[SwitchCost] = []

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from ..errors import MigrationCancelled, VhostVdpaError
+from ..base.errors import MigrationCancelled, VhostVdpaError
 from . import bench as bench_command
 from . import dev as dev_command
 from . import doctor as doctor_command

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .. import mgmt
+from ..base.errors import MissingFeature
 from ..bench import map as bench_map
 from ..bench import plot, requests, shadow, switching
 from ..bench.memory import Backing, Layout, Page
 from ..bench.plan import Mode, Options, default_memory, in_words
 from ..bench.report import Change, MapReport, compare, load
-from ..errors import MissingFeature
-from ..net.nic import MIN_FRAME
+from ..guest.nic import MIN_FRAME
+from ..host import mgmt
 from .table import table
 from .units import count, seconds, size
 

@@ -7,9 +7,9 @@ import argparse
 import json
 from typing import Any
 
-from .. import mgmt
-from ..errors import MissingFeature
-from ..machine import gather
+from ..base.errors import MissingFeature
+from ..host import mgmt
+from ..host.machine import gather
 from .table import table
 
 SCHEMA = "pyvhostvdpa/dev/1"

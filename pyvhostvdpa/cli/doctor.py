@@ -7,9 +7,9 @@ import argparse
 import json
 from typing import Any
 
-from ..doctor import Finding, Level, Plan, examine, healthy, to_dict
-from ..errors import MissingFeature
-from ..machine import gather
+from ..base.errors import MissingFeature
+from ..host.doctor import Finding, Level, Plan, examine, healthy, to_dict
+from ..host.machine import gather
 from .units import size
 
 EPILOG = """exit status: 0 if nothing FAILs (with --strict: nothing WARNs either), else 1"""
@@ -25,7 +25,7 @@ def register(commands: Any) -> None:
         epilog=EPILOG,
     )
     parser.add_argument("device", metavar="DEV", nargs="?", help="chardev or vDPA name (default: all)")
-    parser.add_argument("--json", "-j", action="store_true", help="print JSON, schema pyvhostvdpa/doctor/1")
+    parser.add_argument("--json", "-j", action="store_true", help="print JSON, schema pyvhostvdpa/host/doctor/1")
     parser.add_argument("--strict", action="store_true", help="exit 1 on WARN too")
     parser.add_argument("--memory", type=size, default="1G", help="guest memory to reckon with (default %(default)s)")
     parser.set_defaults(run=run)

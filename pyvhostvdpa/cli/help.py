@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..reference import text, topics
+from .reference import text, topics
 
 
 def register(commands: Any) -> None:

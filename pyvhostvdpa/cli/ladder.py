@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingFeature
-from ..memory import PAGE_SIZE
-from ..migration.ladder import LadderOptions, ladder
-from ..migration.ladder_report import LadderReport, RowResult
-from ..migration.plan import PLANS, Plan, plan
-from ..migration.stage import Given, Simulated, Supply
-from ..report import ladder as report_page
+from ..base.errors import MissingFeature
+from ..bench.ladder.report import LadderReport, RowResult
+from ..bench.ladder.rows import PLANS, Plan, plan
+from ..bench.ladder.run import LadderOptions, ladder
+from ..bench.ladder.stage import Given, Simulated, Supply
+from ..bench.page import ladder as report_page
+from ..memory.guest import PAGE_SIZE
 from .table import table
 from .units import count, size
 

@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any
 
-from ..mgmt import SYSFS_DEVICES, list_devices
+from ..host.mgmt import SYSFS_DEVICES, list_devices
 from .table import table
 
 SCHEMA = "pyvhostvdpa/list/1"

@@ -6,10 +6,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..errors import MigrationEnded
+from ..base.errors import MigrationEnded
 from ..migration.local import Options, migrate
 from ..migration.report import Report
-from ..trace import Trace
+from ..trace.recorder import Trace
 from . import tracing
 from .peer import (
     SENDING,

@@ -9,13 +9,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import MigrationRefused
+from ..base.errors import MigrationRefused
+from ..guest.nic import MAX_FRAME, MIN_FRAME, FrameCounts
+from ..guest.synthetic import GuestOptions
 from ..migration.endpoint import Tls
-from ..migration.guest import GuestOptions
 from ..migration.pages import RoundStatistics
 from ..migration.saved import DEFAULT_FOLDER
 from ..migration.source import SendOptions
-from ..net.nic import MAX_FRAME, MIN_FRAME, FrameCounts
 from .table import table
 from .units import count, size
 

@@ -8,9 +8,9 @@ import json
 import sys
 from typing import Any
 
-from .. import mgmt
-from ..probe import Probe, look, probe
-from ..uapi import BackendFeature, names
+from ..base.uapi import BackendFeature, names
+from ..host import mgmt
+from ..probe.probe import Probe, look, probe
 from .table import table
 
 DESCRIPTION = """\
@@ -30,7 +30,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "device", metavar="DEV", nargs="?", help="chardev or vDPA name (default: the only device of this machine)"
     )
-    parser.add_argument("--json", "-j", action="store_true", help="print JSON, schema pyvhostvdpa/probe/1")
+    parser.add_argument("--json", "-j", action="store_true", help="print JSON, schema pyvhostvdpa/probe/probe/1")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--verify", action="store_true", help="prove each feature with real descriptors")
     mode.add_argument("--no-open", action="store_true", help="tell only what can be told without opening the device")

@@ -7,10 +7,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import MigrationEnded
+from ..base.errors import MigrationEnded
 from ..migration.endpoint import Address, check_security, connect
 from ..migration.session import Receiving, Sending, SentReport
-from ..trace import Trace
+from ..trace.recorder import Trace
 from . import tracing
 from .peer import (
     ADDRESS,

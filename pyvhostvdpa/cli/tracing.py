@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from .. import records
-from ..errors import VhostVdpaError
-from ..migration import spans
-from ..report import events, perfetto
-from ..trace import Trace, describe
+from ..base.errors import VhostVdpaError
+from ..trace import events, perfetto, records, spans
+from ..trace.recorder import Trace, describe
 from .table import table
 
 log = logging.getLogger(__name__)

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from ..closing import Closing
-from ..errors import MigrationCancelled
+from ..base.closing import Closing
+from ..base.errors import MigrationCancelled
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def check_cancelled(fd: int) -> None:
-    """Raise :class:`~pyvhostvdpa.errors.MigrationCancelled` if the :class:`Cancel` behind a descriptor is set."""
+    """Raise :class:`~pyvhostvdpa.MigrationCancelled` if the :class:`Cancel` behind a descriptor is set."""
     if _is_set(fd):
         raise MigrationCancelled("cancelled")
 
@@ -48,7 +48,7 @@ class Cancel(Closing):
         return _is_set(self._fd)
 
     def check(self) -> None:
-        """Raise :class:`~pyvhostvdpa.errors.MigrationCancelled` if the user cancelled."""
+        """Raise :class:`~pyvhostvdpa.MigrationCancelled` if the user cancelled."""
         check_cancelled(self._fd)
 
     @contextmanager

@@ -15,9 +15,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..closing import Closing
-from ..device import VdpaNetDevice
-from ..errors import (
+from ..base.closing import Closing
+from ..base.errors import (
     MigrationCancelled,
     MigrationFailed,
     MigrationRefused,
@@ -25,17 +24,18 @@ from ..errors import (
     StreamCorrupt,
     VhostVdpaError,
 )
-from ..memory import PAGE_SIZE, GuestMemory, IovaAllocator, SharedMemory
+from ..base.uapi import names
+from ..device.net import VdpaNetDevice
+from ..device.procedure.base import GUEST_ASID
+from ..guest.state import DeviceShape, DeviceState, GuestShape, GuestState
+from ..guest.synthetic import Guest
+from ..memory.guest import PAGE_SIZE, GuestMemory, IovaAllocator, SharedMemory
 from ..net.features import Feature
-from ..procedure.base import GUEST_ASID
-from ..trace import Trace
-from ..uapi import names
+from ..trace.recorder import Trace
 from .cancel import Cancel
-from .guest import Guest
 from .pages import PAGES, ZERO, PageReceiver
 from .saved import DEFAULT_FOLDER, SavedGuest, check_room, load, save
 from .source import PATIENCE, Observer, Tell, hash_bytes, patience
-from .state import DeviceShape, DeviceState, GuestShape, GuestState
 from .stream import Channel, Frame, Header, words
 
 PHASES = ("handshake", "map", "memory", "load", "ready", "start", "running")
@@ -91,9 +91,9 @@ class Destination:
     def run(self) -> Arrived:
         """Receive a guest and return it running.
 
-        Raises :class:`~pyvhostvdpa.errors.MigrationRefused` if the guest
-        does not fit these devices, :class:`Stray` if none came, :class:`~pyvhostvdpa.errors.MigrationFailed`
-        or :class:`~pyvhostvdpa.errors.MigrationCancelled`; the message says where the guest is. The devices
+        Raises :class:`~pyvhostvdpa.MigrationRefused` if the guest
+        does not fit these devices, :class:`Stray` if none came, :class:`~pyvhostvdpa.MigrationFailed`
+        or :class:`~pyvhostvdpa.MigrationCancelled`; the message says where the guest is. The devices
         are reset and closed then, nothing is left of the guest but, where the
         message says so, a file.
         """

@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from .._cdefs import ffi, lib
-from ..errors import MissingFeature, VhostVdpaError
-from ..memory import GUEST_PAGE, PAGE_SIZE, Gpa, GuestMemory, Region, bitmap_words
+from ..base.errors import MissingFeature, VhostVdpaError
+from ..memory.guest import GUEST_PAGE, PAGE_SIZE, Gpa, GuestMemory, Region, bitmap_words
 
 _PAGEMAP = "/proc/self/pagemap"
 _CLEAR_REFS = "/proc/self/clear_refs"
@@ -30,7 +30,7 @@ _ENTRIES = 1 << 16
 
 
 class PageSet:
-    """A set of guest pages of :data:`~pyvhostvdpa.memory.GUEST_PAGE` bytes, a bit each."""
+    """A set of guest pages of :data:`~pyvhostvdpa.memory.guest.GUEST_PAGE` bytes, a bit each."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self._ranges = [(region.gpa, region.size) for region in memory.regions]

@@ -13,8 +13,8 @@ import socket
 import ssl
 from dataclasses import dataclass
 
-from ..closing import Closing
-from ..errors import MigrationRefused, StreamBroken
+from ..base.closing import Closing
+from ..base.errors import MigrationRefused, StreamBroken
 from .stream import HANDSHAKE_SECONDS, STALL_SECONDS, Channel, read_out, tls_trouble
 
 _TEXT = "unix:PATH or tcp:HOST:PORT"
@@ -39,7 +39,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Return what ``unix:PATH`` or ``tcp:HOST:PORT`` means; :class:`~pyvhostvdpa.errors.MigrationRefused`."""
+        """Return what ``unix:PATH`` or ``tcp:HOST:PORT`` means; :class:`~pyvhostvdpa.MigrationRefused`."""
         kind, _, rest = text.partition(":")
         host, _, port = rest.rpartition(":")
         if kind == "unix" and rest:
@@ -82,7 +82,7 @@ class Tls:
 
 
 def check_security(address: Address, tls: Tls | None, plain: bool) -> None:
-    """Raise :class:`~pyvhostvdpa.errors.MigrationRefused` for TCP without TLS, unless that is said to be meant."""
+    """Raise :class:`~pyvhostvdpa.MigrationRefused` for TCP without TLS, unless that is said to be meant."""
     if not address.local and tls is None and not plain:
         raise MigrationRefused(
             f"{address} without TLS would show the guest's memory to the network",
@@ -125,7 +125,7 @@ def _with_tls(sock: socket.socket, context: ssl.SSLContext, server: bool, name: 
 
 
 def connect(address: Address, tls: Tls | None = None, cancel: int = -1, stall: float = STALL_SECONDS) -> Channel:
-    """Return a greeted channel to a listening destination; :class:`~pyvhostvdpa.errors.MigrationRefused` if none."""
+    """Return a greeted channel to a listening destination; :class:`~pyvhostvdpa.MigrationRefused` if none."""
     try:
         if address.local:
             sock = socket.socket(socket.AF_UNIX)

@@ -23,15 +23,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from .. import records
-from ..errors import MigrationEnded, MigrationFailed
-from ..memory import check_available
-from ..net.nic import FrameCounts
-from ..trace import Trace
+from ..base.errors import MigrationEnded, MigrationFailed
+from ..guest.nic import FrameCounts
+from ..guest.synthetic import GuestOptions
+from ..memory.guest import check_available
+from ..trace import records
+from ..trace.downtime import PhaseCost
+from ..trace.recorder import Trace
 from .cancel import Cancel
-from .downtime import PhaseCost
 from .endpoint import greet_started
-from .guest import GuestOptions
 from .report import Part, Report
 from .session import Sending, SentReport, check_devices
 from .source import Observer, SendOptions, Tell
@@ -65,9 +65,9 @@ def migrate(
     ``trace`` takes what passed the doors of both, also of a migration that failed; ``tell`` gets the
     words of both.
     SIGINT and SIGTERM cancel it from "connect" on until the guest is given
-    away. Raises :class:`~pyvhostvdpa.errors.MigrationRefused` before anything
-    is touched, :class:`~pyvhostvdpa.errors.MigrationFailed` or
-    :class:`~pyvhostvdpa.errors.MigrationCancelled` (with ``report``) if the
+    away. Raises :class:`~pyvhostvdpa.MigrationRefused` before anything
+    is touched, :class:`~pyvhostvdpa.MigrationFailed` or
+    :class:`~pyvhostvdpa.MigrationCancelled` (with ``report``) if the
     guest stayed on the source, and whatever opening or mapping raises.
     """
     options = options or Options()

@@ -5,7 +5,7 @@ A frame is a header of 24 bytes, little-endian: u32 type, u32 count, u64
 length, u64 sum; then ``length`` bytes whose :func:`stream_sum` is ``sum``.
 PAGES carries ``count`` runs of (u64 gpa, u64 length) and then what they hold,
 ZERO the runs alone. Runs are whole pages of
-:data:`~pyvhostvdpa.memory.GUEST_PAGE` bytes and lie in one region each; a
+:data:`~pyvhostvdpa.memory.guest.GUEST_PAGE` bytes and lie in one region each; a
 frame has at most 1,024 of them, 4 MiB of data, or 64 MiB of zeros.
 """
 
@@ -18,8 +18,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from .._cdefs import ffi, lib
-from ..errors import MigrationCancelled, StreamBroken, StreamCorrupt
-from ..memory import GUEST_PAGE, GuestMemory
+from ..base.errors import MigrationCancelled, StreamBroken, StreamCorrupt
+from ..memory.guest import GUEST_PAGE, GuestMemory
 from .dirty import PageSet
 
 Buffer = bytes | bytearray | memoryview

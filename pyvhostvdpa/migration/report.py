@@ -11,12 +11,12 @@ from typing import Any
 
 import psutil
 
-from .. import mgmt
-from ..device import VdpaNetDevice
-from ..net.nic import FrameCounts
-from ..uapi import names
+from ..base.uapi import names
+from ..device.net import VdpaNetDevice
+from ..guest.nic import FrameCounts
+from ..host import mgmt
+from ..trace.downtime import PhaseCost
 from ..virtqueue.layout import GuestQueue
-from .downtime import PhaseCost
 from .source import Sent
 
 SCHEMA = "pyvhostvdpa/migrate/1"

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import MigrationFailed, MigrationRefused, StreamCorrupt
-from ..memory import GuestMemory, Progress
+from ..base.errors import MigrationFailed, MigrationRefused, StreamCorrupt
+from ..guest.state import MAX_DEVICES, DeviceState, GuestShape, GuestState
+from ..memory.guest import GuestMemory, Progress
 from .pages import memory_hash
-from .state import MAX_DEVICES, DeviceState, GuestShape, GuestState
 from .stream import MAX_CONTROL
 
 DEFAULT_FOLDER = Path("/var/lib/pyvhostvdpa")
@@ -39,7 +39,7 @@ class SavedGuest:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Make ``folder`` and raise :class:`~pyvhostvdpa.errors.MigrationRefused` if a guest of ``size`` does not fit."""
+    """Make ``folder`` and raise :class:`~pyvhostvdpa.MigrationRefused` if a guest of ``size`` does not fit."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         room = os.statvfs(folder)
@@ -94,9 +94,9 @@ def _write(file: BinaryIO, saved: SavedGuest, memory: GuestMemory) -> None:
 def load(path: Path, progress: Progress = lambda done: None) -> tuple[SavedGuest, GuestMemory]:
     """Return the guest in a file, and its memory, which is the caller's to close.
 
-    Raises :class:`~pyvhostvdpa.errors.MigrationRefused` if there is no such
-    file, :class:`~pyvhostvdpa.errors.StreamCorrupt` if it is none of ours or
-    damaged, :class:`~pyvhostvdpa.errors.MissingFeature` without the memory.
+    Raises :class:`~pyvhostvdpa.MigrationRefused` if there is no such
+    file, :class:`~pyvhostvdpa.StreamCorrupt` if it is none of ours or
+    damaged, :class:`~pyvhostvdpa.MissingFeature` without the memory.
     """
     try:
         with path.open("rb") as file:

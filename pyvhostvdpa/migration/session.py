@@ -11,20 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import mgmt
-from ..chardev import check_path
-from ..device import VdpaNetDevice
-from ..errors import MigrationEnded, MigrationRefused, VhostVdpaError
-from ..memory import Progress, check_available
+from ..base.errors import MigrationEnded, MigrationRefused, VhostVdpaError
+from ..chardev.door import check_path
+from ..device.net import VdpaNetDevice
+from ..guest.nic import MAX_FRAME, MIN_FRAME, FrameCounts
+from ..guest.synthetic import Guest, GuestOptions
+from ..host import mgmt
+from ..memory.guest import Progress, check_available
 from ..net.features import CONTROL, SUPPORTED
-from ..net.nic import MAX_FRAME, MIN_FRAME, FrameCounts
-from ..trace import Trace
+from ..trace.downtime import DT1, DT2, PHASES, PhaseCost, cost, interval, milliseconds
+from ..trace.recorder import Trace
 from .cancel import Cancel
 from .destination import Arrived, Destination, Stray, take
 from .dirty import probe_interface
-from .downtime import DT1, DT2, PHASES, PhaseCost, cost, interval, milliseconds
 from .endpoint import Inherited, Listener, NoPeer
-from .guest import Guest, GuestOptions
 from .report import Drops, Part, downtimes, environment
 from .saved import DEFAULT_FOLDER, check_room
 from .source import Observer, SendOptions, Sent, Source, Tell

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..device import State, VdpaNetDevice
-from ..errors import (
+from ..base.errors import (
     MigrationCancelled,
     MigrationFailed,
     MigrationRefused,
@@ -24,15 +23,16 @@ from ..errors import (
     StreamCorrupt,
     VhostVdpaError,
 )
-from ..memory import GuestMemory
-from ..uapi import BackendFeature, names
+from ..base.uapi import BackendFeature, names
+from ..device.net import State, VdpaNetDevice
+from ..guest.state import ID_BYTES, GuestShape
+from ..guest.synthetic import Guest
+from ..memory.guest import GuestMemory
 from .cancel import Cancel
 from .convergence import Convergence
 from .dirty import DirtyTracker, PageSet
-from .guest import Guest
 from .pages import PageSender, RoundStatistics, memory_hash
 from .saved import DEFAULT_FOLDER, SavedGuest, check_room, save
-from .state import ID_BYTES, GuestShape
 from .stream import Channel, Frame, words
 
 Observer = Callable[[str], None]
@@ -133,9 +133,9 @@ class Source:
     def run(self) -> Sent:
         """Send the guest; afterwards it runs at the destination and the devices here are reset.
 
-        Raises :class:`~pyvhostvdpa.errors.MigrationRefused`,
-        :class:`~pyvhostvdpa.errors.MigrationCancelled` or
-        :class:`~pyvhostvdpa.errors.MigrationFailed` if it does not. The
+        Raises :class:`~pyvhostvdpa.MigrationRefused`,
+        :class:`~pyvhostvdpa.MigrationCancelled` or
+        :class:`~pyvhostvdpa.MigrationFailed` if it does not. The
         guest then goes on in passthrough here, or the message says what state
         it is in and the hint is the command that goes on from there. Any
         other exception leaves the devices for their owner to close.

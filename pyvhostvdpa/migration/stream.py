@@ -21,8 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..closing import Closing
-from ..errors import MigrationCancelled, MigrationRefused, StreamBroken, StreamCorrupt
+from ..base.closing import Closing
+from ..base.errors import MigrationCancelled, MigrationRefused, StreamBroken, StreamCorrupt
 from .cancel import check_cancelled
 from .pages import PAGES, ZERO, stream_sum
 
@@ -90,8 +90,8 @@ class Channel(Closing):
 
     ``cancel`` is a descriptor that becomes readable when the user cancels, -1
     for none: whatever waits then raises
-    :class:`~pyvhostvdpa.errors.MigrationCancelled`. ``stall`` is in seconds.
-    Everything that waits raises :class:`~pyvhostvdpa.errors.StreamBroken`
+    :class:`~pyvhostvdpa.MigrationCancelled`. ``stall`` is in seconds.
+    Everything that waits raises :class:`~pyvhostvdpa.StreamBroken`
     once the other side is gone or silent.
     """
 
@@ -116,7 +116,7 @@ class Channel(Closing):
     # -- bytes ------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise :class:`~pyvhostvdpa.errors.MigrationCancelled` if the user cancelled; waits do so themselves."""
+        """Raise :class:`~pyvhostvdpa.MigrationCancelled` if the user cancelled; waits do so themselves."""
         if self.cancel >= 0:
             check_cancelled(self.cancel)
 
@@ -179,7 +179,7 @@ class Channel(Closing):
     # -- the beginning ------------------------------------------------------------
 
     def greet(self, seconds: float = HANDSHAKE_SECONDS) -> None:
-        """Exchange preambles; :class:`~pyvhostvdpa.errors.MigrationRefused` if the other side speaks something else."""
+        """Exchange preambles; :class:`~pyvhostvdpa.MigrationRefused` if the other side speaks something else."""
         theirs = bytearray(_PREAMBLE.size)
         try:
             self.send(_PREAMBLE.pack(MAGIC, VERSION, 0))
@@ -211,7 +211,7 @@ class Channel(Closing):
         self.send_frame(kind, text.encode()[:_MAX_TEXT])
 
     def receive_header(self, seconds: float | None = None) -> Header:
-        """Return the head of the next frame; :class:`~pyvhostvdpa.errors.StreamCorrupt` if there is no such frame."""
+        """Return the head of the next frame; :class:`~pyvhostvdpa.StreamCorrupt` if there is no such frame."""
         data = bytearray(HEADER.size)
         self.receive_into(data, seconds)
         header = Header(*HEADER.unpack(data))
@@ -226,7 +226,7 @@ class Channel(Closing):
         return header
 
     def receive_payload(self, header: Header) -> bytes:
-        """Return what a control frame holds; :class:`~pyvhostvdpa.errors.StreamCorrupt` if its checksum differs."""
+        """Return what a control frame holds; :class:`~pyvhostvdpa.StreamCorrupt` if its checksum differs."""
         payload = bytearray(header.length)
         self.receive_into(payload)
         if stream_sum(payload) != header.sum:
@@ -234,7 +234,7 @@ class Channel(Closing):
         return bytes(payload)
 
     def expect(self, *kinds: Frame, seconds: float | None = None) -> tuple[Frame, bytes]:
-        """Receive one of these frames; any other is :class:`~pyvhostvdpa.errors.StreamCorrupt`."""
+        """Receive one of these frames; any other is :class:`~pyvhostvdpa.StreamCorrupt`."""
         header = self.receive_header(seconds)
         if header.type not in kinds:
             name = Frame(header.type).name if header.type in list(Frame) else "memory"

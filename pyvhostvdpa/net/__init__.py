@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""virtio-net: features, and a guest with a driver and traffic of its own."""
+"""virtio-net on the device's side: features, configuration, the control queue's model and its replay."""

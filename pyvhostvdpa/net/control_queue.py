@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._cdefs import ffi, lib
-from ..errors import QueueBroken
-from ..memory import PAGE_SIZE, GuestMemory
-from ..trace import DeviceTrace, Trace
+from ..base.errors import QueueBroken
+from ..memory.guest import PAGE_SIZE, GuestMemory
+from ..trace.recorder import DeviceTrace, Trace
 from ..virtqueue.layout import GuestQueue, RingLayout, fill_vring, map_queue
 from ..virtqueue.shadow import reason
 from .control import ERR, OK, VQ_PAIRS_SET, BadCommand, Class, ControlModel

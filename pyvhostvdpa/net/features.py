@@ -6,8 +6,8 @@ from __future__ import annotations
 import enum
 
 from .._cdefs import lib
-from ..errors import MissingFeature
-from ..uapi import names
+from ..base.errors import MissingFeature
+from ..base.uapi import names
 
 
 class Feature(enum.IntFlag):

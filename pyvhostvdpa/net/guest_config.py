@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import Protocol
 
-from ..uapi import Status
+from ..base.uapi import Status
 from .config import ANNOUNCE
 from .control import ControlModel
 from .features import Feature

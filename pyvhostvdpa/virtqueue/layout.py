@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .._cdefs import ffi, lib
-from ..errors import MissingFeature
-from ..memory import PAGE_SIZE, GuestMemory
+from ..base.errors import MissingFeature
+from ..memory.guest import PAGE_SIZE, GuestMemory
 
 _SETTLE_NS = 200_000_000
 """How long a guest's CPU may take between writing a slot and publishing it."""

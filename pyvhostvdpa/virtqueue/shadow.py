@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._cdefs import ffi, lib
-from ..errors import QueueBroken
-from ..memory import GuestMemory, Translation
+from ..base.errors import QueueBroken
+from ..memory.guest import GuestMemory, Translation
 from .layout import GuestQueue, fill_vring, map_queue, ring_layout
 
 _REASONS = {

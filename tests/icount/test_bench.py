@@ -11,13 +11,13 @@ import hwsim
 import pytest
 
 from pyvhostvdpa import VdpaNetDevice
+from pyvhostvdpa.base.uapi import Access, IotlbType
 from pyvhostvdpa.bench.map import run
 from pyvhostvdpa.bench.memory import BenchMemory, Layout
 from pyvhostvdpa.bench.plan import Mode, Options
-from pyvhostvdpa.burst import Burst
-from pyvhostvdpa.chardev import IotlbMessage
-from pyvhostvdpa.memory import PAGE_SIZE
-from pyvhostvdpa.uapi import Access, IotlbType
+from pyvhostvdpa.chardev.burst import Burst
+from pyvhostvdpa.chardev.door import IotlbMessage
+from pyvhostvdpa.memory.guest import PAGE_SIZE
 
 SOURCE = Path(__file__).parents[2] / "tools" / "bench" / "iotlb_burst.c"
 MESSAGES = 1024

@@ -10,11 +10,11 @@ import pytest
 from hw_guest import HwGuest
 
 from pyvhostvdpa import State
-from pyvhostvdpa.memory import SharedMemory
+from pyvhostvdpa.base.uapi import BackendFeature
+from pyvhostvdpa.memory.guest import SharedMemory
 from pyvhostvdpa.net import control
 from pyvhostvdpa.net.control import Class
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
-from pyvhostvdpa.uapi import BackendFeature
 
 US, MS = 1_000, 1_000_000
 AMOUNTS = (20 * US, 200 * US, 1 * MS, 3 * MS, 50 * MS)

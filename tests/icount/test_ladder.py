@@ -13,10 +13,10 @@ import re
 import hwsim
 import pytest
 
-from pyvhostvdpa.migration.ladder import LadderOptions, ladder
-from pyvhostvdpa.migration.ladder_report import LadderReport, RowResult
-from pyvhostvdpa.migration.plan import PLANS
-from pyvhostvdpa.migration.stage import Simulated
+from pyvhostvdpa.bench.ladder.report import LadderReport, RowResult
+from pyvhostvdpa.bench.ladder.rows import PLANS
+from pyvhostvdpa.bench.ladder.run import LadderOptions, ladder
+from pyvhostvdpa.bench.ladder.stage import Simulated
 
 MEMORY, CHARGED = 128 << 20, 128 << 30
 PUBLISHED = [row for row, plan in PLANS.items() if plan.published]

@@ -9,8 +9,8 @@ import pytest
 from hw_guest import HwGuest
 
 from pyvhostvdpa import State
+from pyvhostvdpa.base.uapi import BackendFeature
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
-from pyvhostvdpa.uapi import BackendFeature
 
 FRAME = 1500
 WINDOW = 64

@@ -12,13 +12,13 @@ import hwsim
 import pytest
 from hw_guest import HwGuest
 
-import pyvhostvdpa.device
+import pyvhostvdpa.device.net
 from pyvhostvdpa import State, Trace, VhostVdpa
 from pyvhostvdpa._cdefs import ffi, lib
-from pyvhostvdpa.chardev import IotlbMessage
+from pyvhostvdpa.base.uapi import IOCTLS, BackendFeature, MessageFormat
+from pyvhostvdpa.chardev.door import IotlbMessage
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
-from pyvhostvdpa.trace import DeviceTrace, Fields
-from pyvhostvdpa.uapi import IOCTLS, BackendFeature, MessageFormat
+from pyvhostvdpa.trace.recorder import DeviceTrace, Fields
 
 PAIRS = 2
 ROUNDS = 7
@@ -84,7 +84,7 @@ def guest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, type[Vhost
     made: list[HwGuest] = []
 
     def make(name: str, door: type[VhostVdpa]) -> HwGuest:
-        monkeypatch.setattr(pyvhostvdpa.device, "VhostVdpa", door)
+        monkeypatch.setattr(pyvhostvdpa.device.net, "VhostVdpa", door)
         made.append(HwGuest(hwsim.add(name, PAIRS, mem_scale=512), PAIRS, SUPPORTED | CONTROL, BackendFeature(0)))
         return made[-1]
 

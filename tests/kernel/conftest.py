@@ -15,12 +15,12 @@ import lab
 from hw_guest import HwGuest, Make
 from hwsim import HwSim, MakeSim
 
-from pyvhostvdpa.device import VdpaNetDevice
-from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory, pinned_bytes
+from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
+from pyvhostvdpa.device.net import VdpaNetDevice
+from pyvhostvdpa.guest.nic import GuestNic
+from pyvhostvdpa.guest.traffic import Traffic
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory, pinned_bytes
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED, Feature
-from pyvhostvdpa.net.nic import GuestNic
-from pyvhostvdpa.net.traffic import Traffic
-from pyvhostvdpa.uapi import ALL_BACKEND_FEATURES, BackendFeature
 
 NOTHING = BackendFeature(0)
 

@@ -16,9 +16,9 @@ from hw_guest import HwGuest
 from hwsim import HwSim
 
 from pyvhostvdpa import KernelError, Status, VhostVdpa
-from pyvhostvdpa.memory import SharedMemory, allow_pinning
+from pyvhostvdpa.base.uapi import IOCTLS, BackendFeature
+from pyvhostvdpa.memory.guest import SharedMemory, allow_pinning
 from pyvhostvdpa.net.features import CONTROL, RING, SUPPORTED, Feature
-from pyvhostvdpa.uapi import IOCTLS, BackendFeature
 
 EXTRA = (
     RING

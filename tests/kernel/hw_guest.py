@@ -13,14 +13,14 @@ from hwsim import HwSim
 
 from pyvhostvdpa import GuestMemory, State, VdpaNetDevice
 from pyvhostvdpa._cdefs import ffi, lib
-from pyvhostvdpa.memory import DEFAULT_GPA
+from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
+from pyvhostvdpa.guest.nic import GuestNic, NicOptions
+from pyvhostvdpa.guest.traffic import Traffic
+from pyvhostvdpa.memory.guest import DEFAULT_GPA
 from pyvhostvdpa.net import control
 from pyvhostvdpa.net.control import Class, ControlModel, command
 from pyvhostvdpa.net.control_queue import GuestControl
 from pyvhostvdpa.net.features import Feature
-from pyvhostvdpa.net.nic import GuestNic, NicOptions
-from pyvhostvdpa.net.traffic import Traffic
-from pyvhostvdpa.uapi import ALL_BACKEND_FEATURES, BackendFeature
 from pyvhostvdpa.virtqueue.layout import SplitLayout
 
 Make = Callable[..., "HwGuest"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pyvhostvdpa._cdefs import ffi, lib
-from pyvhostvdpa.memory import GUEST_PAGE, GuestMemory
+from pyvhostvdpa.memory.guest import GUEST_PAGE, GuestMemory
 from pyvhostvdpa.migration.dirty import PageSet
 from pyvhostvdpa.migration.pages import PageReceiver, PageSender, RoundStatistics
 from pyvhostvdpa.migration.stream import Channel, Frame

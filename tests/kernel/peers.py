@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pyvhostvdpa.device import State, VdpaNetDevice
-from pyvhostvdpa.errors import VhostVdpaError
-from pyvhostvdpa.memory import pinned_bytes
+from pyvhostvdpa.base.errors import VhostVdpaError
+from pyvhostvdpa.device.net import State, VdpaNetDevice
+from pyvhostvdpa.guest.synthetic import Guest, GuestOptions
+from pyvhostvdpa.memory.guest import pinned_bytes
 from pyvhostvdpa.migration.cancel import Cancel
 from pyvhostvdpa.migration.destination import Arrived, Destination, take
-from pyvhostvdpa.migration.guest import Guest, GuestOptions
 from pyvhostvdpa.migration.source import SendOptions, Source
 from pyvhostvdpa.migration.stream import Channel
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED

@@ -9,15 +9,15 @@ import hwsim
 import lab
 
 from pyvhostvdpa import GuestMemory, State, Trace, VdpaNetDevice
-from pyvhostvdpa import hwsim as counters
-from pyvhostvdpa.migration.ladder import regions
-from pyvhostvdpa.migration.plan import Plan
+from pyvhostvdpa.bench import hwsim as counters
+from pyvhostvdpa.bench.ladder.rows import Plan
+from pyvhostvdpa.bench.ladder.run import regions
+from pyvhostvdpa.device.procedure.series import Optimization
+from pyvhostvdpa.guest.nic import GuestNic, NicOptions
+from pyvhostvdpa.guest.traffic import Traffic
 from pyvhostvdpa.net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
 from pyvhostvdpa.net.control_queue import GuestControl
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
-from pyvhostvdpa.net.nic import GuestNic, NicOptions
-from pyvhostvdpa.net.traffic import Traffic
-from pyvhostvdpa.procedure.series import Optimization
 
 MEMORY = 64 << 20
 HEAVY = 32 << 20

@@ -12,12 +12,12 @@ import pytest
 from hwsim import MakeSim
 
 from pyvhostvdpa import KernelError, MissingFeature, VdpaNetDevice
+from pyvhostvdpa.base.uapi import Access, IotlbType
 from pyvhostvdpa.bench import requests, shadow, switching
-from pyvhostvdpa.burst import Burst, send_all
-from pyvhostvdpa.chardev import IotlbMessage, IotlbWriteError
-from pyvhostvdpa.device import State
-from pyvhostvdpa.memory import PAGE_SIZE, SharedMemory
-from pyvhostvdpa.uapi import Access, IotlbType
+from pyvhostvdpa.chardev.burst import Burst, send_all
+from pyvhostvdpa.chardev.door import IotlbMessage, IotlbWriteError
+from pyvhostvdpa.device.net import State
+from pyvhostvdpa.memory.guest import PAGE_SIZE, SharedMemory
 
 IOVA = 1 << 30
 MANY = 100_000

@@ -19,7 +19,7 @@ def findings(*arguments: str, prefix: Sequence[str] = (), status: int | None = N
     done = vhost_vdpa("doctor", "--json", *arguments, prefix=tuple(prefix))
     assert status in (None, done.returncode), done.stdout + done.stderr
     told = json.loads(done.stdout)
-    assert told["schema"] == "pyvhostvdpa/doctor/1"
+    assert told["schema"] == "pyvhostvdpa/host/doctor/1"
     by_id: dict[str, list[dict[str, Any]]] = {}
     for finding in told["findings"]:
         by_id.setdefault(finding["id"], []).append(finding)

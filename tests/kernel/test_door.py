@@ -21,8 +21,8 @@ from pyvhostvdpa import (
     VdpaNetDevice,
     VhostVdpa,
 )
+from pyvhostvdpa.base.uapi import VIRTIO_ID_NET
 from pyvhostvdpa.net.features import Feature
-from pyvhostvdpa.uapi import VIRTIO_ID_NET
 
 SIM_BACKEND = (
     BackendFeature.IOTLB_MSG_V2

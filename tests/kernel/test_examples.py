@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-import pyvhostvdpa.examples
+import pyvhostvdpa.cli.examples
 
-EXAMPLES = sorted(p.stem for p in Path(pyvhostvdpa.examples.__path__[0]).glob("[!_]*.py"))
+EXAMPLES = sorted(p.stem for p in Path(pyvhostvdpa.cli.examples.__path__[0]).glob("[!_]*.py"))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(devices: tuple[str, str], name: str) -> None:
-    module = f"pyvhostvdpa.examples.{name}"
+    module = f"pyvhostvdpa.cli.examples.{name}"
     done = subprocess.run([sys.executable, "-m", module, devices[0]], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

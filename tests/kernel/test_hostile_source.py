@@ -12,13 +12,13 @@ import pytest
 from peers import Failed, Peer
 
 from pyvhostvdpa import VhostVdpa
-from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory
-from pyvhostvdpa.migration.guest import Guest
+from pyvhostvdpa.guest.nic import GuestNic, NicOptions
+from pyvhostvdpa.guest.state import DeviceShape, DeviceState, GuestShape, GuestState
+from pyvhostvdpa.guest.synthetic import Guest
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.migration.pages import stream_sum
-from pyvhostvdpa.migration.state import DeviceShape, DeviceState, GuestShape, GuestState
 from pyvhostvdpa.migration.stream import HEADER, PAGES, ZERO, Channel, Frame
 from pyvhostvdpa.net.features import SUPPORTED, Feature
-from pyvhostvdpa.net.nic import GuestNic, NicOptions
 
 SIZE = 4 << 20
 SHAPE = GuestShape(

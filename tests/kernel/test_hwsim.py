@@ -12,9 +12,9 @@ from hw_guest import Make
 
 from pyvhostvdpa import GuestOptions, Options, OutOfOrder, State, migrate
 from pyvhostvdpa._cdefs import ffi
-from pyvhostvdpa.memory import PAGE_SIZE
+from pyvhostvdpa.base.uapi import BackendFeature
+from pyvhostvdpa.memory.guest import PAGE_SIZE
 from pyvhostvdpa.net.features import CONTROL, RING, SUPPORTED, Feature
-from pyvhostvdpa.uapi import BackendFeature
 from pyvhostvdpa.virtqueue.shadow import RelayOptions
 
 ELSEWHERE = 0x7000_0000_0000

@@ -10,7 +10,7 @@ import pytest
 from hw_guest import HwGuest, Make
 
 from pyvhostvdpa import State
-from pyvhostvdpa.errors import QueueBroken
+from pyvhostvdpa.base.errors import QueueBroken
 from pyvhostvdpa.net import control
 from pyvhostvdpa.net.control import Class, Rx, mac_table
 from pyvhostvdpa.net.control_queue import ControlFailed, ControlQueue

@@ -15,13 +15,13 @@ from hw_guest import HwGuest, Make
 
 from pyvhostvdpa import State
 from pyvhostvdpa._cdefs import lib
-from pyvhostvdpa.errors import DeviceNeedsReset, KernelError, OutOfOrder, QueueBroken
+from pyvhostvdpa.base.errors import DeviceNeedsReset, KernelError, OutOfOrder, QueueBroken
+from pyvhostvdpa.base.uapi import Status
+from pyvhostvdpa.guest.nic import NicPair
 from pyvhostvdpa.net import control
 from pyvhostvdpa.net.config import ANNOUNCE, NetConfig
 from pyvhostvdpa.net.control import Class
 from pyvhostvdpa.net.features import SUPPORTED
-from pyvhostvdpa.net.nic import NicPair
-from pyvhostvdpa.uapi import Status
 
 MAC = bytes([2, 0, 0, 0, 0, 7])
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hwsim
 import pytest
 
-from pyvhostvdpa.chardev import VhostVdpa
-from pyvhostvdpa.errors import KernelError
-from pyvhostvdpa.uapi import BackendFeature
+from pyvhostvdpa.base.errors import KernelError
+from pyvhostvdpa.base.uapi import BackendFeature
+from pyvhostvdpa.chardev.door import VhostVdpa
 
 pytestmark = pytest.mark.smoke
 

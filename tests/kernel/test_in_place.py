@@ -8,10 +8,10 @@ import pytest
 from row_rig import Rig
 
 from pyvhostvdpa import MissingFeature, State, VdpaNetDevice
-from pyvhostvdpa.migration.plan import PLANS, Plan
+from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
+from pyvhostvdpa.bench.ladder.rows import PLANS, Plan
+from pyvhostvdpa.device.procedure.in_place import InPlace
 from pyvhostvdpa.net.control import OK, Class, command
-from pyvhostvdpa.procedure.in_place import InPlace
-from pyvhostvdpa.uapi import ALL_BACKEND_FEATURES, BackendFeature
 
 BEYOND = PLANS["beyond"]
 QUEUES = 4

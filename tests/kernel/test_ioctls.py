@@ -10,7 +10,7 @@ import pytest
 from ioctl_cases import CASES, READY, Act, Case, errno_of, start
 
 from pyvhostvdpa import KernelError, Status, Trace, VhostVdpa
-from pyvhostvdpa.uapi import IOCTLS
+from pyvhostvdpa.base.uapi import IOCTLS
 
 HEADER = Path("/usr/include/linux/vhost.h")
 OTHERS = ("VHOST_NET_", "VHOST_SCSI_", "VHOST_VSOCK_")

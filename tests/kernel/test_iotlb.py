@@ -9,9 +9,9 @@ import lab
 import pytest
 
 from pyvhostvdpa import Access, KernelError, MapRejected, VdpaNetDevice, VhostVdpa
-from pyvhostvdpa.chardev import IotlbMessage
-from pyvhostvdpa.memory import DEFAULT_GPA, PAGE_SIZE, Gpa, GuestMemory, SharedMemory, pinned_bytes
-from pyvhostvdpa.uapi import BackendFeature, IotlbType
+from pyvhostvdpa.base.uapi import BackendFeature, IotlbType
+from pyvhostvdpa.chardev.door import IotlbMessage
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, PAGE_SIZE, Gpa, GuestMemory, SharedMemory, pinned_bytes
 
 IOVA = 1 << 30
 

@@ -10,8 +10,8 @@ import hwsim
 import lab
 import pytest
 
-from pyvhostvdpa import mgmt
 from pyvhostvdpa.cli import main
+from pyvhostvdpa.host import mgmt
 
 SIZES = ("--memory", "64M", "--charge", "64M", "--profile", "none", "--devices", "1")
 

@@ -9,9 +9,9 @@ import hwsim
 import lab
 from hw_guest import HwGuest
 
-from pyvhostvdpa import mgmt
+from pyvhostvdpa.base.uapi import BackendFeature
+from pyvhostvdpa.host import mgmt
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
-from pyvhostvdpa.uapi import BackendFeature
 
 
 def test_list_tells_names_drivers_and_addresses(fresh: tuple[str, str]) -> None:

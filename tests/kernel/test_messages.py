@@ -7,9 +7,9 @@ import errno
 import pytest
 
 from pyvhostvdpa import Access, KernelError, VdpaNetDevice, VhostVdpa
-from pyvhostvdpa.chardev import IotlbMessage
-from pyvhostvdpa.memory import PAGE_SIZE, SharedMemory
-from pyvhostvdpa.uapi import IotlbType, MessageFormat
+from pyvhostvdpa.base.uapi import IotlbType, MessageFormat
+from pyvhostvdpa.chardev.door import IotlbMessage
+from pyvhostvdpa.memory.guest import PAGE_SIZE, SharedMemory
 
 IOVA = 1 << 30
 

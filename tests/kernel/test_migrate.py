@@ -23,9 +23,9 @@ from pyvhostvdpa import (
     SendOptions,
     Trace,
     VhostVdpa,
-    mgmt,
     migrate,
 )
+from pyvhostvdpa.host import mgmt
 
 GUEST = GuestOptions(lab.SMALL)
 QUICK = Options(GUEST, lab.SLOW_STREAM, 1.5)

@@ -12,7 +12,7 @@ import pytest
 from conftest import Guest
 from movers import GuestCpu, copying
 
-from pyvhostvdpa.memory import DEFAULT_GPA, GUEST_PAGE, HUGE_PAGE, Gpa, GuestMemory
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, GUEST_PAGE, HUGE_PAGE, Gpa, GuestMemory
 from pyvhostvdpa.migration.dirty import DirtyTracker, Interface, PageSet, probe_interface
 from pyvhostvdpa.migration.pages import memory_hash
 

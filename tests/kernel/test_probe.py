@@ -15,7 +15,7 @@ import pytest
 
 from pyvhostvdpa import BackendFeature, DeviceBusy, KernelError, Status, VhostVdpa
 from pyvhostvdpa.cli import main
-from pyvhostvdpa.probe import Probe, probe
+from pyvhostvdpa.probe.probe import Probe, probe
 
 HOLD = (
     "import sys, time; from pyvhostvdpa import VhostVdpa; d = VhostVdpa(sys.argv[1]);"
@@ -37,7 +37,7 @@ def as_json(*arguments: str) -> dict[str, Any]:
     done = vhost_vdpa(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     told: dict[str, Any] = json.loads(done.stdout)
-    assert told["schema"] == "pyvhostvdpa/probe/1"
+    assert told["schema"] == "pyvhostvdpa/probe/probe/1"
     return told
 
 
@@ -162,7 +162,7 @@ class Liar(VhostVdpa):
 
 def lying(monkeypatch: pytest.MonkeyPatch, path: str, request: str) -> Probe:
     monkeypatch.setattr(Liar, "leave_out", request)
-    monkeypatch.setattr("pyvhostvdpa.probe.VhostVdpa", Liar)
+    monkeypatch.setattr("pyvhostvdpa.probe.probe.VhostVdpa", Liar)
     return probe(path, verify=True)
 
 
@@ -200,6 +200,6 @@ def test_a_refused_request_is_told_in_the_proof(devices: tuple[str, str], monkey
         def suspend(self) -> None:
             raise KernelError(errno.EIO, "VHOST_VDPA_SUSPEND")
 
-    monkeypatch.setattr("pyvhostvdpa.probe.VhostVdpa", Refuses)
+    monkeypatch.setattr("pyvhostvdpa.probe.probe.VhostVdpa", Refuses)
     found = probe(devices[0], verify=True)
     assert "VHOST_VDPA_SUSPEND: EIO" in found.backend.why["SUSPEND"]

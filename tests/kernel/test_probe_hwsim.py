@@ -12,8 +12,8 @@ from conftest import Guest
 from test_ioctls import run_case
 
 from pyvhostvdpa import BackendFeature, GuestMemory, VdpaNetDevice
-from pyvhostvdpa.memory import DEFAULT_GPA
-from pyvhostvdpa.probe import probe
+from pyvhostvdpa.memory.guest import DEFAULT_GPA
+from pyvhostvdpa.probe.probe import probe
 
 EVERYTHING = BackendFeature(0x1FE)
 

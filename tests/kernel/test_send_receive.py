@@ -15,7 +15,7 @@ import pytest
 from peers import Failed
 from world import OPTIONS, World
 
-from pyvhostvdpa.migration.guest import GuestOptions
+from pyvhostvdpa.guest.synthetic import GuestOptions
 
 
 @pytest.fixture

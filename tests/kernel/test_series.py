@@ -11,8 +11,8 @@ import pytest
 from row_rig import Count, Rig
 
 from pyvhostvdpa import State
-from pyvhostvdpa.migration.plan import PLANS, Plan
-from pyvhostvdpa.procedure.series import Optimization
+from pyvhostvdpa.bench.ladder.rows import PLANS, Plan
+from pyvhostvdpa.device.procedure.series import Optimization
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from conftest import Guest
 
 from pyvhostvdpa import QueueBroken, State
 from pyvhostvdpa._cdefs import ffi
-from pyvhostvdpa.iotlb import Layout
-from pyvhostvdpa.memory import PAGE_SIZE
+from pyvhostvdpa.chardev.iotlb import Layout
+from pyvhostvdpa.memory.guest import PAGE_SIZE
 
 
 def to_shadow(guest: Guest) -> None:

@@ -11,8 +11,8 @@ import lab
 import pytest
 
 from pyvhostvdpa import GuestOptions, MigrationRefused, Options, Trace, migrate
-from pyvhostvdpa.migration.downtime import DT1, DT2, milliseconds
-from pyvhostvdpa.migration.spans import downtimes
+from pyvhostvdpa.trace.downtime import DT1, DT2, milliseconds
+from pyvhostvdpa.trace.spans import downtimes
 
 QUICK = Options(GuestOptions(lab.SMALL), lab.SLOW_STREAM, 1.5)
 
@@ -28,7 +28,7 @@ def test_json_lines_have_qemus_events(devices: tuple[str, str], tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert f"{file} (events)" in done.stderr
     head, *lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert head["schema"] == "pyvhostvdpa/trace/1"
+    assert head["schema"] == "pyvhostvdpa/trace/recorder/1"
     assert head["devices"] == list(devices)
     assert {line["event"] for line in lines if line["phase"] == "dt1.start"} >= {
         "vhost_vdpa_set_features",

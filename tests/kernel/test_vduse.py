@@ -12,7 +12,7 @@ import pytest
 from conftest import Guest
 
 from pyvhostvdpa import GuestMemory, KernelError, MissingFeature, Status, VdpaNetDevice, VhostVdpa
-from pyvhostvdpa.memory import DEFAULT_GPA
+from pyvhostvdpa.memory.guest import DEFAULT_GPA
 from pyvhostvdpa.net.config import NetConfig
 from pyvhostvdpa.net.features import Feature, negotiate
 

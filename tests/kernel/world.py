@@ -10,7 +10,7 @@ from typing import Any
 
 from peers import Peer
 
-from pyvhostvdpa.migration.guest import GuestOptions
+from pyvhostvdpa.guest.synthetic import GuestOptions
 from pyvhostvdpa.migration.source import SendOptions
 
 MEMORY = 8 << 20

@@ -17,7 +17,7 @@ import hostile
 import unharmed
 from unharmed import Usage
 
-from pyvhostvdpa.memory import pinned_bytes
+from pyvhostvdpa.memory.guest import pinned_bytes
 
 CYCLES = int(os.environ.get("PYVHOSTVDPA_SOAK_CYCLES", "1000"))
 MINUTES = float(os.environ.get("PYVHOSTVDPA_SOAK_MINUTES", "10"))

@@ -9,7 +9,7 @@ import signal
 import time
 
 from pyvhostvdpa import GuestOptions, MigrationCancelled, Options, migrate
-from pyvhostvdpa.memory import pinned_bytes
+from pyvhostvdpa.memory.guest import pinned_bytes
 
 DEVICES = ("/dev/vhost-vdpa-0", "/dev/vhost-vdpa-1")
 PARTS = (

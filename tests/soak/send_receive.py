@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernel"))
 
 from world import World
 
-from pyvhostvdpa.migration.guest import GuestOptions
+from pyvhostvdpa.guest.synthetic import GuestOptions
 
 DEVICES = ("/dev/vhost-vdpa-0", "/dev/vhost-vdpa-1")
 MIGRATIONS = int(os.environ.get("PYVHOSTVDPA_SOAK_MIGRATIONS", "200"))

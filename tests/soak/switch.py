@@ -17,11 +17,11 @@ import lab
 from hw_guest import HwGuest
 
 from pyvhostvdpa import GuestMemory, State, VdpaNetDevice
-from pyvhostvdpa.memory import DEFAULT_GPA
+from pyvhostvdpa.base.uapi import BackendFeature
+from pyvhostvdpa.guest.nic import GuestNic
+from pyvhostvdpa.guest.traffic import Traffic
+from pyvhostvdpa.memory.guest import DEFAULT_GPA
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
-from pyvhostvdpa.net.nic import GuestNic
-from pyvhostvdpa.net.traffic import Traffic
-from pyvhostvdpa.uapi import BackendFeature
 
 SWITCHES = int(os.environ.get("PYVHOSTVDPA_SOAK_SWITCHES", "200"))
 

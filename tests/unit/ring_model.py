@@ -10,8 +10,8 @@ import os
 from dataclasses import dataclass
 
 from pyvhostvdpa._cdefs import ffi, lib
-from pyvhostvdpa.memory import Gpa, GuestMemory, SharedMemory
-from pyvhostvdpa.virtqueue.driver import GuestArena, place_queue
+from pyvhostvdpa.guest.arena import GuestArena, place_queue
+from pyvhostvdpa.memory.guest import Gpa, GuestMemory, SharedMemory
 from pyvhostvdpa.virtqueue.layout import map_queue
 from pyvhostvdpa.virtqueue.shadow import ShadowVirtqueue
 

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
+from pyvhostvdpa.base.errors import MissingFeature
+from pyvhostvdpa.base.uapi import IotlbType
 from pyvhostvdpa.bench import plot
 from pyvhostvdpa.bench.memory import Backing, BenchMemory, Layout, Page
 from pyvhostvdpa.bench.plan import HOLE, Mode, Options, Place, Point, messages, refusal
 from pyvhostvdpa.bench.report import SCHEMA, MapReport, Result, compare, load
 from pyvhostvdpa.bench.stats import fit, percentile, summarize
-from pyvhostvdpa.burst import Burst
-from pyvhostvdpa.chardev import IotlbMessage
+from pyvhostvdpa.chardev.burst import Burst
+from pyvhostvdpa.chardev.door import IotlbMessage
+from pyvhostvdpa.chardev.iotlb import Limits
 from pyvhostvdpa.cli import main
-from pyvhostvdpa.errors import MissingFeature
-from pyvhostvdpa.iotlb import Limits
-from pyvhostvdpa.memory import DEFAULT_GPA, PAGE_SIZE
-from pyvhostvdpa.uapi import IotlbType
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, PAGE_SIZE
 
 MIB = 1 << 20
 WIDE = Limits(first=0, last=(1 << 64) - 1, as_num=2, pinned=False, entries=2048)

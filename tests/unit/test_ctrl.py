@@ -9,7 +9,7 @@ import pytest
 from ring_model import INDIRECT, NEXT, WRITE, Model, Segment
 
 from pyvhostvdpa._cdefs import ffi, lib
-from pyvhostvdpa.errors import MissingFeature
+from pyvhostvdpa.base.errors import MissingFeature
 from pyvhostvdpa.virtqueue.layout import GuestQueue, map_queue, ring_layout
 
 BASE = 1 << 30

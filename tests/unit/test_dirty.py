@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyvhostvdpa._cdefs import ffi, lib
-from pyvhostvdpa.errors import VhostVdpaError
-from pyvhostvdpa.memory import GUEST_PAGE, PAGE_SIZE, Gpa, GuestMemory, bitmap_words
+from pyvhostvdpa.base.errors import VhostVdpaError
+from pyvhostvdpa.memory.guest import GUEST_PAGE, PAGE_SIZE, Gpa, GuestMemory, bitmap_words
 from pyvhostvdpa.migration.convergence import Convergence
 from pyvhostvdpa.migration.dirty import DirtyTracker, Interface, PageSet
 

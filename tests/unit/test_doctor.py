@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pyvhostvdpa.doctor import CHECKS, Level, Plan, examine, healthy, to_dict
-from pyvhostvdpa.doctor.finding import Finding
-from pyvhostvdpa.machine import Firmware, Machine, Nic, Node, gather
-from pyvhostvdpa.mgmt import Holder, Parent, VdpaDevice
+from pyvhostvdpa.host.doctor import CHECKS, Level, Plan, examine, healthy, to_dict
+from pyvhostvdpa.host.doctor.finding import Finding
+from pyvhostvdpa.host.machine import Firmware, Machine, Nic, Node, gather
+from pyvhostvdpa.host.mgmt import Holder, Parent, VdpaDevice
 
 GIB = 1 << 30
 DEVICE = VdpaDevice("vdpa0", "/dev/vhost-vdpa-0", "vhost_vdpa", "pci/0000:01:00.2", 1, "52:54:91:a1:b2:c1", ())
@@ -72,7 +72,7 @@ def test_warnings_count_only_when_asked_for() -> None:
     warned = replace(SOUND, tool=False)
     assert healthy(examine(warned))
     assert not healthy(examine(warned), strict=True)
-    assert to_dict(examine(warned))["schema"] == "pyvhostvdpa/doctor/1"
+    assert to_dict(examine(warned))["schema"] == "pyvhostvdpa/host/doctor/1"
 
 
 PAINS = {
@@ -222,7 +222,7 @@ def put(root: Path, files: dict[str, str]) -> None:
 
 def test_facts_are_read_below_a_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = "9.9-test"
-    monkeypatch.setattr("pyvhostvdpa.machine.os.uname", lambda: type("uname", (), {"release": release}))
+    monkeypatch.setattr("pyvhostvdpa.host.machine.os.uname", lambda: type("uname", (), {"release": release}))
     nic = "sys/bus/pci/devices/0000:01:00.0"
     put(
         tmp_path,

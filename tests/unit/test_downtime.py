@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pyvhostvdpa.migration.downtime import DT1, cost, interval, milliseconds
-from pyvhostvdpa.trace import Trace
+from pyvhostvdpa.trace.downtime import DT1, cost, interval, milliseconds
+from pyvhostvdpa.trace.recorder import Trace
 
 
 def recorded() -> Trace:

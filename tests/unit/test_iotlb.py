@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from pyvhostvdpa.chardev import IotlbMessage, IotlbWriteError
-from pyvhostvdpa.errors import MapRejected
-from pyvhostvdpa.iotlb import Iotlb, Limits
-from pyvhostvdpa.memory import SharedMemory
-from pyvhostvdpa.uapi import Access, IotlbType
+from pyvhostvdpa.base.errors import MapRejected
+from pyvhostvdpa.base.uapi import Access, IotlbType
+from pyvhostvdpa.chardev.door import IotlbMessage, IotlbWriteError
+from pyvhostvdpa.chardev.iotlb import Iotlb, Limits
+from pyvhostvdpa.memory.guest import SharedMemory
 
 LIMITS = Limits(first=0, last=(1 << 48) - 1, as_num=2, pinned=False, entries=4)
 

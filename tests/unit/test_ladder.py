@@ -8,19 +8,19 @@ from typing import Any, cast
 
 import pytest
 
+from pyvhostvdpa.base.errors import MigrationRefused, MissingFeature
+from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
+from pyvhostvdpa.bench.ladder.report import Counts, LadderReport, RowResult, Run
+from pyvhostvdpa.bench.ladder.rows import PLANS, Plan, plan
+from pyvhostvdpa.bench.ladder.run import regions
+from pyvhostvdpa.bench.ladder.stage import Simulated
 from pyvhostvdpa.cli import main
-from pyvhostvdpa.errors import MigrationRefused, MissingFeature
-from pyvhostvdpa.groups import Groups
-from pyvhostvdpa.memory import HUGE_PAGE
-from pyvhostvdpa.migration.ladder import regions
-from pyvhostvdpa.migration.ladder_report import Counts, LadderReport, RowResult, Run
-from pyvhostvdpa.migration.plan import PLANS, Plan, plan
-from pyvhostvdpa.migration.stage import Simulated
+from pyvhostvdpa.device.groups import Groups
+from pyvhostvdpa.device.procedure.base import Target
+from pyvhostvdpa.device.procedure.series import Optimization
+from pyvhostvdpa.guest.nic import FrameCounts
+from pyvhostvdpa.memory.guest import HUGE_PAGE
 from pyvhostvdpa.net.features import SUPPORTED
-from pyvhostvdpa.net.nic import FrameCounts
-from pyvhostvdpa.procedure.base import Target
-from pyvhostvdpa.procedure.series import Optimization
-from pyvhostvdpa.uapi import ALL_BACKEND_FEATURES, BackendFeature
 
 MIB = 1 << 20
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import traces
 
-from pyvhostvdpa.errors import VhostVdpaError
-from pyvhostvdpa.migration.downtime import DT1, DT2, milliseconds
-from pyvhostvdpa.migration.spans import Kind, downtimes
-from pyvhostvdpa.report import ladder
-from pyvhostvdpa.report.charts import Bar, stacked, sums
-from pyvhostvdpa.report.svg import duration
-from pyvhostvdpa.trace import Trace
+from pyvhostvdpa.base.errors import VhostVdpaError
+from pyvhostvdpa.bench.page import ladder
+from pyvhostvdpa.bench.page.charts import Bar, stacked, sums
+from pyvhostvdpa.bench.page.svg import duration
+from pyvhostvdpa.trace.downtime import DT1, DT2, milliseconds
+from pyvhostvdpa.trace.recorder import Trace
+from pyvhostvdpa.trace.spans import Kind, downtimes
 
 
 def row(name: str, title: str, dt1: float | None, dt2: float | None, **more: Any) -> dict[str, Any]:

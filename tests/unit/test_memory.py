@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvhostvdpa import hugepages
-from pyvhostvdpa.errors import DeviceClosed, MapRejected, MissingFeature
-from pyvhostvdpa.memory import HUGE_PAGE, PAGE_SIZE, Gpa, GuestMemory, IovaAllocator, SharedMemory
+from pyvhostvdpa.base.errors import DeviceClosed, MapRejected, MissingFeature
+from pyvhostvdpa.memory import hugepages
+from pyvhostvdpa.memory.guest import HUGE_PAGE, PAGE_SIZE, Gpa, GuestMemory, IovaAllocator, SharedMemory
 from pyvhostvdpa.virtqueue.layout import SplitLayout
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyvhostvdpa.mgmt import parse_vendor_statistics
+from pyvhostvdpa.host.mgmt import parse_vendor_statistics
 
 SAID = """
 0 {"vstats":{"vdpa0":{"queue_type":"rx","packets":12,"overruns":1}}}

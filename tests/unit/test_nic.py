@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from pyvhostvdpa._cdefs import ffi, lib
-from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory
-from pyvhostvdpa.net.nic import GuestNic, NicOptions, NicPair
+from pyvhostvdpa.guest.nic import GuestNic, NicOptions, NicPair
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 
 
 class Loopback:

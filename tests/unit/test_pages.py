@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyvhostvdpa.errors import MigrationCancelled, StreamBroken, StreamCorrupt
-from pyvhostvdpa.memory import GUEST_PAGE, Gpa, GuestMemory
+from pyvhostvdpa.base.errors import MigrationCancelled, StreamBroken, StreamCorrupt
+from pyvhostvdpa.memory.guest import GUEST_PAGE, Gpa, GuestMemory
 from pyvhostvdpa.migration.cancel import check_cancelled
 from pyvhostvdpa.migration.dirty import PageSet
 from pyvhostvdpa.migration.pages import (

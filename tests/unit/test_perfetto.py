@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traces import A, B
 
-from pyvhostvdpa.migration.downtime import DT1, milliseconds
-from pyvhostvdpa.report import perfetto
-from pyvhostvdpa.trace import Trace
+from pyvhostvdpa.trace import perfetto
+from pyvhostvdpa.trace.downtime import DT1, milliseconds
+from pyvhostvdpa.trace.recorder import Trace
 
 METADATA = {
     "process_name": {"name": str},

@@ -6,11 +6,10 @@ import io
 
 import pytest
 
-from pyvhostvdpa import records
-from pyvhostvdpa.errors import VhostVdpaError
-from pyvhostvdpa.report import events
-from pyvhostvdpa.trace import Trace
-from pyvhostvdpa.uapi import IotlbType, Status
+from pyvhostvdpa.base.errors import VhostVdpaError
+from pyvhostvdpa.base.uapi import IotlbType, Status
+from pyvhostvdpa.trace import events, records
+from pyvhostvdpa.trace.recorder import Trace
 
 
 def recorded() -> Trace:

@@ -7,11 +7,10 @@ import errno
 import pytest
 
 import pyvhostvdpa
-from pyvhostvdpa import reference
-from pyvhostvdpa.chardev import VhostVdpa
-from pyvhostvdpa.cli import main
-from pyvhostvdpa.errors import KernelError, MissingFeature
-from pyvhostvdpa.uapi import IOCTLS
+from pyvhostvdpa.base.errors import KernelError, MissingFeature
+from pyvhostvdpa.base.uapi import IOCTLS
+from pyvhostvdpa.chardev.door import VhostVdpa
+from pyvhostvdpa.cli import main, reference
 
 
 def test_every_topic_has_a_page_and_a_title(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pyvhostvdpa.memory import DEFAULT_GPA, HUGE_PAGE, GuestMemory, SharedMemory
+from pyvhostvdpa.guest.nic import GuestNic, NicOptions
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, HUGE_PAGE, GuestMemory, SharedMemory
 from pyvhostvdpa.net.control import ControlModel
 from pyvhostvdpa.net.control_queue import ControlArea, ControlFailed, ControlOptions, ControlQueue, GuestControl
 from pyvhostvdpa.net.features import CONTROL, Feature
-from pyvhostvdpa.net.nic import GuestNic, NicOptions
-from pyvhostvdpa.trace import Trace
+from pyvhostvdpa.trace.recorder import Trace
 from pyvhostvdpa.virtqueue.layout import SplitLayout
 
 Make = Callable[..., tuple[ControlQueue, Trace]]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pyvhostvdpa.errors import MigrationFailed, MigrationRefused, StreamCorrupt
-from pyvhostvdpa.memory import DEFAULT_GPA, Gpa, GuestMemory
-from pyvhostvdpa.migration.guest import Guest
+from pyvhostvdpa.base.errors import MigrationFailed, MigrationRefused, StreamCorrupt
+from pyvhostvdpa.guest.nic import GuestNic, NicOptions
+from pyvhostvdpa.guest.state import GuestShape, GuestState
+from pyvhostvdpa.guest.synthetic import Guest
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, Gpa, GuestMemory
 from pyvhostvdpa.migration.saved import SavedGuest, check_room, load, save
-from pyvhostvdpa.migration.state import GuestShape, GuestState
-from pyvhostvdpa.net.nic import GuestNic, NicOptions
 
 SIZE = 4 << 20
 LAYOUT = ((DEFAULT_GPA, SIZE), (Gpa(1 << 33), 12288))

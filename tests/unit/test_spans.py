@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traces import GUEST, IDENTITY, MS, A, B, Recorder
 
-from pyvhostvdpa.migration.downtime import DT1, DT2, interval, milliseconds
-from pyvhostvdpa.migration.spans import Kind, Maps, by_kind, downtimes, spans, to_dict
-from pyvhostvdpa.trace import Trace
+from pyvhostvdpa.trace.downtime import DT1, DT2, interval, milliseconds
+from pyvhostvdpa.trace.recorder import Trace
+from pyvhostvdpa.trace.spans import Kind, Maps, by_kind, downtimes, spans, to_dict
 
 
 @pytest.mark.parametrize("device", [A, B])

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyvhostvdpa.errors import StreamCorrupt
-from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory
-from pyvhostvdpa.migration.guest import Guest, GuestWriter
-from pyvhostvdpa.migration.state import DeviceShape, DeviceState, GuestShape, GuestState
+from pyvhostvdpa.base.errors import StreamCorrupt
+from pyvhostvdpa.guest.nic import GuestNic, NicOptions
+from pyvhostvdpa.guest.state import DeviceShape, DeviceState, GuestShape, GuestState
+from pyvhostvdpa.guest.synthetic import Guest, GuestWriter
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.net.control import ControlModel, Rx
 from pyvhostvdpa.net.features import SUPPORTED, Feature
-from pyvhostvdpa.net.nic import GuestNic, NicOptions
 
 SIZE = 16 << 20
 SHAPE = GuestShape(

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyvhostvdpa.errors import MigrationCancelled, MigrationRefused, StreamBroken, StreamCorrupt
+from pyvhostvdpa.base.errors import MigrationCancelled, MigrationRefused, StreamBroken, StreamCorrupt
 from pyvhostvdpa.migration import stream
 from pyvhostvdpa.migration.endpoint import Address, Listener, check_security, connect
 from pyvhostvdpa.migration.pages import stream_sum

@@ -8,8 +8,8 @@ import pytest
 from ring_model import BASE, INDIRECT, NEXT, WRITE, Model, Segment
 
 from pyvhostvdpa._cdefs import ffi, lib
-from pyvhostvdpa.errors import QueueBroken
-from pyvhostvdpa.memory import PAGE_SIZE
+from pyvhostvdpa.base.errors import QueueBroken
+from pyvhostvdpa.memory.guest import PAGE_SIZE
 
 DATA = BASE + 0x40000
 

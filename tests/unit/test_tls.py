@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from certificates import authority, issue
 
-from pyvhostvdpa.errors import MigrationRefused, StreamBroken
-from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory
+from pyvhostvdpa.base.errors import MigrationRefused, StreamBroken
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.migration.dirty import PageSet
 from pyvhostvdpa.migration.endpoint import Address, Listener, NoPeer, Tls, connect
 from pyvhostvdpa.migration.pages import PageReceiver, PageSender

@@ -10,8 +10,8 @@ import pytest
 import traces
 from traces import A, Recorder
 
-from pyvhostvdpa.report import events
-from pyvhostvdpa.trace import Trace
+from pyvhostvdpa.trace import events
+from pyvhostvdpa.trace.recorder import Trace
 
 
 def written(trace: Trace) -> list[dict[str, Any]]:
@@ -103,7 +103,7 @@ def test_a_call_is_written_as_qemus_event(name: str) -> None:
 
 def test_the_first_line_names_schema_and_clock() -> None:
     assert written(traces.migration())[0] == {
-        "schema": "pyvhostvdpa/trace/1",
+        "schema": "pyvhostvdpa/trace/recorder/1",
         "clock": "CLOCK_MONOTONIC",
         "devices": [traces.A, traces.B],
     }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from ring_model import BASE, Model, Segment
 
-from pyvhostvdpa.memory import PAGE_SIZE
+from pyvhostvdpa.memory.guest import PAGE_SIZE
 
 Make = Callable[..., Model]
 MOVED = 0x5000_0000

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pyvhostvdpa import uapi
 from pyvhostvdpa._cdefs import ffi, lib
+from pyvhostvdpa.base import uapi
 
 STRUCTS = {
     "struct vhost_vring_state": uapi.VringState,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pyvhostvdpa.trace import DeviceTrace, Trace
+from pyvhostvdpa.trace.recorder import DeviceTrace, Trace
 
 MS = 1_000_000
 GUEST = 64 << 20

@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import median
 from typing import Self
 
-from pyvhostvdpa.memory import DEFAULT_GPA, GuestMemory
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.migration.dirty import PageSet
 from pyvhostvdpa.migration.pages import PageReceiver, PageSender
 from pyvhostvdpa.migration.stream import Channel, Frame

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from pyvhostvdpa import VdpaNetDevice
-from pyvhostvdpa.mgmt import chardev_of
+from pyvhostvdpa.host.mgmt import chardev_of
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pyvhostvdpa import VdpaNetDevice
 from pyvhostvdpa.bench.map import run
 from pyvhostvdpa.bench.memory import BenchMemory, Layout, Page
 from pyvhostvdpa.bench.plan import Mode, Options, Place, Point, messages
-from pyvhostvdpa.burst import Burst
+from pyvhostvdpa.chardev.burst import Burst
 
 SIZE = 2 << 20
 ROUNDS = 10

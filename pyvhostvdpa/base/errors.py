@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: MIT
+"""What can go wrong, by meaning.
+
+Kernel errors stay ``OSError`` with the kernel's errno; the few subclasses
+tell apart what a caller would handle differently. Each message says what
+happened and why as far as it can be known; ``hint`` is the command to run or
+the thing to change next.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+from .causes import ENOTSUPP, explain
+
+_EXPLAINED = {
+    ENOTSUPP: "ENOTSUPP: the parent driver has no such operation",
+    errno.ENOBUFS: "ENOBUFS: index not below the number of virtqueues",
+}
+
+
+def errno_text(number: int) -> str:
+    """Return the errno's name with its meaning for vhost-vdpa."""
+    explained = _EXPLAINED.get(number)
+    if explained:
+        return explained
+    return f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"
+
+
+class VhostVdpaError(Exception):
+    """Base of everything this package raises on purpose."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class KernelError(VhostVdpaError, OSError):
+    """A system call on the device failed.
+
+    ``ioctl`` is the request's kernel name (or ``write``, ``open``, ``mmap``),
+    ``argument`` what was asked, ``errno`` the kernel's answer, ``cause`` the
+    likely reason and ``hint`` the next step, by :mod:`pyvhostvdpa.base.causes`
+    unless the caller knows better.
+    """
+
+    def __init__(self, number: int, ioctl: str, argument: str = "", cause: str = "", hint: str = "") -> None:
+        what = f"{ioctl}({argument})" if argument else ioctl
+        known = explain(ioctl, number)
+        cause, hint = cause or known.cause, hint or known.hint
+        message = f"{what}: {errno_text(number)}" + (f" ({cause})" if cause else "")
+        VhostVdpaError.__init__(self, message, hint)
+        self.errno = number
+        self.strerror = message
+        self.ioctl = ioctl
+        self.argument = argument
+        self.cause = cause
+
+
+class DeviceBusy(KernelError):
+    """Somebody has the device open; the chardev is exclusive."""
+
+
+class DeviceClosed(VhostVdpaError):
+    """The object was used after ``close()``."""
+
+
+class NotVhostVdpa(VhostVdpaError):
+    """The path is not a vhost-vdpa character device."""
+
+
+class MapRejected(VhostVdpaError, ValueError):
+    """A map or unmap that the kernel would answer with a bare EFAULT was refused beforehand."""
+
+
+class MissingFeature(VhostVdpaError):
+    """The device or kernel lacks what the request needs."""
+
+
+class ManagementFailed(VhostVdpaError):
+    """iproute2's ``vdpa`` could not do what it was told; the message has its words."""
+
+
+class MigrationEnded(VhostVdpaError):
+    """A migration that was not one; the message says what state is left.
+
+    ``report`` is what was measured all the same, None if the guest is stopped
+    or was never started.
+    """
+
+    report: Any = None
+
+
+class MigrationRefused(MigrationEnded):
+    """A migration that cannot work was refused before anything was touched."""
+
+
+class MigrationFailed(MigrationEnded):
+    """A migration ended before its end."""
+
+
+class MigrationCancelled(MigrationEnded):
+    """The user cancelled a migration that was under way."""
+
+
+class StreamBroken(VhostVdpaError):
+    """The other side of a migration is gone, or nothing moved for as long as the stream may stand still."""
+
+
+class StreamCorrupt(VhostVdpaError):
+    """The other side of a migration sent what no correct one sends."""
+
+
+class QueueBroken(VhostVdpaError):
+    """A ring holds what no correct guest or device writes; the queue was given up."""
+
+
+class DeviceNeedsReset(VhostVdpaError):
+    """A device gave up and asks to be reset (VIRTIO_CONFIG_S_NEEDS_RESET); nothing goes through it any more."""
+
+
+class OutOfOrder(VhostVdpaError):
+    """A device in passthrough uses descriptors out of order: it cannot be taken over. It goes on as before."""

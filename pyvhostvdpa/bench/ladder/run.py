@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: MIT
+"""The ladder: every row of the series, measured one after the other on fresh devices.
+
+In each run a guest with traffic moves from D sources to D destinations. The
+devices are switched and stopped one after the other, as QEMU does under its
+lock, with the guest's traffic paused, so that a downtime is the procedure's
+and nothing else's; before, between and after the guest's frames flow, and
+each is accounted for.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from ...base.errors import MigrationFailed, MigrationRefused
+from ...device.net import State, VdpaNetDevice
+from ...guest.arena import GuestArena
+from ...guest.nic import GuestNic, NicOptions
+from ...guest.traffic import Traffic
+from ...host import mgmt
+from ...memory.guest import DEFAULT_GPA, HUGE_PAGE, Gpa, GuestMemory, check_available
+from ...migration.report import environment
+from ...net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
+from ...net.control_queue import GuestControl
+from ...net.features import CONTROL, SUPPORTED
+from ...trace.downtime import DT1, DT2, milliseconds
+from ...trace.recorder import Trace
+from .. import hwsim
+from .report import Counts, LadderReport, RowResult, Run
+from .rows import PLANS, Plan
+from .stage import Stage, Supply
+
+Observer = Callable[[str], None]
+"""Called with words of progress."""
+
+DOWNTIMES = {"dt1": DT1, "dt2": DT2, "dest": ("dest.start",)}
+_FRAMES_SECONDS = 120.0
+_DRAIN_SECONDS = 30.0
+_POLL = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class LadderOptions:
+    """What to run. ``memory`` in bytes, in ``regions`` pieces; ``frames`` on each pair in each part of a run."""
+
+    pairs: int = 2
+    memory: int = 1 << 30
+    regions: int = 4
+    rows: Sequence[Plan] = tuple(PLANS.values())
+    repeat: int = 1
+    frames: int = 200
+
+
+def regions(memory: int, count: int) -> list[tuple[Gpa, int]]:
+    """Divide guest memory: half of it in the first region, the rest in equal ones, with holes between them."""
+    small = memory // 2 // max(count - 1, 1) // HUGE_PAGE * HUGE_PAGE
+    if small == 0:
+        raise MigrationRefused(f"{memory} bytes are too few for {count} regions", hint="ask for more: --memory")
+    sizes = [memory - (count - 1) * small] + [small] * (count - 1)
+    starts = [DEFAULT_GPA + sum(sizes[:k]) + k * HUGE_PAGE for k in range(count)]
+    return [(Gpa(start), size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def ladder(
+    supply: Supply, options: LadderOptions, observer: Observer = lambda words: None
+) -> tuple[LadderReport, dict[str, Trace]]:
+    """Run the rows; the report, and the trace of each row's last run.
+
+    Raises :class:`~pyvhostvdpa.MigrationRefused` before anything is
+    touched, and whatever the first step raises that fails.
+    """
+    if not options.rows:
+        raise MigrationRefused("no rows to run", hint=f"rows are {', '.join(PLANS)}")
+    check_available(options.memory)
+    layout = regions(options.memory, options.regions)
+    traces: dict[str, Trace] = {}
+    results: list[RowResult] = []
+    place: dict[str, object] = {}
+    with GuestMemory(layout) as memory:
+        for plan in options.rows:
+            result = RowResult(plan)
+            for number in range(options.repeat):
+                observer(f"{plan.row}" + (f", run {number + 1} of {options.repeat}" if options.repeat > 1 else ""))
+                with supply.stage(plan) as stage, ExitStack() as stack:
+                    row = _Row(plan, stage, memory, options, observer, stack)
+                    place = row.environment()
+                    result = row.run(result)
+                traces[plan.row] = row.trace
+                if result.impossible:
+                    break
+            results.append(result)
+    report = LadderReport(
+        regions=options.regions,
+        devices=len(stage.sources),
+        pairs=options.pairs,
+        memory=options.memory,
+        charged=supply.charged,
+        profile=supply.profile,
+        clock="virtual" if os.environ.get("PYVHOSTVDPA_LAB_ACCEL") == "icount" else "wall",
+        rows=results,
+        environment=place,
+    )
+    return report, traces
+
+
+class _Guest:
+    """One NIC of the guest, and the two devices that it is on in turn."""
+
+    def __init__(
+        self,
+        devices: tuple[VdpaNetDevice, VdpaNetDevice],
+        memory: GuestMemory,
+        arena: GuestArena,
+        options: LadderOptions,
+        stack: ExitStack,
+    ) -> None:
+        self.source, self.destination = devices
+        self.options = options
+        nic_options = NicOptions(
+            pairs=options.pairs, features=self.source.features, control_index=self.source.groups.control_index
+        )
+        self.nic = GuestNic(memory, nic_options, arena)
+        stack.callback(self.nic.close)
+        self.control: GuestControl | None = None
+        if self.nic.control is not None:
+            model = ControlModel(self.source.features, mac=self.source.mac)
+            self.control = GuestControl(self.nic.control.queue, model)
+        self.traffic = Traffic(self.nic)
+        # the devices let go of the rings before the NIC does
+        for device in devices:
+            stack.callback(device.close)
+        stack.callback(self.traffic.pause)
+
+    def use_pairs(self) -> None:
+        """What a guest's driver does once it runs: take all its queues into use."""
+        if self.nic.control is not None and self.options.pairs > 1:
+            answer = self.nic.control.send(command(Class.MQ, VQ_PAIRS_SET, self.options.pairs.to_bytes(2, "little")))
+            if answer != OK:
+                raise MigrationFailed(f"{self.source.path} refused to use {self.options.pairs} queue pairs")
+
+    def exchange(self, device: VdpaNetDevice) -> None:
+        """Let the guest run until each pair received some more frames."""
+        goals = [pair.counts().received + self.options.frames for pair in self.nic.pairs]
+        deadline = time.monotonic() + _FRAMES_SECONDS
+        self.traffic.run()
+        while not all(pair.counts().received >= goal for pair, goal in zip(self.nic.pairs, goals, strict=True)):
+            device.check()
+            if time.monotonic() > deadline:
+                raise MigrationFailed(
+                    f"{device.path}: not {self.options.frames} frames on each pair within {_FRAMES_SECONDS:g} s"
+                )
+            time.sleep(_POLL)
+        self.traffic.pause()
+
+    def settle(self) -> None:
+        """Wait for what is under way."""
+        self.traffic.run()
+        self.traffic.stop_sending(_DRAIN_SECONDS)
+        self.traffic.pause()
+
+
+class _Row:
+    def __init__(
+        self,
+        plan: Plan,
+        stage: Stage,
+        memory: GuestMemory,
+        options: LadderOptions,
+        observer: Observer,
+        stack: ExitStack,
+    ) -> None:
+        self.plan, self.options, self.memory, self.observe = plan, options, memory, observer
+        self.trace = Trace()
+        self._keeps_maps = stage.keeps_maps
+        self._stack = stack
+        self.sources = [self._open(path) for path in stage.sources]
+        self.destinations = [self._open(path) for path in stage.destinations]
+        self.resolutions = [plan.resolve(device.target, stage.keeps_maps) for device in self._devices]
+
+    def _open(self, path: str) -> VdpaNetDevice:
+        device = VdpaNetDevice(
+            path,
+            self.trace,
+            self.plan.use,
+            SUPPORTED | CONTROL,
+            lambda target: self.plan.resolve(target, self._keeps_maps).make(target),
+        )
+        return self._stack.enter_context(device)
+
+    @property
+    def _devices(self) -> list[VdpaNetDevice]:
+        return [*self.sources, *self.destinations]
+
+    def environment(self) -> dict[str, object]:
+        """Return what a reader needs to place the figures."""
+        return environment({"source": self.sources[0], "destination": self.destinations[0]}, self.options.memory)
+
+    def run(self, result: RowResult) -> RowResult:
+        """Run the row once and add that to its result."""
+        left_out = {str(switch.name).lower(): why for each in self.resolutions for switch, why in each.left_out.items()}
+        impossible = next((each.impossible for each in self.resolutions if each.impossible), "")
+        if impossible:
+            return RowResult(self.plan, (), left_out, impossible)
+        self._check_pairs()
+        run = self._migrate()
+        return RowResult(self.plan, [*result.runs, run], left_out)
+
+    def _check_pairs(self) -> None:
+        for device in self._devices:
+            if device.groups.max_pairs < self.options.pairs:
+                raise MigrationRefused(
+                    f"{device.path} has {device.groups.max_pairs} queue pairs that can be used, "
+                    f"{self.options.pairs} were asked for",
+                    hint="--pairs, or vdpa dev add … max_vqp N where the driver can",
+                )
+
+    def _guests(self) -> list[_Guest]:
+        """Give each NIC its own part of guest memory, in another region where there are enough."""
+        regions, found = self.memory.regions, []
+        for number, pair in enumerate(zip(self.sources, self.destinations, strict=True)):
+            region = regions[number % len(regions)]
+            share = region.size // -(-len(self.sources) // len(regions)) // HUGE_PAGE * HUGE_PAGE
+            arena = GuestArena(self.memory, region.gpa + number // len(regions) * share, share)
+            found.append(_Guest(pair, self.memory, arena, self.options, self._stack))
+        return found
+
+    def _migrate(self) -> Run:
+        guests = self._guests()
+        self._say("passthrough on the source")
+        for guest in guests:
+            guest.source.attach(self.memory)
+            guest.source.start_passthrough(guest.nic.queues, guest.control)
+            guest.use_pairs()
+            guest.exchange(guest.source)
+        for guest in guests:
+            with guest.destination.trace.in_phase("dest.premap"):
+                guest.destination.attach(self.memory)
+        counted = {"dt1": self._counted(self.sources, lambda: self._switch(guests))}
+        self._say("through shadow virtqueues")
+        for guest in guests:
+            guest.exchange(guest.source)
+        counted["dt2"] = self._counted(self.sources, lambda: self._stop(guests))
+        counted["dest"] = self._counted(self.destinations, lambda: self._start_destinations(guests))
+        self._say("passthrough on the destination")
+        for guest in guests:
+            guest.exchange(guest.destination)
+            guest.settle()
+        return self._finish(guests, counted)
+
+    def _switch(self, guests: list[_Guest]) -> None:
+        self._say("switch (DT1)")
+        for guest in guests:
+            with guest.source.trace.in_phase("dt1.stop"):
+                guest.source.stop(then=State.SHADOW)
+            with guest.source.trace.in_phase("dt1.start"):
+                guest.source.start_shadow(guest.nic.queues, guest.control)
+
+    def _stop(self, guests: list[_Guest]) -> None:
+        self._say("stop (DT2)")
+        for guest in guests:
+            with guest.source.trace.in_phase("dt2.stop"):
+                guest.source.stop()
+
+    def _start_destinations(self, guests: list[_Guest]) -> None:
+        self._say("start of the destination")
+        for guest in guests:
+            with guest.destination.trace.in_phase("dest.start"):
+                guest.destination.start_passthrough(guest.nic.queues, guest.control)
+
+    def _say(self, words: str) -> None:
+        self.observe(f"{self.plan.row}: {words}")
+
+    def _counted(
+        self, devices: Sequence[VdpaNetDevice], act: Callable[[], None]
+    ) -> list[tuple[int | None, int | None]]:
+        """Return each device's set_maps and heavy ones during ``act``, None where the device does not count."""
+        before = [hwsim.counters(mgmt.name_of(device.path)) for device in devices]
+        act()
+        after = [hwsim.counters(mgmt.name_of(device.path)) for device in devices]
+        return [
+            (None, None)
+            if old is None or new is None
+            else (_more(old, new, "set_map"), _more(old, new, "set_map_heavy"))
+            for old, new in zip(before, after, strict=True)
+        ]
+
+    def _finish(self, guests: list[_Guest], counted: dict[str, list[tuple[int | None, int | None]]]) -> Run:
+        ms, counts = {}, {}
+        for downtime, phases in DOWNTIMES.items():
+            devices = self.destinations if downtime == "dest" else self.sources
+            ms[downtime] = [milliseconds(self.trace, device.path, phases) for device in devices]
+            counts[downtime] = [
+                self._calls(device, phases, *each) for device, each in zip(devices, counted[downtime], strict=True)
+            ]
+        frames = [guest.nic.counts() for guest in guests]
+        total = type(frames[0])(*(sum(getattr(each, name) for each in frames) for name in type(frames[0]).__slots__))
+        return Run(ms, counts, total)
+
+    def _calls(self, device: VdpaNetDevice, phases: Sequence[str], set_maps: int | None, heavy: int | None) -> Counts:
+        events = [event.event for phase in phases for event in self.trace.select(device.path, phase)]
+        return Counts(
+            ioctls=sum(event.startswith("VHOST_") for event in events),
+            messages=sum(event.startswith("IOTLB_") for event in events),
+            set_maps=set_maps,
+            heavy=heavy,
+        )
+
+
+def _more(before: dict[str, int], after: dict[str, int], key: str) -> int:
+    return after[key] - before[key]

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: MIT
+"""Address spaces of a device: what is mapped, and why a map cannot be.
+
+The kernel answers EFAULT to every bad map and says nothing of a batch that
+failed. So each address space keeps a mirror of the kernel's tree and refuses
+beforehand what the kernel would refuse, with the reason.
+"""
+
+from __future__ import annotations
+
+import bisect
+import enum
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ..base.errors import MapRejected
+from ..base.uapi import Access, IotlbType
+from ..memory.guest import PAGE_SIZE, allow_pinning, physical_runs
+from .door import IotlbMessage, IotlbWriteError, VhostVdpa
+from .rejection import likely_cause
+
+
+class Layout(enum.Enum):
+    """How guest memory lies in an address space."""
+
+    NONE = "none"
+    IDENTITY = "identity"
+    TRANSLATED = "translated"
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One UPDATE. ``entries`` is what it costs of the kernel's limit."""
+
+    iova: int
+    size: int
+    uaddr: int
+    perm: Access
+    entries: int = 1
+
+    @property
+    def last(self) -> int:
+        """The last IOVA."""
+        return self.iova + self.size - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds the maps of a device.
+
+    ``pinned`` tells whether the parent works on pinned pages; ``entries`` is
+    the limit per address space, None if none is known.
+    """
+
+    first: int
+    last: int
+    as_num: int
+    pinned: bool
+    entries: int | None
+
+
+class Iotlb:
+    """The address spaces of one device. The kernel has one batch per device, not one per space."""
+
+    def __init__(self, chardev: VhostVdpa, limits: Limits) -> None:
+        self.chardev = chardev
+        self.limits = limits
+        self.notes: list[str] = []
+        """What was changed on the way (a raised RLIMIT_MEMLOCK)."""
+        self._spaces: dict[int, AddressSpace] = {}
+
+    def space(self, asid: int) -> AddressSpace:
+        """Return an address space; MapRejected if the device has not that many."""
+        if not 0 <= asid < self.limits.as_num:
+            raise MapRejected(f"ASID {asid}: the device has {self.limits.as_num} address spaces")
+        return self._spaces.setdefault(asid, AddressSpace(self, asid))
+
+    def make_room(self, pinned: int) -> None:
+        """Raise this process's memlock limit for ``pinned`` more bytes if that is needed and allowed."""
+        note = allow_pinning(pinned) if pinned else ""
+        if note:
+            self.notes.append(note)
+
+    def write(self, asid: int, messages: Sequence[IotlbMessage]) -> None:
+        """Send messages of one address space; what the kernel refuses is raised with its likely cause."""
+        batch = self.chardev.batch_asid
+        if batch not in (None, asid):
+            raise MapRejected(
+                f"ASID {asid}: a batch of ASID {batch} is open, and a device has one",
+                hint="write its BATCH_END; nothing else but close() ends it, not even a reset",
+            )
+        try:
+            self.chardev.write_iotlb(messages)
+        except IotlbWriteError as e:
+            why = likely_cause(self.chardev, e.rejected, self.limits.pinned, self.limits.entries)
+            raise IotlbWriteError(e.errno or 0, e.rejected, e.applied, why.cause, why.hint) from e
+
+    def map_again(self) -> None:
+        """Restore the device's translation after a reset without IOTLB_PERSIST.
+
+        The reset emptied the device's own table but not the kernel's tree
+        (drivers/vhost/vdpa.c:_compat_vdpa_reset), where an UPDATE would now
+        meet its old self.
+        """
+        for space in self._spaces.values():
+            kept = space.mappings
+            if kept:
+                with space.batch() as batch:
+                    for m in kept:
+                        batch.unmap(m.iova, m.size)
+                    for m in kept:
+                        batch.put_back(m)
+
+
+class AddressSpace:
+    """One ASID: a mirror of the kernel's tree."""
+
+    def __init__(self, iotlb: Iotlb, asid: int) -> None:
+        self._iotlb = iotlb
+        self.asid = asid
+        self.layout = Layout.NONE
+        self._maps: list[Mapping] = []
+
+    @property
+    def mappings(self) -> tuple[Mapping, ...]:
+        """What is mapped, by IOVA."""
+        return tuple(self._maps)
+
+    def map(self, iova: int, uaddr: int, size: int, perm: Access = Access.RW) -> None:
+        """Map ``size`` bytes at ``uaddr`` to ``iova``, without a batch.
+
+        On a pinned set_map parent this rebuilds the device's table once per
+        physically contiguous run; see :meth:`batch`.
+        """
+        with self._one() as change:
+            change.map(iova, uaddr, size, perm)
+
+    def unmap(self, iova: int, size: int) -> None:
+        """Unmap exactly what was mapped: the kernel drops every entry the range touches, whole."""
+        with self._one() as change:
+            change.unmap(iova, size)
+
+    @contextmanager
+    def _one(self) -> Iterator[Batch]:
+        change = Batch(self, self._iotlb.limits)
+        yield change
+        self._iotlb.make_room(change.pinned)
+        self._iotlb.write(self.asid, change.messages)
+        self._maps = change.planned
+
+    @contextmanager
+    def batch(self) -> Iterator[Batch]:
+        """Collect maps and unmaps, then send them between BATCH_BEGIN and BATCH_END in one burst.
+
+        Nothing is sent if the block raises. The kernel reports no failure of
+        a batch as a whole (it ignores the parent's answer at BATCH_END).
+        """
+        batch = Batch(self, self._iotlb.limits)
+        yield batch
+        if batch.messages:
+            self._send(batch)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep a batch open for the block: each map and unmap in it is written at once, the parent is told at its end.
+
+        Unlike :meth:`batch` other calls may come in between, and the batch
+        ends in any case: nothing but close() would end it later.
+        """
+        self._iotlb.write(self.asid, [IotlbMessage(IotlbType.BATCH_BEGIN, self.asid)])
+        try:
+            yield
+        finally:
+            self._iotlb.write(self.asid, [IotlbMessage(IotlbType.BATCH_END, self.asid)])
+
+    def _send(self, batch: Batch) -> None:
+        begin = IotlbMessage(IotlbType.BATCH_BEGIN, self.asid)
+        end = IotlbMessage(IotlbType.BATCH_END, self.asid)
+        self._iotlb.make_room(batch.pinned)
+        try:
+            self._iotlb.write(self.asid, [begin, *batch.messages, end])
+        except IotlbWriteError as e:
+            if 0 < e.applied <= len(batch.messages):
+                # an open batch survives everything but close()
+                self._iotlb.chardev.write_iotlb([end])
+                self._maps = batch.after(e.applied - 1)
+            raise
+        self._maps = batch.planned
+
+
+class Batch:
+    """Maps and unmaps that are sent together when the block ends."""
+
+    def __init__(self, space: AddressSpace, limits: Limits) -> None:
+        self._asid = space.asid
+        self._limits = limits
+        self._before = list(space.mappings)
+        self._entries = sum(m.entries for m in self._before)
+        self._changes: list[tuple[bool, Mapping]] = []
+        self.planned = list(self._before)
+        self.messages: list[IotlbMessage] = []
+        self.pinned = 0
+        """Bytes that will be pinned anew."""
+
+    def map(self, iova: int, uaddr: int, size: int, perm: Access = Access.RW) -> None:
+        """Add a map; see :meth:`AddressSpace.map`."""
+        what = f"map of {size:#x} bytes at IOVA {iova:#x} in ASID {self._asid}"
+        self._check_range(what, iova, uaddr, size)
+        self._check_overlap(what, iova, size)
+        entries = (physical_runs(uaddr, size) or 1) if self._limits.pinned else 1
+        self._check_entries(what, entries)
+        self.put_back(Mapping(iova, size, uaddr, perm, entries))
+        self.pinned += size if self._limits.pinned else 0
+
+    def _check_range(self, what: str, iova: int, uaddr: int, size: int) -> None:
+        limits = self._limits
+        if size <= 0 or size % PAGE_SIZE or iova % PAGE_SIZE or uaddr % PAGE_SIZE:
+            raise MapRejected(f"{what}: IOVA, size and address {uaddr:#x} must be multiples of {PAGE_SIZE}")
+        if iova == 0:
+            raise MapRejected(f"{what}: IOVA 0 is never used, some devices dislike it")
+        if iova < limits.first or iova + size - 1 > limits.last:
+            raise MapRejected(f"{what}: outside the device's range {limits.first:#x}-{limits.last:#x}")
+
+    def _check_overlap(self, what: str, iova: int, size: int) -> None:
+        at = _index(self.planned, iova)
+        for other in self.planned[max(at - 1, 0) : at + 1]:
+            if other.iova <= iova + size - 1 and iova <= other.last:
+                raise MapRejected(f"{what}: overlaps what is mapped at {other.iova:#x}-{other.last:#x}; unmap it first")
+
+    def _check_entries(self, what: str, entries: int) -> None:
+        allowed = self._limits.entries
+        if allowed is not None and self._entries + entries > allowed:
+            raise MapRejected(
+                f"{what}: takes {entries} IOTLB entries (physically contiguous runs), {self._entries} are in use, "
+                f"the kernel allows {allowed}",
+                hint="use huge pages (echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled), "
+                "or load vhost_vdpa with a larger max_iotlb_entries",
+            )
+
+    def put_back(self, mapping: Mapping) -> None:
+        """Add a map that was checked before."""
+        self.planned.insert(_index(self.planned, mapping.iova), mapping)
+        self._entries += mapping.entries
+        self._changes.append((True, mapping))
+        self.messages.append(
+            IotlbMessage(IotlbType.UPDATE, self._asid, mapping.iova, mapping.size, mapping.uaddr, int(mapping.perm))
+        )
+
+    def unmap(self, iova: int, size: int) -> None:
+        """Add an unmap; see :meth:`AddressSpace.unmap`."""
+        at = _index(self.planned, iova)
+        mapping = self.planned[at] if at < len(self.planned) else None
+        if mapping is None or (mapping.iova, mapping.size) != (iova, size):
+            raise MapRejected(f"unmap of {size:#x} bytes at IOVA {iova:#x} in ASID {self._asid}: not mapped like that")
+        del self.planned[at]
+        self._entries -= mapping.entries
+        self._changes.append((False, mapping))
+        self.messages.append(IotlbMessage(IotlbType.INVALIDATE, self._asid, iova, size))
+
+    def after(self, count: int) -> list[Mapping]:
+        """Return what is mapped once the first ``count`` changes were applied."""
+        maps = {m.iova: m for m in self._before}
+        for added, mapping in self._changes[:count]:
+            if added:
+                maps[mapping.iova] = mapping
+            else:
+                del maps[mapping.iova]
+        return [maps[iova] for iova in sorted(maps)]
+
+
+def _index(maps: Sequence[Mapping], iova: int) -> int:
+    return bisect.bisect_left(maps, iova, key=lambda m: m.iova)

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: MIT
+"""Switch a running device to shadow virtqueues and back, under traffic."""
+
+import sys
+import time
+
+from pyvhostvdpa import GuestMemory, VdpaNetDevice
+from pyvhostvdpa.guest.nic import GuestNic
+from pyvhostvdpa.guest.traffic import Traffic
+from pyvhostvdpa.memory.guest import DEFAULT_GPA
+
+with VdpaNetDevice(sys.argv[1]) as dev, GuestMemory([(DEFAULT_GPA, 64 << 20)]) as memory:
+    dev.attach(memory)
+    nic = GuestNic(memory)
+    traffic = Traffic(nic)
+    dev.start_passthrough(nic.queues)
+    traffic.run()
+    for start in (dev.start_shadow, dev.start_passthrough):
+        time.sleep(1)
+        dev.stop()
+        start(nic.queues)
+        print(dev.state.value, nic.counts())
+    time.sleep(1)
+    traffic.stop_sending(timeout=5)
+    traffic.pause()
+    print(nic.counts())
+    dev.close()
+    nic.close()

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""What ``vhost-vdpa help`` prints: the pages in ``docs/``, and references made from docstrings and tables."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+
+from ..base.causes import explain_all
+from ..base.errors import MissingFeature, errno_text
+from ..base.uapi import IOCTLS
+from ..chardev.door import VhostVdpa
+
+PACKAGE = __name__.partition(".")[0]
+GENERATED = {
+    "api": "every public class and function; api NAME for one of them",
+    "ioctls": "every request of linux/vhost.h, and the method that makes it",
+    "errors": "what each errno of each request means, and what to do",
+}
+
+
+def topics() -> dict[str, str]:
+    """Return the topics there are, with one line each."""
+    pages = {page.name.removesuffix(".md"): _title(page.read_text()) for page in _pages()}
+    return {**dict(sorted(pages.items())), **GENERATED}
+
+
+def text(topic: str, name: str = "") -> str:
+    """Return a topic's text; MissingFeature names the topics there are."""
+    generators = {"ioctls": ioctls, "errors": errors}
+    if topic == "api":
+        return api(name)
+    if topic in generators:
+        return generators[topic]()
+    for page in _pages():
+        if page.name == f"{topic}.md":
+            return page.read_text().rstrip()
+    raise MissingFeature(f"no help on {topic!r}", hint=f"vhost-vdpa help TOPIC, one of: {', '.join(topics())}")
+
+
+def _pages() -> list[Path]:
+    folder = resources.files(f"{PACKAGE}.cli") / "docs"
+    return sorted(Path(str(page)) for page in folder.iterdir() if page.name.endswith(".md"))
+
+
+def _title(page: str) -> str:
+    return page.partition("\n")[0].lstrip("# ")
+
+
+def _first_line(thing: object) -> str:
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
+
+
+def _modules() -> Iterator[ModuleType]:
+    package = importlib.import_module(PACKAGE)
+    for found in pkgutil.walk_packages(package.__path__, f"{PACKAGE}."):
+        inner = found.name.removeprefix(f"{PACKAGE}.")
+        if not inner.startswith(("_", "cli")):
+            yield importlib.import_module(found.name)
+
+
+def _public(module: ModuleType) -> Iterator[tuple[str, object]]:
+    for name, thing in vars(module).items():
+        own = getattr(thing, "__module__", "") == module.__name__
+        if own and not name.startswith("_") and (inspect.isclass(thing) or inspect.isfunction(thing)):
+            yield name, thing
+
+
+def api(name: str = "") -> str:
+    """Return the list of everything public by module, or one thing with all of its methods."""
+    if name:
+        return _describe(name)
+    lines = []
+    for module in _modules():
+        members = list(_public(module))
+        lines += ["", f"{module.__name__}: {_first_line(module)}"] if members else []
+        lines += [f"  {each:<24} {_first_line(thing)}" for each, thing in members]
+    return "\n".join(lines).strip()
+
+
+def _describe(wanted: str) -> str:
+    for module in _modules():
+        for name, thing in _public(module):
+            if wanted in (name, f"{module.__name__}.{name}"):
+                return "\n".join(_page_of(name, thing, module.__name__))
+    raise MissingFeature(f"nothing public is called {wanted!r}", hint="vhost-vdpa help api lists all names")
+
+
+def _page_of(name: str, thing: object, module: str) -> list[str]:
+    lines = [f"from {module} import {name}", "", f"{name}{_signature(thing)}", *_indented(inspect.getdoc(thing))]
+    if isinstance(thing, enum.EnumMeta):
+        lines += ["", *(f"    {member.name} = {member.value}" for member in list[enum.Enum](thing))]
+    if inspect.isclass(thing):
+        for method, function in _members(thing):
+            if isinstance(function, property):
+                lines += ["", f"    {method}", *_indented(inspect.getdoc(function), 8)]
+            elif inspect.isfunction(function) or isinstance(function, classmethod):
+                target = getattr(thing, method)
+                lines += ["", f"    {method}{_signature(target)}", *_indented(inspect.getdoc(target), 8)]
+    return lines
+
+
+def _members(thing: type) -> Iterator[tuple[str, object]]:
+    """Yield what is public in a class: its own, then what it has from the package's other classes."""
+    bases = [each for each in thing.__mro__ if each.__module__.startswith(f"{PACKAGE}.")]
+    for name in dict.fromkeys(name for each in bases for name in vars(each)):
+        if not name.startswith("_"):
+            yield name, inspect.getattr_static(thing, name)
+
+
+def _signature(thing: object) -> str:
+    try:
+        return str(inspect.signature(thing)).replace("'", "")  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return ""
+
+
+def _indented(doc: str | None, by: int = 4) -> list[str]:
+    return [f"{'':{by}}{line}".rstrip() for line in (doc or "").splitlines()]
+
+
+def ioctls() -> str:
+    """Return the table of requests with their methods."""
+    lines = []
+    for row in IOCTLS.values():
+        owner = "owner" if row.needs_owner else ""
+        what = f"never served: {row.rejected}" if row.rejected else _first_line(getattr(VhostVdpa, row.method))
+        lines.append(f"{row.request:#010x}  {row.name:<34} {row.since:<5} {owner:<6} {row.method}()")
+        lines.append(f"{'':12}{what}")
+    return "\n".join(lines)
+
+
+def errors() -> str:
+    """Return the table of causes."""
+    lines = []
+    for call, number, why in explain_all():
+        lines += [f"{call}: {errno_text(number)}", f"    {why.cause}", f"    next: {why.hint}"]
+    return "\n".join(lines)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT
+"""Which queue belongs to which group, and what can have an address space of its own.
+
+The answer may depend on the negotiated features (the control queue's index
+does), so it is asked for after FEATURES_OK, which takes a reset afterwards:
+at attach, never on a device that runs.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..base.errors import KernelError
+from ..base.uapi import Status
+from ..chardev.door import VhostVdpa
+from ..net.config import MAX_PAIRS_OFFSET, control_index
+from ..net.features import Feature
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Groups of a net device. None where the parent has no such thing.
+
+    ``control`` is the control queue's group if no data queue shares it,
+    ``descriptors`` the group of all data queues' rings if it is not the
+    buffers' own.
+    """
+
+    max_pairs: int
+    control_index: int | None
+    control: int | None
+    descriptors: int | None
+
+
+def probe_groups(chardev: VhostVdpa, features: Feature, vqs_count: int) -> Groups:
+    """Ask for every queue's groups under ``features``; the device is reset afterwards."""
+    max_pairs = 1
+    if features & (Feature.MQ | Feature.RSS):
+        max_pairs = int.from_bytes(chardev.get_config(MAX_PAIRS_OFFSET, 2), "little")
+    control_at = control_index(features, max_pairs)
+    chardev.set_status(Status.ACKNOWLEDGE | Status.DRIVER)
+    try:
+        chardev.set_features(int(features))
+        chardev.set_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
+        data = range(min(2 * max_pairs, vqs_count))
+        buffers = {_group(chardev.get_vring_group, index) for index in data}
+        rings = {_group(chardev.get_vring_desc_group, index) for index in data}
+        control = None if control_at is None else _group(chardev.get_vring_group, control_at)
+    finally:
+        chardev.set_status(Status(0))
+    # QEMU looks at queue 0 alone; a parent may well group queues differently
+    descriptors = rings.pop() if len(rings) == 1 else None
+    return Groups(
+        max_pairs=max_pairs,
+        control_index=control_at,
+        control=None if control in buffers else control,
+        descriptors=None if descriptors in buffers else descriptors,
+    )
+
+
+def _group(ask: Callable[[int], int], index: int) -> int | None:
+    try:
+        return ask(index)
+    except KernelError as e:
+        if e.errno == errno.EOPNOTSUPP:
+            return None
+        raise

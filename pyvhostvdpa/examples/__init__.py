@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: MIT
-"""Scripts of one task each: ``python3 -m pyvhostvdpa.examples.probe /dev/vhost-vdpa-0``."""

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: MIT
+"""The guest's NIC: a virtio-net driver in guest memory, one RX/TX pair each.
+
+It does what a driver does and no more: it does not know whether its rings
+are shadowed, nor which device it is on.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Self
+
+from .._cdefs import ffi, lib
+from ..memory.guest import GuestMemory
+from ..net.control import ControlModel
+from ..net.features import Feature, offered_to_guest, ring_bits
+from ..net.guest_config import GuestConfig
+from ..virtqueue.layout import GuestQueue, map_queue
+from .arena import GuestArena, place_queue
+from .control_driver import ControlDriver
+from .nic_state import SEEN_BYTES, BadState, NicState, PairState, check_memory, check_place, place_of, queue_of
+
+BUFFER_SIZE = 2048
+"""Bytes per frame buffer, virtio_net_hdr included."""
+MIN_FRAME, MAX_FRAME = 60, BUFFER_SIZE - 12
+
+_BROADCAST = b"\xff" * 6
+_SOURCE = b"\x52\x54\x91\x76\x64\x01"
+TABLE_SIZE = 32
+"""Bytes of an indirect table of two descriptors."""
+
+_COPIED = (
+    *("tx_descs", "frame_size", "window", "flow", "rx_avail", "rx_used", "tx_avail", "tx_used", "sent", "received"),
+    *("duplicated", "corrupted", "reordered", "highest", "ring_errors", "last_rx"),
+)
+"""What the C structure and :class:`PairState` have alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class NicOptions:
+    """How the guest's driver sets its NIC up.
+
+    ``chained`` sends each frame as two descriptors, header and frame, as
+    drivers without ``VIRTIO_F_ANY_LAYOUT`` do; with ``INDIRECT_DESC`` they
+    are in a table. ``control_index`` is the control queue's index, None for
+    a NIC without.
+    """
+
+    pairs: int = 1
+    ring_size: int = 256
+    frame_size: int = 256
+    chained: bool = True
+    features: Feature = Feature.VERSION_1
+    control_index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FrameCounts:
+    """Every frame accounted for. ``lost`` is final once nothing is in flight any more."""
+
+    sent: int
+    received: int
+    lost: int
+    duplicated: int
+    corrupted: int
+    reordered: int
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the counts for JSON."""
+        return {
+            "sent": self.sent,
+            "received": self.received,
+            "lost": self.lost,
+            "duplicated": self.duplicated,
+            "corrupted": self.corrupted,
+            "reordered": self.reordered,
+        }
+
+
+class NicPair:
+    """RX queue ``2 * number``, TX queue ``2 * number + 1``, and their traffic.
+
+    ``window`` is the most frames in flight; it stays below the RX buffers
+    posted, so that a device which drops for want of a buffer has no reason to.
+    """
+
+    def __init__(self, memory: GuestMemory, rx: GuestQueue, tx: GuestQueue) -> None:
+        self.rx, self.tx = rx, tx
+        self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._memory = memory
+        self._tx_free = ffi.new("uint16_t[]", tx.num)
+        p: Any = ffi.new("struct nic_pair *")
+        self.c = p
+        for ring, queue in ((p.rx, rx), (p.tx, tx)):
+            map_queue(ring, queue, memory)
+        p.tx_free = self._tx_free
+        p.buffer_size = BUFFER_SIZE
+        p.rx_kick, p.rx_call, p.tx_kick, p.tx_call = rx.kick, rx.call, tx.kick, tx.call
+        p.wake = self.wake
+        p.sending = 1
+
+    @classmethod
+    def place(cls, memory: GuestMemory, arena: GuestArena, number: int, options: NicOptions) -> Self:
+        """Set a pair up as a driver does that starts."""
+        ring_size, frame_size = options.ring_size, options.frame_size
+        if not MIN_FRAME <= frame_size <= MAX_FRAME:
+            raise ValueError(f"frame size {frame_size} is not within {MIN_FRAME}..{MAX_FRAME}")
+        pair = cls(memory, place_queue(arena, 2 * number, ring_size), place_queue(arena, 2 * number + 1, ring_size))
+        buffers = ring_size * BUFFER_SIZE
+        # spread out, so that traffic proves the map's middle and end
+        spread = arena.size // 2 // options.pairs
+        rx_gpa = arena.take(buffers, at=arena.start + spread * (options.pairs + number))
+        tx_gpa = arena.take(buffers)
+        p = pair.c
+        p.tx_descs = 2 if options.chained else 1
+        table = 0
+        if Feature.INDIRECT_DESC in options.features:
+            # one slot of the ring, two descriptors in its table
+            p.tx_descs = 1
+            table = arena.take(TABLE_SIZE * ring_size)
+        pair._point(rx_gpa, tx_gpa, table, options.features)
+        p.frame_size = frame_size
+        p.window = max(ring_size // 2, 1)
+        p.flow = number + 1
+        p.dst, p.src = list(_BROADCAST), list(_SOURCE)
+        lib.nic_start(p)
+        return pair
+
+    def _point(self, rx_gpa: int, tx_gpa: int, table: int, features: Feature) -> None:
+        p, memory = self.c, self._memory
+        p.features = ring_bits(features)
+        p.rx_gpa, p.tx_gpa = rx_gpa, tx_gpa
+        p.rx_hva = ffi.cast("uint8_t *", memory.hva(rx_gpa, self.rx.num * BUFFER_SIZE))
+        p.tx_hva = ffi.cast("uint8_t *", memory.hva(tx_gpa, self.tx.num * BUFFER_SIZE))
+        if Feature.INDIRECT_DESC in features:
+            p.tx_table_gpa = table
+            p.tx_tables = ffi.cast("struct vring_desc *", memory.hva(table, TABLE_SIZE * self.tx.num))
+
+    @classmethod
+    def restore(cls, memory: GuestMemory, state: PairState, features: Feature) -> Self:
+        """Go on where a driver was whose rings and buffers are in ``memory``; :class:`BadState` if they cannot be."""
+        _check_pair(memory, state, features)
+        pair = cls(memory, queue_of(state.rx), queue_of(state.tx))
+        pair._point(state.rx_gpa, state.tx_gpa, state.tx_table_gpa, features)
+        p = pair.c
+        for name in _COPIED:
+            setattr(p, name, getattr(state, name))
+        p.dst, p.src = list(state.dst), list(state.src)
+        p.sending = int(state.sending)
+        p.tx_free_count = len(state.tx_free)
+        p.tx_free[0 : len(state.tx_free)] = state.tx_free
+        ffi.buffer(p.seen)[:] = state.seen
+        for slot, (begin, end) in zip(p.gaps, state.gaps, strict=False):
+            slot.begin, slot.end = begin, end
+        return pair
+
+    def state(self) -> PairState:
+        """Return what this pair's driver knows; it must be paused."""
+        p = self.c
+        return PairState(
+            rx=place_of(self.rx),
+            tx=place_of(self.tx),
+            rx_gpa=int(p.rx_gpa),
+            tx_gpa=int(p.tx_gpa),
+            tx_table_gpa=int(p.tx_table_gpa),
+            dst=bytes(p.dst),
+            src=bytes(p.src),
+            sending=bool(p.sending),
+            tx_free=tuple(p.tx_free[0 : p.tx_free_count]),
+            seen=bytes(ffi.buffer(p.seen)),
+            gaps=tuple(self.gaps()),
+            **{name: int(getattr(p, name)) for name in _COPIED},
+        )
+
+    def shift_clock(self, ns: int) -> None:
+        """Move every time of the account: the clock goes on at another host's count."""
+        p = self.c
+        p.last_rx = p.last_rx + ns if p.last_rx else 0
+        for gap in p.gaps:
+            if gap.end:
+                gap.begin, gap.end = gap.begin + ns, gap.end + ns
+
+    @property
+    def queues(self) -> tuple[GuestQueue, GuestQueue]:
+        """RX, then TX."""
+        return self.rx, self.tx
+
+    def counts(self) -> FrameCounts:
+        """Return the account of this pair's frames."""
+        p = self.c
+        return FrameCounts(
+            sent=p.sent,
+            received=p.received,
+            lost=p.sent - p.received,
+            duplicated=p.duplicated,
+            corrupted=p.corrupted + p.ring_errors,
+            reordered=p.reordered,
+        )
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """Return the longest times without a frame as (begin, end), CLOCK_MONOTONIC ns."""
+        return [(g.begin, g.end) for g in self.c.gaps if g.end]
+
+    def close(self) -> None:
+        """Close the eventfds."""
+        for fd in (self.rx.kick, self.rx.call, self.tx.kick, self.tx.call, self.wake):
+            os.close(fd)
+
+
+def _check_pair(memory: GuestMemory, state: PairState, features: Feature) -> None:
+    check_place(memory, state.rx)
+    check_place(memory, state.tx)
+    check_memory(memory, state.rx_gpa, state.rx.num * BUFFER_SIZE)
+    check_memory(memory, state.tx_gpa, state.tx.num * BUFFER_SIZE)
+    if Feature.INDIRECT_DESC in features:
+        check_memory(memory, state.tx_table_gpa, state.tx.num * TABLE_SIZE)
+    step, num = state.tx_descs, state.tx.num
+    if step not in (1, 2) or step > num or not MIN_FRAME <= state.frame_size <= MAX_FRAME:
+        raise BadState(f"pair of flow {state.flow}: {step} descriptors a frame of {state.frame_size} bytes")
+    free = state.tx_free
+    if len(set(free)) != len(free) or any(slot % step or slot + step > num for slot in free):
+        raise BadState(f"pair of flow {state.flow}: its free TX slots are not slots of its ring")
+    if len(state.seen) != SEEN_BYTES or len(state.gaps) > lib.NIC_GAPS:
+        raise BadState(f"pair of flow {state.flow}: its account has the wrong size")
+
+
+class GuestNic:
+    """All pairs of the guest's NIC, and its control queue if it negotiated one."""
+
+    def __init__(self, memory: GuestMemory, options: NicOptions | None = None, arena: GuestArena | None = None) -> None:
+        options = options or NicOptions()
+        self.memory = memory
+        self.features = options.features
+        self.pairs: list[NicPair] = []
+        self.control: ControlDriver | None = None
+        arena = arena or GuestArena(memory)
+        if options.control_index is not None:
+            self.control = ControlDriver.place(memory, arena, options.control_index)
+            self.control.use_ring_features(memory, options.features)
+        for number in range(options.pairs):
+            self.pairs.append(NicPair.place(memory, arena, number, options))
+        self.config = GuestConfig(offered_to_guest(options.features))
+
+    @classmethod
+    def restore(cls, memory: GuestMemory, state: NicState) -> Self:
+        """Go on where a NIC was whose rings and buffers are in ``memory``; :class:`BadState` if they cannot be."""
+        nic = cls.__new__(cls)
+        nic.memory, nic.features = memory, Feature(state.features)
+        nic.pairs, nic.control = [], None
+        nic.config = GuestConfig(offered_to_guest(nic.features))
+        try:
+            if state.control is not None:
+                nic.control = ControlDriver.restore(memory, state.control)
+                nic.control.use_ring_features(memory, nic.features)
+            for number, pair in enumerate(state.pairs):
+                if (pair.rx.index, pair.tx.index) != (2 * number, 2 * number + 1):
+                    raise BadState(f"pair {number} has virtqueues {pair.rx.index} and {pair.tx.index}")
+                nic.pairs.append(NicPair.restore(memory, pair, nic.features))
+        except BaseException:
+            nic.close()
+            raise
+        return nic
+
+    def state(self, model: ControlModel | None) -> NicState:
+        """Return what the NIC's driver knows, which must be paused, and what its control queue has set."""
+        return NicState(
+            features=int(self.features),
+            pairs=tuple(pair.state() for pair in self.pairs),
+            control=self.control.state() if self.control is not None else None,
+            model=model,
+        )
+
+    @property
+    def queues(self) -> list[GuestQueue]:
+        """Every data queue, by index."""
+        return [queue for pair in self.pairs for queue in pair.queues]
+
+    def counts(self) -> FrameCounts:
+        """Return the sum over all pairs."""
+        each = [pair.counts() for pair in self.pairs]
+        return FrameCounts(*(sum(getattr(c, field) for c in each) for field in FrameCounts.__slots__))
+
+    def close(self) -> None:
+        """Close what the NIC opened; the memory is its owner's."""
+        while self.pairs:
+            self.pairs.pop().close()
+        if self.control is not None:
+            self.control.close()
+            self.control = None
+        self.config.close()

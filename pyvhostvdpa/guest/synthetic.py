@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: MIT
+"""The guest that moves: memory, a NIC on each device with traffic, a CPU that writes memory.
+
+It does not know which device it is on, and of a migration it only sees that
+it stood still for a moment.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .._cdefs import ffi, lib
+from ..base.errors import MigrationFailed, MissingFeature, StreamCorrupt
+from ..device.net import VdpaNetDevice
+from ..memory.guest import DEFAULT_GPA, PAGE_SIZE, GuestMemory, Progress
+from ..net.control import ANNOUNCE_ACK, OK, VQ_PAIRS_SET, Class, ControlModel, command
+from ..net.control_queue import GuestControl
+from ..virtqueue.layout import GuestQueue, map_queue
+from .arena import GuestArena
+from .control_driver import ControlDriver
+from .nic import FrameCounts, GuestNic, NicOptions
+from .nic_state import BadState, check_memory
+from .state import DeviceShape, DeviceState, GuestState, QueueState
+from .traffic import Traffic
+
+_SLICE_NS = 200_000_000
+_WRITER_SHARE = 4
+"""The guest's CPU writes the last quarter of memory; NICs have the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestOptions:
+    """What guest to start. ``memory`` in bytes, ``write_rate`` in bytes a second that its CPU writes, whole pages."""
+
+    memory: int = 1 << 30
+    pairs: int = 1
+    ring_size: int = 256
+    frame_size: int = 256
+    write_rate: int = 0
+
+
+class GuestWriter:
+    """A CPU that writes ``pages`` pages from ``gpa`` on in turn, ``rate`` of them a second.
+
+    What a page holds follows from the number of the write, so
+    :meth:`bad_pages` can tell at any time whether memory is what it should be.
+    """
+
+    def __init__(self, memory: GuestMemory, gpa: int, pages: int, rate: int, written: int = 0) -> None:
+        self.gpa = gpa
+        c: Any = ffi.new("struct guest_writer *")
+        c.area = ffi.cast("uint8_t *", memory.hva(gpa, pages * PAGE_SIZE))
+        c.pages, c.rate, c.written = pages, rate, written
+        c.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.c = c
+        self._thread: threading.Thread | None = None
+
+    def run(self) -> None:
+        """Let it write."""
+        if self._thread is None:
+            self.c.stop = 0
+            self._thread = threading.Thread(target=self._serve, name="guest-cpu", daemon=True)
+            self._thread.start()
+
+    def _serve(self) -> None:
+        while not self.c.stop:
+            lib.guest_writer_run(self.c, time.monotonic_ns() + _SLICE_NS)
+
+    def pause(self) -> None:
+        """Stop it between two pages. Twice is no error."""
+        self.c.stop = 1
+        os.eventfd_write(self.c.wake, 1)
+        if self._thread is not None and self._thread.ident is not None:
+            self._thread.join()
+        self._thread = None
+
+    def bad_pages(self) -> int:
+        """Count the pages that do not hold what was written there last; it must be paused."""
+        return int(lib.guest_writer_check(self.c))
+
+    def close(self) -> None:
+        """Close what it opened."""
+        self.pause()
+        os.close(self.c.wake)
+
+
+class Guest:
+    """A guest with one NIC a device, in the order of the devices."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
+        self.nics: list[GuestNic] = []
+        self.controls: list[GuestControl | None] = []
+        self.traffic: list[Traffic] = []
+        self.writer: GuestWriter | None = None
+
+    @classmethod
+    def create(
+        cls, devices: Sequence[VdpaNetDevice], options: GuestOptions, progress: Progress = lambda done: None
+    ) -> Guest:
+        """Start a guest for these devices, its memory new, its drivers ready to be started."""
+        guest = cls(GuestMemory([(DEFAULT_GPA, options.memory)], progress))
+        try:
+            guest._set_up(devices, options)
+        except BaseException:
+            guest.close()
+            raise
+        return guest
+
+    def _set_up(self, devices: Sequence[VdpaNetDevice], options: GuestOptions) -> None:
+        [region] = self.memory.regions
+        share = region.size // _WRITER_SHARE // PAGE_SIZE * PAGE_SIZE if options.write_rate else 0
+        slice_size = (region.size - share) // len(devices) // PAGE_SIZE * PAGE_SIZE
+        for number, device in enumerate(devices):
+            arena = GuestArena(self.memory, region.gpa + number * slice_size, slice_size)
+            nic = NicOptions(
+                pairs=options.pairs,
+                ring_size=options.ring_size,
+                frame_size=options.frame_size,
+                features=device.features,
+                control_index=device.groups.control_index,
+            )
+            self.add(GuestNic(self.memory, nic, arena), ControlModel(device.features, mac=device.mac))
+        if share:
+            rate = max(1, options.write_rate // PAGE_SIZE)
+            self.writer = GuestWriter(self.memory, region.end - share, share // PAGE_SIZE, rate)
+
+    def add(self, nic: GuestNic, model: ControlModel | None) -> None:
+        """Give the guest a NIC for its next device, and what its control queue has set."""
+        self.nics.append(nic)
+        self.traffic.append(Traffic(nic))
+        with_control = nic.control is not None and model is not None
+        self.controls.append(GuestControl(nic.control.queue, model) if with_control else None)  # type: ignore[union-attr,arg-type]
+
+    @classmethod
+    def restore(cls, memory: GuestMemory, state: GuestState, devices: Sequence[DeviceState]) -> Guest:
+        """Return the guest whose memory this is, which it takes over.
+
+        Raises :class:`~pyvhostvdpa.StreamCorrupt` if memory and state
+        are not of one guest; the memory stays its owner's then.
+        """
+        guest = cls(memory)
+        try:
+            for device in devices:
+                nic = GuestNic.restore(memory, device.nic)
+                guest.add(nic, device.nic.model)
+                _compare(nic, device.queues, memory)
+            if state.writer_pages:
+                check_memory(memory, state.writer_gpa, state.writer_pages * PAGE_SIZE)
+                guest.writer = GuestWriter(
+                    memory, state.writer_gpa, state.writer_pages, state.writer_rate, state.writer_written
+                )
+        except BadState as e:
+            guest.let_go()
+            raise StreamCorrupt(f"state of the guest: {e}") from e
+        except BaseException:
+            guest.let_go()
+            raise
+        return guest
+
+    # -- running ---------------------------------------------------------------
+
+    def start(self, number: int, device: VdpaNetDevice) -> None:
+        """Start a device in passthrough with this guest's NIC of that number."""
+        device.guest_config = self.nics[number].config
+        device.start_passthrough(self.nics[number].queues, self.controls[number])
+
+    def use_pairs(self, number: int, path: str) -> None:
+        """Do what a driver does once its device runs: take all its queues into use."""
+        nic = self.nics[number]
+        if nic.control is not None and len(nic.pairs) > 1:
+            pairs = len(nic.pairs).to_bytes(2, "little")
+            if _answer(nic.control, command(Class.MQ, VQ_PAIRS_SET, pairs)) != OK:
+                raise MigrationFailed(f"{path} refused to use {len(nic.pairs)} queue pairs")
+
+    def announce(self) -> None:
+        """Ask the guest to tell its networks where it is, and do what its driver does then: here is none to tell."""
+        for nic in self.nics:
+            nic.config.announce()
+            if nic.control is not None and nic.config.asks_to_announce:
+                _answer(nic.control, command(Class.ANNOUNCE, ANNOUNCE_ACK))
+
+    def run(self) -> None:
+        """Let the guest's CPUs run."""
+        for traffic in self.traffic:
+            traffic.run()
+        if self.writer is not None:
+            self.writer.run()
+
+    def pause(self) -> None:
+        """Stop the guest where it is. Twice is no error."""
+        for traffic in self.traffic:
+            traffic.pause()
+        if self.writer is not None:
+            self.writer.pause()
+
+    def drain(self, seconds: float) -> bool:
+        """Send no more; whether everything sent arrived within ``seconds``."""
+        end = time.monotonic() + seconds
+        arrived = True
+        for traffic in self.traffic:
+            arrived &= traffic.stop_sending(max(0.0, end - time.monotonic()))
+        return arrived
+
+    def counts(self) -> FrameCounts:
+        """Return the account of all frames."""
+        each = [nic.counts() for nic in self.nics]
+        return FrameCounts(*(sum(getattr(c, field) for c in each) for field in FrameCounts.__slots__))
+
+    def longest_gap(self, begin: int, end: int) -> float:
+        """Return the longest time without a frame, in ms, of those that touch begin..end (CLOCK_MONOTONIC ns)."""
+        return max(traffic.longest_gap(begin, end) for traffic in self.traffic)
+
+    # -- as data -----------------------------------------------------------------
+
+    def shapes(self) -> tuple[DeviceShape, ...]:
+        """Return what a destination's devices must be like."""
+        return tuple(
+            DeviceShape(
+                features=int(nic.features),
+                pairs=len(nic.pairs),
+                ring_size=max(queue.num for queue in nic.queues),
+                control_index=nic.control.queue.index if nic.control is not None else None,
+            )
+            for nic in self.nics
+        )
+
+    def state(self) -> tuple[GuestState, list[DeviceState]]:
+        """Return everything but memory; the guest must be paused and its devices stopped."""
+        writer = self.writer
+        own = GuestState(
+            clock=time.monotonic_ns(),
+            writer_gpa=writer.gpa if writer else 0,
+            writer_pages=int(writer.c.pages) if writer else 0,
+            writer_rate=int(writer.c.rate) if writer else 0,
+            writer_written=int(writer.c.written) if writer else 0,
+        )
+        devices = [
+            DeviceState(
+                tuple(_queue_state(queue, self.memory) for queue in nic.queues),
+                nic.state(control.model if control is not None else None),
+            )
+            for nic, control in zip(self.nics, self.controls, strict=True)
+        ]
+        return own, devices
+
+    def shift_clock(self, ns: int) -> None:
+        """Move the times that the guest remembers to another host's clock."""
+        for nic in self.nics:
+            for pair in nic.pairs:
+                pair.shift_clock(ns)
+
+    def forget_clock(self) -> None:
+        """Count no gap for the time that the guest stood in a file."""
+        for nic in self.nics:
+            for pair in nic.pairs:
+                pair.c.last_rx = 0
+
+    def let_go(self) -> None:
+        """End the guest, but not its memory. Twice is no error."""
+        self.pause()
+        for nic in self.nics:
+            nic.close()
+        self.nics.clear()
+        self.traffic.clear()
+        self.controls.clear()
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+    def close(self) -> None:
+        """End the guest and its memory; its devices must have let go. Twice is no error."""
+        self.let_go()
+        self.memory.close()
+
+
+def _answer(driver: ControlDriver, data: bytes) -> int:
+    try:
+        return driver.send(data)
+    except TimeoutError as e:
+        raise MigrationFailed(f"the guest's control queue: {e}") from e
+
+
+def _queue_state(queue: GuestQueue, memory: GuestMemory) -> QueueState:
+    ring, heads = ffi.new("struct vring *"), ffi.new("uint16_t[]", queue.num)
+    map_queue(ring, queue, memory)
+    avail, used = ffi.new("uint16_t *"), ffi.new("uint16_t *")
+    lib.vring_indices(ring, avail, used)
+    count: int = lib.vring_open_heads(ring, heads)
+    if count < 0:
+        raise MissingFeature(f"virtqueue {queue.index}: avail {avail[0]} and used {used[0]} are more than a ring apart")
+    return QueueState(queue.index, int(used[0]), int(avail[0]), tuple(heads[0:count]))
+
+
+def _compare(nic: GuestNic, queues: Sequence[QueueState], memory: GuestMemory) -> None:
+    """Raise if rings in memory and what was said of them differ."""
+    if [queue.index for queue in queues] != [queue.index for queue in nic.queues]:
+        raise BadState("its queues are not those of its NIC")
+    for told, queue in zip(queues, nic.queues, strict=True):
+        try:
+            found = _queue_state(queue, memory)
+        except MissingFeature as e:
+            raise BadState(str(e)) from e
+        if found != told:
+            differs = "" if found.heads == told.heads else " and other heads"
+            raise BadState(
+                f"virtqueue {queue.index} has used {found.used}, avail {found.avail} in memory; "
+                f"the source left used {told.used}, avail {told.avail}{differs}"
+            )

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: MIT
+"""What this machine tells of its vDPA parts without opening a device: facts for ``vhost-vdpa doctor``.
+
+Everything is read below one root (``/``, or a tree made for a test); what
+cannot be read, as in a container or as another user than root, is None.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import resource
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..memory import hugepages
+from ..memory.guest import HUGE_PAGE, pinned_bytes
+from . import mgmt
+from .mgmt import Holder, Parent, VdpaDevice
+
+CONFIGS = (
+    "proc/config.gz",
+    "boot/config-{release}",
+    "lib/modules/{release}/config",
+    "lib/modules/{release}/build/.config",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """A PCI network function that has, or could have, a vDPA driver. ``ids`` as ``15b3:101d``."""
+
+    slot: str
+    ids: str
+    driver: str | None
+    vfs: int
+    max_vfs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Firmware:
+    """Firmware of an RDMA-capable NIC: its version and board id (PSID)."""
+
+    name: str
+    version: str
+    board: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A device node. ``usable`` tells whether this user may open it."""
+
+    mode: int
+    uid: int
+    gid: int
+    usable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The facts. Sizes in bytes, ``memlock`` None for unlimited.
+
+    ``open_elsewhere`` are those who have a device open that the bus has no more: one that is being deleted.
+    ``own_network`` tells of a network namespace apart from the machine's, where netlink shows no device.
+    """
+
+    release: str = ""
+    config: Mapping[str, str] | None = None
+    config_source: str = ""
+    installed: frozenset[str] | None = None
+    loaded: frozenset[str] = frozenset()
+    bus: bool = False
+    tool: bool = False
+    own_network: bool = False
+    stuck: tuple[int, ...] = ()
+    open_elsewhere: tuple[Holder, ...] = ()
+    management: Mapping[str, Any] = field(default_factory=dict)
+    devices: tuple[VdpaDevice, ...] = ()
+    parents: Mapping[str, Parent] = field(default_factory=dict)
+    net: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    nodes: Mapping[str, Node | None] = field(default_factory=dict)
+    nics: tuple[Nic, ...] = ()
+    firmware: tuple[Firmware, ...] = ()
+    vendor_modules: Mapping[str, str] = field(default_factory=dict)
+    incoherent_iommus: tuple[str, ...] = ()
+    iommu_groups: int = 0
+    shmem_huge: str | None = None
+    free_huge: int = 0
+    memlock: int | None = None
+    pinned: int = 0
+    uid: int = 0
+    selinux: bool = False
+
+
+def gather(root: Path = Path("/"), device: str | None = None) -> Machine:
+    """Read the facts; ``device`` (a chardev or vDPA name) leaves the others out."""
+    release = os.uname().release
+    config, source = _kernel_config(root, release)
+    here = root == Path("/")
+    stuck = mgmt.stuck() if here else ()
+    tool = here and shutil.which("vdpa") is not None
+    devices = tuple(d for d in (mgmt.list_devices() if here else []) if device in (None, d.name, d.chardev))
+    listed = {mgmt.device_number(d.chardev) for d in devices if d.chardev}
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return Machine(
+        release=release,
+        config=config,
+        config_source=source,
+        installed=_installed(root, release),
+        loaded=_names(root / "sys/module"),
+        bus=(root / "sys/bus/vdpa/devices").is_dir(),
+        tool=tool,
+        own_network=_own_network(root),
+        stuck=stuck,
+        open_elsewhere=tuple(w for number, who in mgmt.openers().items() if number not in listed for w in who)
+        if stuck
+        else (),
+        management=mgmt.vdpa_json("mgmtdev", "show").get("mgmtdev", {}) if tool and not stuck else {},
+        devices=devices,
+        parents={d.name: mgmt.parent_of(d.chardev) for d in devices if d.chardev and not stuck},
+        net={d.name: _net(d.name) for d in devices if d.virtio_id == 1 and not stuck},
+        nodes={d.chardev: node(Path(d.chardev)) for d in devices if d.chardev},
+        nics=tuple(_nics(root)),
+        firmware=tuple(_firmware(root)),
+        vendor_modules=_versions(root),
+        incoherent_iommus=tuple(_incoherent(root)),
+        iommu_groups=len(_names(root / "sys/kernel/iommu_groups")),
+        shmem_huge=hugepages.choice("shmem_enabled", root),
+        free_huge=hugepages.free(HUGE_PAGE, root),
+        memlock=None if soft == resource.RLIM_INFINITY else soft,
+        pinned=pinned_bytes(),
+        uid=os.geteuid(),
+        selinux=_text(root / "sys/fs/selinux/enforce") == "1",
+    )
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _names(path: Path) -> frozenset[str]:
+    try:
+        return frozenset(entry.name for entry in path.iterdir())
+    except OSError:
+        return frozenset()
+
+
+def _kernel_config(root: Path, release: str) -> tuple[dict[str, str] | None, str]:
+    """Return the running kernel's configuration and where it was found."""
+    for name in CONFIGS:
+        path = root / name.format(release=release)
+        try:
+            text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+        except (OSError, EOFError):
+            continue
+        pairs = (line.split("=", 1) for line in text.splitlines() if line.startswith("CONFIG_") and "=" in line)
+        return {key.removeprefix("CONFIG_"): value for key, value in pairs}, str(path)
+    return None, ""
+
+
+def _installed(root: Path, release: str) -> frozenset[str] | None:
+    """Return the modules on disk and built in, None if there is no list of them."""
+    folder = root / "lib/modules" / release
+    lines = [line for name in ("modules.dep", "modules.builtin") for line in (_text(folder / name) or "").splitlines()]
+    if not lines:
+        return None
+    files = (line.partition(":")[0] for line in lines)
+    return frozenset(Path(file).name.partition(".")[0].replace("-", "_") for file in files)
+
+
+def _own_network(root: Path) -> bool:
+    try:
+        return (root / "proc/self/ns/net").stat().st_ino != (root / "proc/1/ns/net").stat().st_ino
+    except OSError:
+        return False
+
+
+def _net(name: str) -> dict[str, Any]:
+    config = mgmt.vdpa_json("dev", "config", "show", name).get("config", {}).get(name, {})
+    return config if isinstance(config, dict) else {}
+
+
+def node(path: Path) -> Node | None:
+    """Return who may open a device node, None if it is not there."""
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return Node(info.st_mode & 0o777, info.st_uid, info.st_gid, os.access(path, os.R_OK | os.W_OK))
+
+
+def _nics(root: Path) -> list[Nic]:
+    found = []
+    for function in sorted((root / "sys/bus/pci/devices").glob("*")):
+        if (_text(function / "class") or "")[:4] != "0x02":
+            continue
+        vendor, device = (_text(function / name) or "" for name in ("vendor", "device"))
+        driver = function / "driver"
+        found.append(
+            Nic(
+                slot=function.name,
+                ids=f"{vendor.removeprefix('0x')}:{device.removeprefix('0x')}",
+                driver=driver.resolve().name if driver.exists() else None,
+                vfs=int(_text(function / "sriov_numvfs") or 0),
+                max_vfs=int(_text(function / "sriov_totalvfs") or 0),
+            )
+        )
+    return found
+
+
+def _firmware(root: Path) -> list[Firmware]:
+    found = []
+    for device in sorted((root / "sys/class/infiniband").glob("*")):
+        version = _text(device / "fw_ver")
+        if version:
+            found.append(Firmware(device.name, version, _text(device / "board_id") or "?"))
+    return found
+
+
+def _versions(root: Path) -> dict[str, str]:
+    """Return the versions that vendor builds give their modules; the kernel's own have none."""
+    names = ("mlx5_core", "mlx5_vdpa", "ib_core")
+    versions = {name: _text(root / "sys/module" / name / "version") for name in names}
+    return {name: version for name, version in versions.items() if version}
+
+
+_SNOOP_CONTROL = 1 << 7
+"""Bit SC of the extended capability register of a VT-d unit."""
+
+
+def _incoherent(root: Path) -> list[str]:
+    """Return the VT-d units that cannot enforce snooping (drivers/iommu/intel)."""
+    found = []
+    for unit in sorted((root / "sys/class/iommu").glob("dmar*")):
+        ecap = _text(unit / "intel-iommu/ecap")
+        if ecap and not int(ecap, 16) & _SNOOP_CONTROL:
+            found.append(unit.name)
+    return found

@@ -1,5 +1,0 @@
-# SPDX-License-Identifier: MIT
-"""How a device is started, stopped and switched: which calls, in which order.
-
-:mod:`~pyvhostvdpa.procedure.direct` is this package's own way.
-"""
