@@ -2,12 +2,75 @@
 #define _GNU_SOURCE
 #include <sys/mman.h>
 
+#include "memory_access.h"
 #include "ring_access.h"
-#include "cdefs.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
 #endif
+
+const struct memory_region *search_region(const struct memory_map *m,
+					  uint32_t *hint, uint64_t gpa)
+{
+	uint32_t low = 0, high = m->count;
+
+	while (low < high) {
+		uint32_t middle = (low + high) / 2;
+		const struct memory_region *r = &m->regions[middle];
+
+		if (gpa < r->gpa) {
+			high = middle;
+		} else if (gpa - r->gpa >= r->size) {
+			low = middle + 1;
+		} else {
+			*hint = middle;
+			return r;
+		}
+	}
+	return NULL;
+}
+
+uint8_t *memory_hva(const struct memory_map *m, uint64_t gpa, uint64_t size)
+{
+	uint32_t hint = 0;
+	const struct memory_region *r = find_region(m, &hint, gpa);
+
+	if (!r || size > r->size - (gpa - r->gpa))
+		return NULL;
+	return r->hva + (gpa - r->gpa);
+}
+
+uint8_t *memory_part(const struct memory_map *m, uint64_t gpa, uint64_t *size)
+{
+	uint32_t hint = 0;
+	const struct memory_region *r = find_region(m, &hint, gpa);
+
+	if (!r)
+		return NULL;
+	if (*size > r->size - (gpa - r->gpa))
+		*size = r->size - (gpa - r->gpa);
+	return r->hva + (gpa - r->gpa);
+}
+
+int memory_read(const struct memory_map *m, uint64_t gpa, void *to, uint64_t size)
+{
+	uint8_t *at = to;
+
+	while (size) {
+		uint64_t part = size;
+		const uint8_t *from = memory_part(m, gpa, &part);
+
+		if (!from)
+			return -1;
+		memcpy(at, from, part);
+		at += part;
+		gpa += part;
+		size -= part;
+	}
+	return 0;
+}
+
+/* ---------------------------------------------------------------------- */
 
 uint8_t *map_memory(int fd, uint64_t size, uint64_t align, int *error)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Guest memory on its way to another process: what was written, how it is
- * framed, and that it arrived as it left. Plain declarations, as in vring.h.
+ * framed, and that it arrived as it left. Plain declarations, as in ring.h.
  */
 
 /*

@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "tests" / "native"
 TARGETS = {
-    "svq_fuzz": ("svq",),
-    "ctrl_fuzz": ("svq", "ctrl"),
-    "pages_fuzz": ("pages", "sum", "svq"),
-    "relay_bench": ("svq",),
+    "svq_fuzz": ("svq", "ring", "memory"),
+    "ctrl_fuzz": ("ctrl", "memory"),
+    "pages_fuzz": ("pages", "sum", "memory"),
+    "relay_bench": ("svq", "memory"),
 }
 """Programs of tests/native, and the sources of the package that each is built with."""
 INPUTS = int(os.environ.get("PYVHOSTVDPA_FUZZ_INPUTS", "5000"))

@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Guest memory as the loops reach it once per descriptor: the region of an
+ * address, and the marks of what was written.
+ */
+#ifndef MEMORY_ACCESS_H
+#define MEMORY_ACCESS_H
+
+#include "cdefs.h"
+
+#define DIRTY_PAGE_SHIFT 12
+
+/* The region of gpa by bisection, and its number in *hint; NULL if there is none. */
+const struct memory_region *search_region(const struct memory_map *m,
+					  uint32_t *hint, uint64_t gpa);
+
+/* *hint is below m->count and tells afterwards which region it is */
+static inline const struct memory_region *
+find_region(const struct memory_map *m, uint32_t *hint, uint64_t gpa)
+{
+	const struct memory_region *r = &m->regions[*hint];
+
+	if (gpa - r->gpa < r->size)
+		return r;
+	return search_region(m, hint, gpa);
+}
+
+static inline void mark_region(const struct memory_region *r, uint64_t gpa,
+			       uint64_t len)
+{
+	/* a log that ends meanwhile keeps its memory */
+	uint64_t *dirty = __atomic_load_n(&r->dirty, __ATOMIC_RELAXED);
+	uint64_t page = (gpa - r->gpa) >> DIRTY_PAGE_SHIFT;
+	uint64_t last = (gpa - r->gpa + len - 1) >> DIRTY_PAGE_SHIFT;
+
+	if (!dirty)
+		return;
+	/* written first, looked at then; see pages_barrier for the CPU's part */
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	for (; page <= last; page++) {
+		uint64_t *word = &dirty[page / 64];
+		uint64_t bit = 1ULL << (page % 64);
+
+		/* most pages are dirty already, and reading is cheaper */
+		if (!(__atomic_load_n(word, __ATOMIC_RELAXED) & bit))
+			__atomic_fetch_or(word, bit, __ATOMIC_RELAXED);
+	}
+}
+
+#endif
