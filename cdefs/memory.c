@@ -9,27 +9,6 @@
 #define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
 #endif
 
-const struct memory_region *search_region(const struct memory_map *m,
-					  uint32_t *hint, uint64_t gpa)
-{
-	uint32_t low = 0, high = m->count;
-
-	while (low < high) {
-		uint32_t middle = (low + high) / 2;
-		const struct memory_region *r = &m->regions[middle];
-
-		if (gpa < r->gpa) {
-			high = middle;
-		} else if (gpa - r->gpa >= r->size) {
-			low = middle + 1;
-		} else {
-			*hint = middle;
-			return r;
-		}
-	}
-	return NULL;
-}
-
 uint8_t *memory_hva(const struct memory_map *m, uint64_t gpa, uint64_t size)
 {
 	uint32_t hint = 0;
