@@ -11,8 +11,8 @@
 
 uint8_t *memory_hva(const struct memory_map *m, uint64_t gpa, uint64_t size)
 {
-	uint32_t hint = 0;
-	const struct memory_region *r = find_region(m, &hint, gpa);
+	uint32_t found;
+	const struct memory_region *r = search_region(m, &found, gpa);
 
 	if (!r || size > r->size - (gpa - r->gpa))
 		return NULL;
@@ -21,8 +21,8 @@ uint8_t *memory_hva(const struct memory_map *m, uint64_t gpa, uint64_t size)
 
 uint8_t *memory_part(const struct memory_map *m, uint64_t gpa, uint64_t *size)
 {
-	uint32_t hint = 0;
-	const struct memory_region *r = find_region(m, &hint, gpa);
+	uint32_t found;
+	const struct memory_region *r = search_region(m, &found, gpa);
 
 	if (!r)
 		return NULL;
@@ -47,6 +47,26 @@ int memory_read(const struct memory_map *m, uint64_t gpa, void *to, uint64_t siz
 		size -= part;
 	}
 	return 0;
+}
+
+void memory_mark(const struct memory_map *m, uint64_t gpa, uint64_t size)
+{
+	uint32_t found;
+
+	while (size) {
+		const struct memory_region *r = search_region(m, &found, gpa);
+		uint64_t *dirty, part;
+
+		if (!r)
+			return;
+		part = r->size - (gpa - r->gpa);
+		part = size < part ? size : part;
+		dirty = dirty_log_of(r);
+		if (dirty)
+			mark_pages(r, dirty, gpa, part);
+		gpa += part;
+		size -= part;
+	}
 }
 
 /* ---------------------------------------------------------------------- */

@@ -13,7 +13,7 @@ struct memory_region {
 	uint64_t *dirty;	/* one bit per 4 KiB page, or NULL */
 };
 
-/* Sorted by gpa, no overlap. */
+/* Sorted by gpa, no overlap. With no regions nothing is guest memory. */
 struct memory_map {
 	uint32_t count;
 	struct memory_region *regions;
@@ -25,6 +25,8 @@ uint8_t *memory_hva(const struct memory_map *m, uint64_t gpa, uint64_t size);
 uint8_t *memory_part(const struct memory_map *m, uint64_t gpa, uint64_t *size);
 /* Copy out of guest memory, across regions: 0, or -1 if some of it is not guest memory. */
 int memory_read(const struct memory_map *m, uint64_t gpa, void *to, uint64_t size);
+/* Mark a range as written, across regions, in those that have a log; what is not guest memory is left out. */
+void memory_mark(const struct memory_map *m, uint64_t gpa, uint64_t size);
 
 /*
  * Map size bytes of fd, shared, or private memory where fd is -1, at an address

@@ -49,16 +49,13 @@ find_region(const struct memory_map *m, uint32_t *hint, uint64_t gpa)
 	return search_region(m, hint, gpa);
 }
 
-static inline void mark_region(const struct memory_region *r, uint64_t gpa,
-			       uint64_t len)
+/* Mark what was written into a region; dirty is its log, loaded once. */
+static inline void mark_pages(const struct memory_region *r, uint64_t *dirty,
+			      uint64_t gpa, uint64_t len)
 {
-	/* a log that ends meanwhile keeps its memory */
-	uint64_t *dirty = __atomic_load_n(&r->dirty, __ATOMIC_RELAXED);
 	uint64_t page = (gpa - r->gpa) >> DIRTY_PAGE_SHIFT;
 	uint64_t last = (gpa - r->gpa + len - 1) >> DIRTY_PAGE_SHIFT;
 
-	if (!dirty)
-		return;
 	/* written first, looked at then; see pages_barrier for the CPU's part */
 	__atomic_signal_fence(__ATOMIC_SEQ_CST);
 	for (; page <= last; page++) {
@@ -69,6 +66,15 @@ static inline void mark_region(const struct memory_region *r, uint64_t gpa,
 		if (!(__atomic_load_n(word, __ATOMIC_RELAXED) & bit))
 			__atomic_fetch_or(word, bit, __ATOMIC_RELAXED);
 	}
+}
+
+/*
+ * The log of a region, or NULL. It may end at any time, but keeps its memory:
+ * whoever marks loads it once.
+ */
+static inline uint64_t *dirty_log_of(const struct memory_region *r)
+{
+	return __atomic_load_n(&r->dirty, __ATOMIC_RELAXED);
 }
 
 #endif

@@ -8,20 +8,42 @@ void vring_indices(const struct vring *ring, uint16_t *avail, uint16_t *used)
 	*avail = load_index(&ring->avail->idx);
 }
 
-static int matches_in_order(const struct vring *ring, uint16_t since)
+void vring_remember(const struct vring *ring, struct vring_start *start)
+{
+	uint16_t avail;
+	uint32_t i;
+
+	vring_indices(ring, &avail, &start->used_idx);
+	for (i = 0; i < ring->num; i++) {
+		start->avail[i] = load_once16(&ring->avail->ring[i]);
+		start->used[i] = load_once32(&ring->used->ring[i].id);
+	}
+}
+
+static int matches_in_order(const struct vring *ring,
+			    const struct vring_start *start)
 {
 	const uint16_t mask = ring->num - 1;
-	uint16_t avail, used, k;
+	uint16_t avail, used, since, k;
 
 	vring_indices(ring, &avail, &used);
+	/* such indices show nothing; whoever reads the base refuses them */
+	if ((uint16_t)(avail - used) > ring->num)
+		return 1;
+	since = start ? used - start->used_idx : 0;
 	/* a slot of the avail ring shows what it held until the guest writes it again */
-	k = avail - ring->num;
-	if ((uint16_t)(used - since) < (uint16_t)(used - k))
-		k = since;
-	for (; k != used; k++)
-		if (load_once16(&ring->avail->ring[k & mask]) !=
-		    load_once32(&ring->used->ring[k & mask].id))
-			return 0;
+	for (k = avail - ring->num; k != used; k++) {
+		const uint16_t head = load_once16(&ring->avail->ring[k & mask]);
+		const uint32_t id = load_once32(&ring->used->ring[k & mask].id);
+
+		if (head == id)
+			continue;
+		/* the indices come round every 65,536 elements: the slot tells which round it is of */
+		if (start && (uint16_t)(used - k) > since &&
+		    head == start->avail[k & mask] && id == start->used[k & mask])
+			continue;
+		return 0;
+	}
 	return 1;
 }
 
@@ -51,11 +73,12 @@ static int open_twice(const struct vring *ring)
 	return 0;
 }
 
-int vring_in_order(const struct vring *ring, uint16_t since, int64_t deadline)
+int vring_in_order(const struct vring *ring, const struct vring_start *start,
+		   int64_t deadline)
 {
 	for (;;) {
 		/* in this order: what a refill takes from the first, the second sees */
-		const int matches = matches_in_order(ring, since);
+		const int matches = matches_in_order(ring, start);
 
 		if (open_twice(ring))
 			return 0;

@@ -17,6 +17,7 @@
 #define SVQ_BAD_USED_IDX 8	/* device: used.idx moved by more than the ring */
 #define SVQ_BAD_USED_ID 9	/* device: used id that it was never given */
 #define SVQ_BAD_EVENTFD 10	/* an eventfd of the queue was closed under the relay */
+#define SVQ_NO_ROOM 11		/* nobody: buffers across regions that are apart for the device fill the ring */
 
 /* Features of the ring, as negotiated; the same on both faces. */
 #define SVQ_F_EVENT_IDX 1
@@ -29,14 +30,14 @@ struct svq_piece {
 	uint32_t len;
 	uint32_t region;	/* as in svq_segment */
 	uint32_t flags;
-	uint32_t unused;
+	uint32_t joins;		/* of the same buffer as the piece before it, and right behind that for the device */
 };
 
 /* What the SVQ remembers of a descriptor it gave to the device. */
 struct svq_segment {
 	uint64_t gpa;
 	uint32_t len;
-	uint32_t region;	/* its index, doubled; odd if the device may write */
+	uint32_t region;	/* where it begins: the index, doubled; odd if the device may write */
 };
 
 /* A guest chain in flight, indexed by its head in the shadow ring. */
@@ -45,7 +46,7 @@ struct svq_element {
 	uint16_t tail;
 	uint16_t guest_head;
 	uint16_t unused;
-	uint32_t writable;	/* bytes */
+	uint32_t writable;	/* bytes, at most 2^32 - 1: a used length is no longer */
 	uint32_t order;		/* how many elements went to the device before it, mod 2^32 */
 };
 
@@ -70,7 +71,7 @@ struct svq {
 	uint32_t last_region;		/* where the previous translation hit */
 	uint64_t avail_gpa, used_gpa;	/* of the guest's rings, for the dirty bitmap */
 	int broken;			/* SVQ_... */
-	int stalled;			/* the next chain waits for free descriptors */
+	int spans;			/* a chain had pieces that reach into several regions */
 	uint64_t forwarded, returned, kicks, calls, stalls, clamped;
 };
 

@@ -24,7 +24,7 @@ from ...memory.guest import HUGE_PAGE, GuestMemory, IovaAllocator, SharedMemory,
 from ...net.control_queue import DEFAULT_DEADLINE, ControlArea, ControlOptions, ControlQueue, GuestControl
 from ...net.features import Feature, ring_bits
 from ...net.guest_config import GuestConfig
-from ...virtqueue.layout import GuestQueue, in_order, indices, ring_layout
+from ...virtqueue.layout import GuestQueue, RingStart, in_order, indices, ring_layout
 from ...virtqueue.shadow import RelayOptions, Relays, ShadowVirtqueue
 from ...virtqueue.stall import Progress
 from ..groups import Groups
@@ -110,8 +110,8 @@ class Procedure(ABC):
         self._memories: Memories | None = None
         self._queues: tuple[GuestQueue, ...] = ()
         self._progress: Progress | None = None
-        self._started_at: dict[int, int] = {}
-        """Used index of each guest ring when passthrough started, by queue index."""
+        self._started_at: dict[int, RingStart] = {}
+        """What each guest ring held when passthrough started, by queue index."""
         self._ours: list[tuple[int, int]] = []
         """(ASID, IOVA) of each map of our own memory."""
         self._allocated: list[int] = []
@@ -389,9 +389,8 @@ class Procedure(ABC):
 
     def _used_index(self, queue: GuestQueue) -> int:
         """Return from where a device is to go on in a guest's ring, and remember it."""
-        _, used = indices(queue, self.memories.guest)
-        self._started_at[queue.index] = used
-        return used
+        start = self._started_at[queue.index] = RingStart(queue, self.memories.guest)
+        return start.used_index
 
     def _take_over_shadows(self) -> None:
         """Hand the guest what the device used and what it did not; a broken queue keeps no other from that."""
@@ -409,8 +408,7 @@ class Procedure(ABC):
 
     def _check_order(self) -> None:
         for queue in self._queues:
-            _, used = indices(queue, self.memories.guest)
-            if not in_order(queue, self.memories.guest, self._started_at.get(queue.index, used)):
+            if not in_order(queue, self.memories.guest, self._started_at.get(queue.index)):
                 raise OutOfOrder(
                     f"{self.target.path} virtqueue {queue.index}: the device uses descriptors out of order, "
                     "so in passthrough nobody can tell which are open"
