@@ -1,9 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 #define _GNU_SOURCE
+#include <linux/magic.h>
 #include <sys/mman.h>
+#include <sys/vfs.h>
 
 #include "memory_access.h"
 #include "ring_access.h"
+
+#ifndef HUGETLBFS_MAGIC
+#define HUGETLBFS_MAGIC 0x958458f6
+#endif
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
@@ -71,7 +77,8 @@ void memory_mark(const struct memory_map *m, uint64_t gpa, uint64_t size)
 
 /* ---------------------------------------------------------------------- */
 
-uint8_t *map_memory(int fd, uint64_t size, uint64_t align, int *error)
+uint8_t *map_memory(int fd, uint64_t offset, uint64_t size, uint64_t align,
+		    int *error)
 {
 	const int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE :
 				   MAP_SHARED;
@@ -86,7 +93,7 @@ uint8_t *map_memory(int fd, uint64_t size, uint64_t align, int *error)
 	}
 	aligned = (uint8_t *)(((uintptr_t)reserved + align - 1) & ~(align - 1));
 	mapped = mmap(aligned, size, PROT_READ | PROT_WRITE, flags | MAP_FIXED,
-		      fd, 0);
+		      fd, (off_t)offset);
 	if (mapped == MAP_FAILED) {
 		*error = errno;
 		munmap(reserved, size + align);
@@ -96,6 +103,15 @@ uint8_t *map_memory(int fd, uint64_t size, uint64_t align, int *error)
 		munmap(reserved, aligned - reserved);
 	munmap(aligned + size, align - (aligned - reserved));
 	return mapped;
+}
+
+int is_memory_file(int fd)
+{
+	struct statfs s;
+
+	if (fstatfs(fd, &s))
+		return -errno;
+	return s.f_type == TMPFS_MAGIC || s.f_type == HUGETLBFS_MAGIC;
 }
 
 int unmap_memory(uint8_t *address, uint64_t size)

@@ -29,11 +29,17 @@ int memory_read(const struct memory_map *m, uint64_t gpa, void *to, uint64_t siz
 void memory_mark(const struct memory_map *m, uint64_t gpa, uint64_t size);
 
 /*
- * Map size bytes of fd, shared, or private memory where fd is -1, at an address
- * that is a multiple of align (a power of two). NULL and *error = errno on
- * failure.
+ * Map size bytes of fd from offset on, shared, or private memory where fd is
+ * -1, at an address that is a multiple of align (a power of two). NULL and
+ * *error = errno on failure.
  */
-uint8_t *map_memory(int fd, uint64_t size, uint64_t align, int *error);
+uint8_t *map_memory(int fd, uint64_t offset, uint64_t size, uint64_t align,
+		    int *error);
+/*
+ * Whether a file is memory (tmpfs, memfd, hugetlbfs): 1, 0, or -errno. A page of
+ * another file system may fault for as long as its server likes.
+ */
+int is_memory_file(int fd);
 int unmap_memory(uint8_t *address, uint64_t size);
 /* Ask for huge pages; 0 or errno. */
 int advise_huge(uint8_t *address, uint64_t size);

@@ -32,7 +32,7 @@ _REASONS = {
     "SVQ_BAD_USED_IDX": "device: used.idx moved by more than the ring size",
     "SVQ_BAD_USED_ID": "device: used id that it was not given",
     "SVQ_BAD_EVENTFD": "an eventfd of the queue was closed under the relay",
-    "SVQ_NO_ROOM": "a chain does not fit the shadow ring: its buffers cross memory regions that are apart for the device",
+    "SVQ_NO_ROOM": "a chain does not fit the shadow ring: its buffers cross regions that are apart for the device",
 }
 
 _SLICE_NS = 500_000_000
