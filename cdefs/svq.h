@@ -22,6 +22,7 @@
 /* Features of the ring, as negotiated; the same on both faces. */
 #define SVQ_F_EVENT_IDX 1
 #define SVQ_F_INDIRECT 2
+#define SVQ_F_PACKED 4	/* another layout; no loop here works on it */
 
 /* A checked piece of a guest buffer, on its way to the device. */
 struct svq_piece {

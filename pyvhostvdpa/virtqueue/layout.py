@@ -42,9 +42,12 @@ class RingLayout(Protocol):
         """Bytes of both areas."""
 
 
-def ring_layout(num: int, packed: bool = False) -> RingLayout:
-    """Return the layout of a ring in the format negotiated; :class:`MissingFeature` for a packed one."""
-    if packed:
+def ring_layout(num: int, features: int) -> RingLayout:
+    """Return the layout of a ring of ``num`` descriptors with the ring features negotiated (``SVQ_F_*``).
+
+    Raises :class:`MissingFeature` for a packed ring, ValueError for a size that is not allowed.
+    """
+    if features & lib.SVQ_F_PACKED:
         raise MissingFeature("packed rings cannot be shadowed: negotiate without VIRTIO_F_RING_PACKED")
     return SplitLayout(num)
 

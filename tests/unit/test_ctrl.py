@@ -172,5 +172,5 @@ def test_a_ring_that_is_not_aligned_is_refused(model: Make) -> None:
 
 def test_a_packed_ring_is_refused() -> None:
     with pytest.raises(MissingFeature, match="RING_PACKED"):
-        ring_layout(256, packed=True)
-    assert ring_layout(256).size == 0x2000 + 0x1000
+        ring_layout(256, lib.SVQ_F_PACKED)
+    assert ring_layout(256, 0).size == 0x2000 + 0x1000
