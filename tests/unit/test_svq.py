@@ -446,3 +446,68 @@ def test_a_table_longer_than_the_ring_is_refused_wherever_its_buffers_lie(model:
     _indirect(m, 0, BASE + 0x80000, [Segment(border - 4, 8)] * 9)
     assert m.forward() == 0
     assert m.svq.c.broken == lib.SVQ_BAD_CHAIN
+
+
+def pages_of(gpa: int, size: int) -> set[int]:
+    return set(range(gpa & ~(PAGE_SIZE - 1), gpa + size, PAGE_SIZE))
+
+
+@pytest.mark.parametrize("start", [0, 500, 1020])
+def test_every_used_entry_written_is_marked_also_where_the_ring_wraps(model: Make, start: int) -> None:
+    """A used ring of three pages: index and first entries, the middle, the last entries with avail_event."""
+    num, count = 1024, 16
+    m = model(num=num, start_idx=start)
+    for slot in range(count):
+        m.describe(slot, [Segment(DATA, 8)])
+        m.publish(slot)
+    m.forward()
+    for head, _ in m.fetch():
+        m.complete(head)
+    m.memory.start_dirty_log()
+    assert m.give_back() == count
+    expected = pages_of(m.queue.used, 4)
+    for k in range(count):
+        expected |= pages_of(m.queue.used + 4 + 8 * ((start + k) % num), 8)
+    assert set(m.memory.dirty_pages()) == expected
+
+
+def test_a_republished_avail_ring_is_marked_and_an_unchanged_one_is_not(model: Make) -> None:
+    num = 2048
+    m = model(num=num, start_idx=2040)
+    m.memory.start_dirty_log()
+    assert m.svq.republish() == 2040
+    assert m.memory.dirty_pages() == []
+    for slot in range(16):
+        m.describe(slot, [Segment(DATA, 8)])
+        m.publish(slot)
+    m.forward()
+    m.memory.start_dirty_log()
+    assert m.svq.republish() == 2040
+    # the slots lie at both ends of a ring of two pages
+    ends = pages_of(m.queue.avail + 4, 2) | pages_of(m.queue.avail + 4 + 2 * (num - 1), 2)
+    assert len(ends) == 2
+    assert ends <= set(m.memory.dirty_pages())
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_asking_the_guest_for_notifications_is_marked(model: Make, on: int) -> None:
+    m = model(num=1024)
+    m.memory.start_dirty_log()
+    lib.svq_want_notifications(m.svq.c, on)
+    assert set(m.memory.dirty_pages()) == pages_of(m.queue.used, 2)
+    m.svq.c.features = lib.SVQ_F_EVENT_IDX
+    m.memory.start_dirty_log()
+    lib.svq_want_notifications(m.svq.c, on)
+    assert set(m.memory.dirty_pages()) == (pages_of(m.queue.used + 4 + 8 * 1024, 2) if on else set())
+
+
+def test_a_region_without_a_log_is_not_marked_and_the_others_are(model: Make) -> None:
+    m = model(regions=2)
+    second = m.memory.regions[1].gpa
+    m.memory.c_map.regions[0].dirty = ffi.NULL
+    m.describe(0, [Segment(DATA, 8, True), Segment(second, 8, True)])
+    m.publish(0)
+    m.forward()
+    m.complete(m.fetch()[0][0], 16)
+    m.give_back()
+    assert m.memory.dirty_pages() == [second]
