@@ -96,6 +96,14 @@ class MappedMemory(Closing):
             raise DeviceClosed("memory used after close()")
         return Hva(int(ffi.cast("uintptr_t", self._address)))
 
+    def populate(self, progress: Progress = lambda done: None) -> None:
+        """Allocate every page now; :class:`MissingFeature` if the machine has not that much memory."""
+        start = ffi.cast("uint8_t *", self.hva)
+        for done in range(0, self.size, _POPULATE_STEP):
+            step = min(_POPULATE_STEP, self.size - done)
+            self._check_populated(lib.populate(start + done, step))
+            progress(step)
+
     def runs(self, offset: int = 0, size: int | None = None) -> int:
         """Return the physically contiguous runs of all or a part, 0 if this process may not know (needs root)."""
         return physical_runs(self.hva + offset, self.size - offset if size is None else size)
@@ -121,23 +129,17 @@ class SharedMemory(MappedMemory):
         self._map_file(name, _huge_flags(self.size), HUGE_PAGE)
         lib.advise_huge(self._address, self.size)
         try:
-            self._populate(progress)
+            self.populate(progress)
         except BaseException:
             self.close()
             raise
-
-    def _populate(self, progress: Progress) -> None:
-        for done in range(0, self.size, _POPULATE_STEP):
-            step = min(_POPULATE_STEP, self.size - done)
-            self._check_populated(lib.populate(self._address + done, step))
-            progress(step)
 
 
 class FileMemory(MappedMemory):
     """``size`` bytes of a memory file from ``offset`` on, mapped shared: a memfd handed over by another process.
 
     The descriptor stays the caller's and may be closed afterwards. Pages that
-    nobody has touched are not allocated here. Raises :class:`MissingFeature`
+    nobody has touched are not allocated before :meth:`populate`. Raises :class:`MissingFeature`
     if the file is not memory (tmpfs, memfd or hugetlbfs), is shorter than
     that, or cannot be mapped; ValueError if ``offset`` or ``size`` are not
     whole pages. A file that its owner can shrink ends this process with
@@ -162,14 +164,17 @@ class FileMemory(MappedMemory):
             )
         self.sealed = _cannot_shrink(fd)
         """Whether the kernel keeps the file from becoming shorter."""
-        # hugetlbfs maps whole pages of its own size only
-        page = max(status.st_blksize, PAGE_SIZE)
+        # hugetlbfs maps whole pages of its own size only, and other files get huge pages only where
+        # the address is as far from the start of one as the offset is
+        page = max(status.st_blksize, HUGE_PAGE)
         self._skip = offset % page
         self._mapped = -(-(self._skip + size) // page) * page
         error = ffi.new("int *")
-        self._address = lib.map_memory(fd, offset - self._skip, self._mapped, max(page, HUGE_PAGE), error)
+        self._address = lib.map_memory(fd, offset - self._skip, self._mapped, page, error)
         if self._address == ffi.NULL:
             raise MissingFeature(f"cannot map {size:#x} bytes of descriptor {fd}: {os.strerror(error[0])}")
+        # for pages that are allocated from here on; EINVAL where the file has huge pages of its own
+        lib.advise_huge(self._address, self._mapped)
 
     @property
     def hva(self) -> Hva:
@@ -288,15 +293,26 @@ class GuestMemory(Closing):
         self._take((gpa, partial(SharedMemory, "guest-ram", size, progress)) for gpa, size in ordered)
 
     @classmethod
-    def from_files(cls, regions: Iterable[FileRegion]) -> Self:
+    def from_files(cls, regions: Iterable[FileRegion], populate: bool = True) -> Self:
         """Map guest memory that another process shares; see :class:`FileMemory` for what is raised beside ValueError.
 
         The descriptors stay the caller's. Closing unmaps here and nowhere else.
+        With ``populate`` every page is allocated, as a device that pins pages
+        does anyway: only then is it known beforehand how many entries of the
+        device's IOTLB a map takes. A device that works on user addresses does
+        not need it.
         """
         ordered = sorted(regions, key=lambda each: each.gpa)
         _check_layout([(each.gpa, each.size) for each in ordered])
         memory = cls.__new__(cls)
         memory._take((Gpa(each.gpa), partial(FileMemory, each.fd, each.offset, each.size)) for each in ordered)
+        if populate:
+            try:
+                for region in memory.regions:
+                    region.memory.populate()
+            except BaseException:
+                memory.close()
+                raise
         return memory
 
     def _take(self, pieces: Iterable[tuple[Gpa, Callable[[], MappedMemory]]]) -> None:

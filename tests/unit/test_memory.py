@@ -271,3 +271,16 @@ def test_closing_memory_of_another_process_leaves_its_file_alone() -> None:
         assert os.fstat(fd).st_size == 1 << 20
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("populate", [True, False])
+def test_pages_of_a_shared_file_are_allocated_as_asked_for(populate: bool) -> None:
+    fd = os.memfd_create("vm")
+    try:
+        os.ftruncate(fd, 4 << 20)
+        pieces = [FileRegion(0, 640 << 10, fd), FileRegion(1 << 20, 1 << 20, fd, 1 << 20)]
+        with GuestMemory.from_files(pieces, populate):
+            allocated = os.fstat(fd).st_blocks * 512
+            assert allocated >= (640 << 10) + (1 << 20) if populate else allocated == 0
+    finally:
+        os.close(fd)
