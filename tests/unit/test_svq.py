@@ -511,3 +511,15 @@ def test_a_region_without_a_log_is_not_marked_and_the_others_are(model: Make) ->
     m.complete(m.fetch()[0][0], 16)
     m.give_back()
     assert m.memory.dirty_pages() == [second]
+
+
+@pytest.mark.parametrize(("told", "kept", "clamped"), [(63, 63, 0), (64, 64, 0), (65, 64, 1)])
+def test_only_a_length_beyond_the_buffers_is_clamped(model: Make, told: int, kept: int, clamped: int) -> None:
+    m = model()
+    m.describe(0, [Segment(DATA, 64, True)])
+    m.publish(0)
+    m.forward()
+    m.complete(m.fetch()[0][0], told)
+    m.give_back()
+    assert m.used() == [(0, kept)]
+    assert m.svq.statistics()["clamped"] == clamped
