@@ -140,3 +140,11 @@ def test_an_avail_slot_written_after_the_start_counts(model: Make) -> None:
 def test_a_ring_start_has_the_used_index(model: Make) -> None:
     m = model(num=NUM, start_idx=65530)
     assert RingStart(m.queue, m.memory).used_index == 65530
+
+
+def test_a_head_beyond_the_table_does_not_hide_one_that_is_open_twice(model: Make) -> None:
+    m = model(num=NUM)
+    start = RingStart(m.queue, m.memory)
+    for head in (0xFFFF, 1, 1):
+        m.publish(head)
+    assert not lib.vring_in_order(m.ring, start.c, 0)
