@@ -523,3 +523,16 @@ def test_only_a_length_beyond_the_buffers_is_clamped(model: Make, told: int, kep
     m.give_back()
     assert m.used() == [(0, kept)]
     assert m.svq.statistics()["clamped"] == clamped
+
+
+def test_an_id_just_beyond_the_table_is_refused_whatever_lies_there(model: Make) -> None:
+    m = model(num=8)
+    beyond = ffi.new("struct svq_element[]", 9)
+    beyond[8].segments = 1
+    m.svq.c.elements = beyond
+    m.describe(0, [Segment(DATA, 8)])
+    m.publish(0)
+    m.forward()
+    m.complete(8)
+    assert m.give_back() == 0
+    assert m.svq.c.broken == lib.SVQ_BAD_USED_ID
