@@ -9,7 +9,11 @@
 #include "vhost.h"
 #include "virtio_ring.h"
 #include "virtio_net.h"
-#include "vring.h"
+#include "ring.h"
+#include "memory.h"
+#include "svq.h"
+#include "ctrl.h"
+#include "nic.h"
 #include "pages.h"
 #include "bench.h"
 

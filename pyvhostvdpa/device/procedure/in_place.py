@@ -22,6 +22,7 @@ from ...base.uapi import Access, BackendFeature
 from ...memory.guest import PAGE_SIZE
 from ...net.control import ControlModel
 from ...net.control_queue import GuestControl
+from ...net.features import ring_bits
 from ...virtqueue.layout import GuestQueue, RingLayout, ring_layout
 from .base import OWN_ASID, State, Target
 from .direct import Direct
@@ -85,7 +86,7 @@ class InPlace(Direct):
                 batch.map(gpa, self.memories.guest.hva(gpa, size), size)
             at: int = self.memories.own.hva
             for queue in self._queues:
-                layout = ring_layout(queue.num)
+                layout = ring_layout(queue.num, ring_bits(self.target.features))
                 iova = self._allocate(layout.size)
                 used = iova + layout.driver_area
                 self._ours += [(OWN_ASID, iova), (OWN_ASID, used)]
