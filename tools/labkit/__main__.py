@@ -2,6 +2,12 @@
 
 import sys
 
-from labkit.cli import main
+from labkit.errors import EXIT_INTERRUPTED
 
-sys.exit(main(sys.argv[1:]))
+try:
+    from labkit.cli import main
+
+    status = main(sys.argv[1:])
+except KeyboardInterrupt:
+    status = EXIT_INTERRUPTED
+sys.exit(status)
