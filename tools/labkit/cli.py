@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
 
-from labkit import cache, devices, ladder, output, pair, soak, status, testing, uml, values
+from labkit import cache, devices, ladder, mutants, output, pair, soak, status, testing, uml, values
 from labkit.errors import EXIT_INTERRUPTED, EXIT_PIPE, LabError
 from labkit.session import PROJECT, Request, Session
 
@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _vm_options(test)
     soak = commands.add_parser("soak", help="tests that are too long for every day; without a name: which there are")
     soak.add_argument("name", nargs="?", metavar="NAME")
+    soak.add_argument("--only", default="", metavar="TEXT", help="mutants: those with TEXT in their name or file")
     soak.add_argument("--minutes", type=float, default=10.0, metavar="M")
     soak.add_argument(
         "--debug-kernel", action="store_true", help="User Mode Linux with KASAN and lock checking; vdpa_hwsim alone"
@@ -157,7 +158,10 @@ def _soak(options: argparse.Namespace) -> int:
     if options.name is None:
         for name, path in soak.available(PROJECT).items():
             print(f"{name:<24} {soak.summary(path)}")
+        print(f"{mutants.NAME:<24} {mutants.SUMMARY}")
         return 0
+    if options.name == mutants.NAME:
+        return mutants.run(Session(), request(options, ()), options.only)
     path = soak.choose(PROJECT, options.name)
     wished = build_parser().parse_args(["soak", *soak.options(path), *options.given])
     words = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "-s", *soak.tests(PROJECT, path)]
