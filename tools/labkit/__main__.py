@@ -2,6 +2,7 @@
 
 import sys
 
+from labkit import output
 from labkit.errors import EXIT_INTERRUPTED
 
 try:
@@ -9,5 +10,6 @@ try:
 
     status = main(sys.argv[1:])
 except KeyboardInterrupt:
+    output.say("lab: interrupted")
     status = EXIT_INTERRUPTED
 sys.exit(status)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit import accelerator, cli, host, output, pair, soak
+from labkit import accelerator, cli, host, output, pair, soak, values
 from labkit.errors import EXIT_PIPE, LabError
 from labkit.session import Session
 from labkit.tree import Tree
@@ -161,6 +161,31 @@ def test_file_opened_in_place_of_a_closed_standard_output_gets_none_of_it(tmp_pa
 def test_command_whose_output_finds_the_disk_full():
     with FULL.open("w") as full, pytest.raises(LabError, match="No space left on device"):
         output.writer(full.fileno())(b"x")
+
+
+INTERRUPTED_IMPORT = """
+import runpy, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "labkit.cli":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module("labkit", run_name="__main__")
+"""
+
+
+def test_interrupt_during_the_imports_is_a_sentence():
+    environment = {**os.environ, "PYTHONPATH": str(LAB.parent)}
+    words = [sys.executable, "-B", "-c", INTERRUPTED_IMPORT]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (130, "lab: interrupted\n")
+
+
+def test_pair_that_fits_the_machine_only_once_is_refused(cache, monkeypatch, capsys):
+    monkeypatch.setattr(values, "machine_memory", lambda: (6 << 30, "This machine has"))
+    monkeypatch.setattr(Session, "set_up", lambda *_: pytest.fail("a set-up was begun"))
+    assert cli.main(["pair", "--memory", "4G", "--", "true", "---", "true"]) == 125
+    assert "two VMs with --memory 4096M each" in capsys.readouterr().err
 
 
 def test_unexpected_error_of_the_system_is_a_sentence(cache, monkeypatch, capsys):
