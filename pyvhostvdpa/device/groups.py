@@ -25,13 +25,15 @@ class Groups:
 
     ``control`` is the control queue's group if no data queue shares it,
     ``descriptors`` the group of all data queues' rings if it is not the
-    buffers' own.
+    buffers' own. ``config`` is the configuration space as a driver with
+    these features reads it.
     """
 
     max_pairs: int
     control_index: int | None
     control: int | None
     descriptors: int | None
+    config: bytes = b""
 
 
 def probe_groups(chardev: VhostVdpa, features: Feature, vqs_count: int) -> Groups:
@@ -48,6 +50,8 @@ def probe_groups(chardev: VhostVdpa, features: Feature, vqs_count: int) -> Group
         buffers = {_group(chardev.get_vring_group, index) for index in data}
         rings = {_group(chardev.get_vring_desc_group, index) for index in data}
         control = None if control_at is None else _group(chardev.get_vring_group, control_at)
+        # before features are set the parent takes this for a legacy driver
+        config = chardev.get_config(0, chardev.get_config_size())
     finally:
         chardev.set_status(Status(0))
     # QEMU looks at queue 0 alone; a parent may well group queues differently
@@ -57,6 +61,7 @@ def probe_groups(chardev: VhostVdpa, features: Feature, vqs_count: int) -> Group
         control_index=control_at,
         control=None if control in buffers else control,
         descriptors=None if descriptors in buffers else descriptors,
+        config=config,
     )
 
 

@@ -9,10 +9,11 @@ decoder takes nothing for granted: it raises
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from ..memory.guest import PAGE_SIZE
+from ..net.config import MAX_CONFIG
 from ..net.control import MAX_VLAN, RSS_KEY_MAX, ControlModel, Rx
 from ..net.features import Feature
 from ..virtqueue.layout import MAX_NUM
@@ -21,6 +22,8 @@ from .nic_state import SEEN_BYTES, ControlDriverState, NicState, PairState, Ring
 
 VERSION = 1
 """Of every section. One that is not known is refused: there is no guessing at a guest's state."""
+SHAPE_VERSION = 2
+"""Of the SHAPE section: 2 has each device's configuration space at its end. Version 1 is read as well, without it."""
 SHAPE, GUEST, DEVICE = 1, 2, 3
 """Kinds of sections."""
 
@@ -37,12 +40,17 @@ _NONE = 0xFFFF
 
 @dataclass(frozen=True, slots=True)
 class DeviceShape:
-    """What a destination's device must be like: features, pairs, ring size; ``control_index`` None without one."""
+    """What a destination's device must be like: features, pairs, ring size; ``control_index`` None without one.
+
+    ``config`` is the configuration space as the guest's driver knows it, None if that is unknown. It belongs to the
+    device below and not to the guest's state, so two shapes are equal without it.
+    """
 
     features: int
     pairs: int
     ring_size: int
     control_index: int | None
+    config: bytes | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +76,14 @@ class GuestShape:
         w.each(self.memory, lambda region: w.put("QQ", *region))
         w.each(self.devices, lambda d: _put_shape(w, d))
         w.put("B", self.hashed)
-        return w.section(SHAPE, VERSION)
+        for device in self.devices:
+            _put_optional(w, device.config)
+        return w.section(SHAPE, SHAPE_VERSION)
 
     @classmethod
     def decode(cls, data: bytes) -> GuestShape:
         """Return the shape in a section."""
-        r = Reader(data, SHAPE, VERSION, "shape of the guest")
+        r = Reader(data, SHAPE, SHAPE_VERSION, "shape of the guest", oldest=1)
         number, source = r.get(f"{ID_BYTES}s"), r.text("source", _MAX_TEXT)
         page = r.get("I")
         if page != PAGE_SIZE:
@@ -88,6 +98,9 @@ class GuestShape:
         _check_memory(r, shape.memory)
         if not shape.devices:
             raise r.bad("no device")
+        if r.version > 1:
+            devices = [replace(d, config=_get_optional(r, "configuration space", MAX_CONFIG)) for d in shape.devices]
+            shape = replace(shape, devices=tuple(devices))
         r.end()
         return shape
 

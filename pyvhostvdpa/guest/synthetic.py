@@ -18,6 +18,7 @@ from .._cdefs import ffi, lib
 from ..base.errors import MigrationFailed, MissingFeature, StreamCorrupt
 from ..device.net import VdpaNetDevice
 from ..memory.guest import DEFAULT_GPA, PAGE_SIZE, GuestMemory, Progress
+from ..net.config import MAX_CONFIG
 from ..net.control import ANNOUNCE_ACK, OK, VQ_PAIRS_SET, Class, ControlModel, command
 from ..net.control_queue import GuestControl
 from ..virtqueue.layout import GuestQueue, map_queue
@@ -226,6 +227,7 @@ class Guest:
                 pairs=len(nic.pairs),
                 ring_size=max(queue.num for queue in nic.queues),
                 control_index=nic.control.queue.index if nic.control is not None else None,
+                config=_bounded(nic.config.known()),
             )
             for nic in self.nics
         )
@@ -277,6 +279,10 @@ class Guest:
         """End the guest and its memory; its devices must have let go. Twice is no error."""
         self.let_go()
         self.memory.close()
+
+
+def _bounded(config: bytes | None) -> bytes | None:
+    return None if config is None else config[:MAX_CONFIG]
 
 
 def _answer(driver: ControlDriver, data: bytes) -> int:

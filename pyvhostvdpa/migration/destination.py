@@ -8,6 +8,7 @@ and GO this side cannot know who owns the guest: it then saves it, stopped.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -31,12 +32,15 @@ from ..guest.state import DeviceShape, DeviceState, GuestShape, GuestState
 from ..guest.synthetic import Guest
 from ..memory.guest import PAGE_SIZE, GuestMemory, IovaAllocator, SharedMemory
 from ..net.features import Feature
+from ..net.fit import misfits, unknown_fields
 from ..trace.recorder import Trace
 from .cancel import Cancel
 from .pages import PAGES, ZERO, PageReceiver
 from .saved import DEFAULT_FOLDER, SavedGuest, check_room, load, save
 from .source import PATIENCE, Observer, Tell, hash_bytes, patience
 from .stream import Channel, Frame, Header, words
+
+log = logging.getLogger(__name__)
 
 PHASES = ("handshake", "map", "memory", "load", "ready", "start", "running")
 """Of the destination, in order."""
@@ -324,6 +328,27 @@ def _check_fit(device: VdpaNetDevice, shape: DeviceShape) -> None:
             f"the source at {shape.control_index}",
             hint="create both with the same max_vqp: vdpa dev add",
         )
+    _check_config(device, shape)
+
+
+def _check_config(device: VdpaNetDevice, shape: DeviceShape) -> None:
+    """Raise if the guest has read something in configuration space that this device does not honour."""
+    if shape.config is None:
+        log.warning(
+            "%s: the source did not send the guest's configuration space (an older version): MAC, MTU and link are "
+            "not compared",
+            device.path,
+        )
+        return
+    features, config = Feature(shape.features), device.groups.config
+    found = list(misfits(features, shape.config, config))
+    if found:
+        raise MigrationRefused(
+            f"{device.path} does not fit the guest: {'; '.join(map(str, found))}",
+            hint=" ".join(dict.fromkeys(each.hint for each in found)),
+        )
+    if unknown := unknown_fields(features, shape.config, config):
+        log.warning("%s: not compared with the source, unknown on one side: %s", device.path, ", ".join(unknown))
 
 
 def _map(device: VdpaNetDevice, memory: GuestMemory) -> None:

@@ -82,6 +82,19 @@ class Report:
         }
 
 
+_LOSS = ("drop", "overrun", "error", "filtered", "discard", "miss", "lost", "trunc", "too_long", "no_buf")
+_LOSS_WORDS = ("down", "err", "bad", "oversize", "runt")
+
+
+def means_loss(name: str) -> bool:
+    """Tell whether a parent's counter of that name counts frames that did not reach the guest or the wire.
+
+    Parents name their own counters (``vdpa dev vstats show``), so this goes by the words that drivers use.
+    """
+    lowered = name.lower().replace(" ", "_").replace("-", "_").replace(".", "_")
+    return any(part in lowered for part in _LOSS) or any(word in lowered.split("_") for word in _LOSS_WORDS)
+
+
 class Drops:
     """Frames that a device lost since this was made, by its parent's own counters, as far as it has any."""
 
@@ -93,7 +106,7 @@ class Drops:
         found: dict[str, int] = {}
         told = mgmt.vendor_statistics(self._path, self._queues)
         for name, value in (each for counters in told.values() for each in counters.items()):
-            if any(word in name for word in ("drop", "overrun", "error")):
+            if means_loss(name):
                 found[name] = found.get(name, 0) + value
         return found
 
