@@ -62,7 +62,12 @@ def _print_look(told: dict[str, Any], as_json: bool) -> None:
     rows = [[key, str(device[key] or "-")] for key in ("name", "chardev", "driver", "mgmtdev", "mac")]
     rows.append(["holders", ", ".join(f"pid {h['pid']} ({h['name']})" for h in device["holders"]) or "none"])
     rows += [[key, str(told[key] or "-")] for key in ("virtio_id", "vqs_count", "vring_num", "negotiated_features")]
+    rows.append(["link", _link(device["link_up"])])
     print(table(["not opened", ""], rows))
+    if device["unknown"]:
+        print(f"\nunknown: management device, type, MAC and link: {device['unknown']}")
+    if told["unserved"]:
+        print(f"\n{device['name']}: {told['unserved']}")
     print("\nBackend features, groups and address spaces are told only by the opened device.")
 
 
@@ -76,7 +81,7 @@ def _facts(found: Probe) -> str:
     sizes = f"at most {found.vring_num}" if found.vring_sizes is None else " ".join(map(str, found.vring_sizes))
     rows = [
         ["device", f"{found.device.name} {found.device.chardev}"],
-        ["parent", f"{found.parent.module or '-'}, {'pins memory' if found.parent.pinned else 'user addresses'}"],
+        ["parent", f"{found.parent.module or 'unknown'}, {found.parent.memory}"],
         ["virtio id", str(found.virtio_id)],
         ["status after opening", names(found.status)],
         ["MAC, MTU, link", f"{config.mac or '-'}, {config.mtu or '-'}, {_link(config.link_up)}"],

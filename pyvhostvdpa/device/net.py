@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from ..base.closing import Closing
 from ..base.errors import DeviceBusy, MissingFeature
 from ..base.uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, BackendFeature
-from ..chardev.door import VhostVdpa
+from ..chardev.door import VhostVdpa, check_path
 from ..chardev.iotlb import Iotlb, Limits
 from ..host import mgmt
+from ..host.parents import check_served, parent_of
 from ..memory.guest import GuestMemory
 from ..net.control_queue import GuestControl
 from ..net.features import CONTROL, SUPPORTED, Feature, negotiate
@@ -55,6 +56,8 @@ class VdpaNetDevice(Closing):
         wanted: Feature = SUPPORTED,
         procedure: Callable[[Target], Procedure] = Direct,
     ) -> None:
+        check_path(path)
+        check_served(path)
         try:
             self.chardev = VhostVdpa(path, trace)
         except DeviceBusy as e:
@@ -80,7 +83,7 @@ class VdpaNetDevice(Closing):
         first, last = c.get_iova_range()
         self.vqs_count = c.get_vqs_count()
         self.max_ring = c.get_vring_num()
-        parent = mgmt.parent_of(c.path)
+        parent = parent_of(c.path)
         limits = Limits(
             first=first,
             last=last,

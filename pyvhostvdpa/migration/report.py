@@ -15,6 +15,7 @@ from ..base.uapi import names
 from ..device.net import VdpaNetDevice
 from ..guest.nic import FrameCounts
 from ..host import mgmt
+from ..host.parents import parent_of
 from ..trace.downtime import PhaseCost
 from ..virtqueue.layout import GuestQueue
 from .source import Sent
@@ -140,7 +141,7 @@ def environment(devices: dict[str, VdpaNetDevice], memory: int) -> dict[str, Any
         "devices": {
             role: {
                 "path": device.path,
-                "driver": mgmt.parent_of(device.path).module,
+                "driver": parent_of(device.path).module,
                 "features": names(device.features),
                 "backend_features": names(device.backend_features),
                 "pinned": device.iotlb.limits.pinned,

@@ -19,7 +19,8 @@ from ..base.uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, BackendFeature, Sta
 from ..chardev.door import VhostVdpa, check_path
 from ..chardev.iotlb import Limits
 from ..host import mgmt
-from ..host.mgmt import Parent, VdpaDevice
+from ..host.mgmt import VdpaDevice
+from ..host.parents import Parent, check_served, parent_of, unserved
 from ..net.config import NetConfig, control_index
 from ..net.features import REQUIRED, Feature, negotiate
 from .proofs import Proof, Subject, prove
@@ -117,6 +118,7 @@ class Probe:
             "parent": {
                 "module": self.parent.module,
                 "pinned": self.parent.pinned,
+                "unknown": self.parent.why or None,
                 "max_iotlb_entries": self.parent.max_iotlb_entries,
             },
             "virtio_id": self.virtio_id,
@@ -226,6 +228,7 @@ def probe(path: str | os.PathLike[str], verify: bool = False) -> Probe:
     proved, and whatever the kernel refuses.
     """
     check_path(path)
+    check_served(path)
     device = device_of(path)
     try:
         opened = VhostVdpa(path)
@@ -260,7 +263,7 @@ def _ask(c: VhostVdpa, device: VdpaDevice, verify: bool) -> Probe:
     desc_groups = _each(count, c.get_vring_desc_group)
     as_num = c.get_as_num()
     first, last = c.get_iova_range()
-    parent = mgmt.parent_of(c.path)
+    parent = parent_of(c.path)
     usable, why = _usable(c, advertised, groups, desc_groups, as_num)
     backend = Backend(advertised, usable, None, why)
     limits = Limits(first, last, as_num, parent.pinned, parent.max_iotlb_entries)
@@ -364,8 +367,9 @@ def look(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     check_path(path)
     device = device_of(path)
-    parent = mgmt.parent_of(path)
-    config = mgmt.vdpa_json("dev", "config", "show", device.name).get("config", {}).get(device.name, {})
+    parent = parent_of(path)
+    wrong = unserved(device.name, parent)
+    config = mgmt.net_config(device.name)
     shown = mgmt.vdpa_json("dev", "show", device.name).get("dev", {}).get(device.name, {})
     return {
         "schema": SCHEMA,
@@ -374,11 +378,13 @@ def look(path: str | os.PathLike[str]) -> dict[str, Any]:
         "parent": {
             "module": parent.module,
             "pinned": parent.pinned,
+            "unknown": parent.why or None,
             "max_iotlb_entries": parent.max_iotlb_entries,
         },
         "virtio_id": device.virtio_id,
         "vqs_count": shown.get("max_vqs"),
         "vring_num": shown.get("max_vq_size"),
         "negotiated_features": config.get("negotiated_features"),
+        "unserved": None if wrong is None else wrong[0],
         "config": config,
     }
