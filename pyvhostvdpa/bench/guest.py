@@ -48,13 +48,7 @@ class BenchGuest(Closing):
                 hint="vdpa dev add … max_vqp N makes one with more, where the driver can",
             )
         self.memory = self._stack.enter_context(GuestMemory([(DEFAULT_GPA, MEMORY)]))
-        options = NicOptions(
-            pairs=pairs,
-            ring_size=min(256, self.device.max_ring),
-            frame_size=frame_size,
-            features=self.device.features,
-            control_index=self.device.groups.control_index,
-        )
+        options = NicOptions.fitting(self.device, pairs, frame_size=frame_size)
         self.nic = GuestNic(self.memory, options)
         self._stack.callback(self.nic.close)
         # the device lets go of rings and memory before they go

@@ -16,8 +16,9 @@ from ..migration.endpoint import Tls
 from ..migration.pages import RoundStatistics
 from ..migration.saved import DEFAULT_FOLDER
 from ..migration.source import SendOptions
+from ..net.control_queue import DEFAULT_DEADLINE
 from .table import table
-from .units import count, size
+from .units import count, seconds, size
 
 ADDRESS = "unix:PATH|tcp:HOST:PORT"
 
@@ -80,7 +81,11 @@ def guest_options(arguments: argparse.Namespace) -> GuestOptions:
 def send_options(arguments: argparse.Namespace) -> SendOptions:
     """Return how to send it."""
     return SendOptions(
-        limit=arguments.limit, downtime=arguments.downtime / 1000, hashed=arguments.hash, folder=arguments.state
+        limit=arguments.limit,
+        downtime=arguments.downtime / 1000,
+        hashed=arguments.hash,
+        folder=arguments.state,
+        control_deadline=arguments.control_deadline,
     )
 
 
@@ -103,6 +108,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=DEFAULT_FOLDER,
         help="where a stopped guest is saved whose stream breaks at the hand-over (default %(default)s)",
+    )
+    parser.add_argument(
+        "--control-deadline",
+        metavar="SECONDS",
+        type=seconds,
+        default=str(DEFAULT_DEADLINE),
+        help="how long a device may take to answer a command of its control queue (default %(default)s)",
     )
     parser.add_argument("--json", "-j", action="store_true", help="print JSON, and nothing else on standard output")
 

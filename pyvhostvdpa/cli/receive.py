@@ -56,7 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
     progress = Progress(_PHASES)
     with tracing.writing(arguments) as trace:
         receiving = Receiving(
-            arguments.devices, arguments.seconds, arguments.state, progress.phase, progress.tell, trace
+            arguments.devices,
+            arguments.seconds,
+            arguments.state,
+            progress.phase,
+            progress.tell,
+            trace,
+            arguments.control_deadline,
         )
         if arguments.take is not None:
             return show(receiving.take(arguments.take), arguments.json)

@@ -62,7 +62,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _resume(arguments: argparse.Namespace, trace: Trace) -> int:
     progress = Progress(SENDING)
     receiving = Receiving(
-        arguments.devices, arguments.seconds, arguments.state, progress.phase, progress.tell, trace=trace
+        arguments.devices,
+        arguments.seconds,
+        arguments.state,
+        progress.phase,
+        progress.tell,
+        trace=trace,
+        control_deadline=arguments.control_deadline,
     )
     return show(receiving.take(arguments.resume), arguments.json)
 

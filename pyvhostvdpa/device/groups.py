@@ -65,6 +65,22 @@ def probe_groups(chardev: VhostVdpa, features: Feature, vqs_count: int) -> Group
     )
 
 
+def ring_sizes(chardev: VhostVdpa, vqs_count: int) -> tuple[int, ...]:
+    """Return the largest ring of each queue: what the parent says of that queue, else what it says of all.
+
+    Rounded down to a power of two, as a split ring has to be (virtio 1.3, 2.7).
+    """
+    most = chardev.get_vring_num()
+    try:
+        sizes = [chardev.get_vring_size(index) or most for index in range(vqs_count)]
+    except KernelError as e:
+        # no get_vq_size in the parent, or a kernel before 6.10
+        if e.errno not in (errno.EOPNOTSUPP, errno.ENOTTY):
+            raise
+        sizes = [most] * vqs_count
+    return tuple(1 << (min(size, most).bit_length() - 1) for size in sizes)
+
+
 def _group(ask: Callable[[int], int], index: int) -> int | None:
     try:
         return ask(index)

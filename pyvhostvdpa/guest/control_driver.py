@@ -10,12 +10,16 @@ from typing import Any, Self
 from .._cdefs import ffi, lib
 from ..memory.guest import GuestMemory
 from ..net.control import ERR
+from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import Feature, ring_bits
 from ..virtqueue.layout import GuestQueue, map_queue
 from .arena import GuestArena, place_queue
 from .nic_state import MAX_INDEX, BadState, ControlDriverState, check_memory, check_place, place_of, queue_of
 
 CONTROL_RING = 64
+"""Descriptors of the control queue where the device takes as many."""
+ANSWER_SECONDS = 3 * DEFAULT_DEADLINE
+"""Seconds that a driver waits for an answer: one command may be several for the device, each with its deadline."""
 _BUFFER = 1 << 16
 _TABLES_AT = _BUFFER - (1 << 12)
 """Where in the buffer indirect tables begin, behind the longest command that a device of ours takes."""
@@ -35,9 +39,9 @@ class ControlDriver:
         self._driver = d
 
     @classmethod
-    def place(cls, memory: GuestMemory, arena: GuestArena, index: int) -> Self:
-        """Set a control queue up as a driver does that starts."""
-        driver = cls(memory, place_queue(arena, index, CONTROL_RING), arena.take(_BUFFER), arena.take(1))
+    def place(cls, memory: GuestMemory, arena: GuestArena, index: int, num: int = CONTROL_RING) -> Self:
+        """Set a control queue of ``num`` descriptors, at least 2, up as a driver does that starts."""
+        driver = cls(memory, place_queue(arena, index, num), arena.take(_BUFFER), arena.take(1))
         lib.ctrl_driver_start(driver._driver)
         return driver
 
@@ -69,8 +73,11 @@ class ControlDriver:
             self._driver.tables_gpa = at
             self._driver.tables = ffi.cast("struct vring_desc *", memory.hva(at, _BUFFER - _TABLES_AT))
 
-    def send(self, data: bytes, seconds: float = 10.0) -> int:
-        """Send a command and return its answer; TimeoutError if there is none within ``seconds``."""
+    def send(self, data: bytes, seconds: float = ANSWER_SECONDS) -> int:
+        """Send a command and return its answer; TimeoutError if there is none within ``seconds``.
+
+        A driver must not give up before the device's own deadline has passed: a slow device answers late.
+        """
         self._bytes[: len(data)] = data
         self._ack[:] = bytes([ERR + 1])
         lib.ctrl_driver_add(self._driver, self._command, len(data), self._answer)

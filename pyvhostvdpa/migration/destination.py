@@ -31,6 +31,7 @@ from ..device.procedure.base import GUEST_ASID
 from ..guest.state import DeviceShape, DeviceState, GuestShape, GuestState
 from ..guest.synthetic import Guest
 from ..memory.guest import PAGE_SIZE, GuestMemory, IovaAllocator, SharedMemory
+from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import Feature
 from ..net.fit import misfits, unknown_fields
 from ..trace.recorder import Trace
@@ -79,7 +80,9 @@ class Destination:
         folder: Path = DEFAULT_FOLDER,
         observer: Observer = lambda phase: None,
         tell: Tell = lambda text: None,
+        control_deadline: float = DEFAULT_DEADLINE,
     ) -> None:
+        self._control_deadline = control_deadline
         self.paths = [os.fspath(path) for path in paths]
         self.channel = channel
         self.trace = trace or Trace()
@@ -158,7 +161,9 @@ class Destination:
     def _prepare(self, shape: GuestShape) -> None:
         for path, device_shape in zip(self.paths, shape.devices, strict=True):
             wanted = Feature(device_shape.features)
-            device = self._stack.enter_context(VdpaNetDevice(path, self.trace, wanted=wanted))
+            device = self._stack.enter_context(
+                VdpaNetDevice(path, self.trace, wanted=wanted, control_deadline=self._control_deadline)
+            )
             self._devices.append(device)
             _check_fit(device, device_shape)
         self._observe("map")
@@ -316,9 +321,10 @@ def _check_fit(device: VdpaNetDevice, shape: DeviceShape) -> None:
             f"{device.path} lacks features that the guest uses on the source: {names(missing)}",
             hint="create it with the same device_features: vdpa dev add",
         )
-    if shape.pairs > device.groups.max_pairs or shape.ring_size > device.max_ring:
+    largest = device.largest_ring(range(2 * shape.pairs))
+    if shape.pairs > device.groups.max_pairs or shape.ring_size > largest:
         raise MigrationRefused(
-            f"{device.path} has {device.groups.max_pairs} queue pairs of at most {device.max_ring}, "
+            f"{device.path} has {device.groups.max_pairs} queue pairs of at most {largest}, "
             f"the guest uses {shape.pairs} of {shape.ring_size}",
             hint="vdpa dev add … max_vqp N makes one with more, where the driver can",
         )
@@ -402,6 +408,7 @@ def take(
     paths: Sequence[str | os.PathLike[str]],
     trace: Trace | None = None,
     tell: Tell = lambda text: None,
+    control_deadline: float = DEFAULT_DEADLINE,
 ) -> Arrived:
     """Start the guest saved in a file on the devices at ``paths``, and remove the file once it runs.
 
@@ -416,7 +423,9 @@ def take(
             raise MigrationRefused(f"the guest in {path} has {len(saved.devices)} devices, {len(paths)} were given")
         devices = []
         for name, shape in zip(paths, saved.shape.devices, strict=True):
-            device = stack.enter_context(VdpaNetDevice(name, trace, wanted=Feature(shape.features)))
+            device = stack.enter_context(
+                VdpaNetDevice(name, trace, wanted=Feature(shape.features), control_deadline=control_deadline)
+            )
             devices.append(device)
             _check_fit(device, shape)
         for device in devices:

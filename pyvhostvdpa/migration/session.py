@@ -18,6 +18,7 @@ from ..guest.nic import MAX_FRAME, MIN_FRAME, FrameCounts
 from ..guest.synthetic import Guest, GuestOptions
 from ..host import mgmt
 from ..memory.guest import Progress, check_available
+from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import CONTROL, SUPPORTED
 from ..trace.downtime import DT1, DT2, PHASES, PhaseCost, cost, interval, milliseconds
 from ..trace.recorder import Trace
@@ -172,7 +173,15 @@ class Sending:
         with ExitStack() as stack, Cancel() as cancel:
             self.observer("start")
             devices = [
-                stack.enter_context(VdpaNetDevice(path, self.trace, wanted=SUPPORTED | CONTROL)) for path in self.paths
+                stack.enter_context(
+                    VdpaNetDevice(
+                        path,
+                        self.trace,
+                        wanted=SUPPORTED | CONTROL,
+                        control_deadline=self.options.control_deadline,
+                    )
+                )
+                for path in self.paths
             ]
             check_pairs(devices, self.guest_options.pairs)
             guest = self._guest(devices, stack)
@@ -289,6 +298,7 @@ class Receiving:
     observer: Observer = lambda phase: None
     tell: Tell = lambda text: None
     trace: Trace = field(default_factory=Trace)
+    control_deadline: float = DEFAULT_DEADLINE
 
     def receive(self, listener: Listener | Inherited) -> ReceivedReport:
         """Wait for a source, receive its guest, let it run.
@@ -303,7 +313,14 @@ class Receiving:
                     channel = listener.accept(cancel.fileno())
                     with channel, cancel.on_signals():
                         arrived = Destination(
-                            self.paths, channel, cancel, self.trace, self.folder, self.observer, self.tell
+                            self.paths,
+                            channel,
+                            cancel,
+                            self.trace,
+                            self.folder,
+                            self.observer,
+                            self.tell,
+                            self.control_deadline,
                         ).run()
             except (NoPeer, Stray) as e:
                 self.tell(f"refused: {e}")
@@ -313,7 +330,7 @@ class Receiving:
     def take(self, path: Path) -> ReceivedReport:
         """Start the guest saved in a file, let it run."""
         check_devices(self.paths)
-        return self._live(take(path, self.paths, self.trace, self.tell))
+        return self._live(take(path, self.paths, self.trace, self.tell, self.control_deadline))
 
     def _live(self, arrived: Arrived) -> ReceivedReport:
         with arrived:

@@ -18,6 +18,7 @@ from ..base.errors import DeviceBusy, KernelError, MissingFeature
 from ..base.uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, BackendFeature, Status, name_list, names
 from ..chardev.door import VhostVdpa, check_path
 from ..chardev.iotlb import Limits
+from ..device.groups import ring_sizes
 from ..host import mgmt
 from ..host.mgmt import VdpaDevice
 from ..host.parents import Parent, check_served, parent_of, unserved
@@ -347,7 +348,7 @@ def _verified(c: VhostVdpa, found: Probe, limits: Limits) -> Probe:
         limits=limits,
         data_groups=frozenset((found.vring_groups or [])[pair]),
         desc_groups=frozenset((found.vring_desc_groups or [])[pair]),
-        ring_size=min(found.vring_num, _MAX_PROOF_RING),
+        ring_size=min(_MAX_PROOF_RING, *ring_sizes(c, found.vqs_count)[pair]),
     )
     return _with_proofs(found, list(prove(subject)))
 

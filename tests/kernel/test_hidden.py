@@ -99,7 +99,8 @@ def test_doctor_in_a_container_of_a_user_never_says_that_the_devices_pin(pinned:
 def test_a_device_whose_parent_is_unknown_works_though_the_limit_forbids_pinning(devices: tuple[str, str]) -> None:
     """It works on user addresses: a limit that it does not meet must not keep it from being used."""
     code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536)); import os; os.setuid(1000)\n"
+        "import os, resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536)); os.setuid(1000)\n"
         "from pyvhostvdpa import GuestMemory, VdpaNetDevice\n"
         "with GuestMemory([(1 << 30, 32 << 20)]) as m, VdpaNetDevice(sys.argv[1]) as d:\n"
         "    assert d.iotlb.limits.pinned is None\n"
@@ -127,6 +128,7 @@ def test_doctor_names_a_removal_that_waits_for_a_device(fresh: tuple[str, str]) 
         done = vhost_vdpa("doctor", "--json")
     assert removal.wait(20) == 0
     behind.wait(20)
+    lab.reload()
     [stuck] = [f for f in json.loads(done.stdout)["findings"] if f["id"] == "D02"]
     assert f"'rmmod' is stuck (pid {removal.pid}): it removes the driver of a device that pid {pid} (" in stuck["what"]
     assert stuck["next"] == f"kill {pid}"
