@@ -144,7 +144,7 @@ def pool(root: Path = _ROOT) -> Bound:
 
 
 def check_ordinary(size: int, copies: int = 1, root: Path = _ROOT) -> None:
-    """Raise :class:`~pyvhostvdpa.MissingFeature` if ``size`` bytes of ordinary memory are unavailable, ``copies`` times."""
+    """Raise :class:`~pyvhostvdpa.MissingFeature` unless ``copies`` times ``size`` bytes of ordinary memory are left."""
     here = ordinary(root)
     if here.free < size * copies:
         raise MissingFeature(f"{_asked(size, copies)}, {here}", hint=here.hint)

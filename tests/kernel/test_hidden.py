@@ -16,7 +16,8 @@ import lab
 import pytest
 from test_probe import vhost_vdpa
 
-from pyvhostvdpa import MissingFeature, VdpaNetDevice
+from pyvhostvdpa import KernelError, MissingFeature, VdpaNetDevice, VhostVdpa
+from pyvhostvdpa.base.uapi import Status
 
 USER = ("setpriv", "--reuid=1000", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all")
 NETWORK = ("unshare", "--net")
@@ -173,3 +174,16 @@ def test_a_stopped_vduse_daemon_is_named_within_seconds_and_serves_again() -> No
             VdpaNetDevice(path)
         os.kill(pid, signal.SIGCONT)
         assert vhost_vdpa("probe", path).returncode == 0
+
+
+def test_vduse_net_that_answers_too_late_lives_on() -> None:
+    with stopped_daemon() as (path, pid):
+        Path("/sys/devices/virtual/vduse/loop5/msg_timeout").write_text("1")
+        with pytest.raises(KernelError) as failed, VhostVdpa(path) as device:
+            device.set_owner()
+            device.set_status(Status.ACKNOWLEDGE)
+            device.set_status(Status.ACKNOWLEDGE | Status.DRIVER)
+        assert failed.value.errno
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(2)
+        assert ") S " in Path(f"/proc/{pid}/stat").read_text()
