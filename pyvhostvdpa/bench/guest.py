@@ -28,7 +28,11 @@ _SLICE_NS = 10_000_000
 class BenchGuest(Closing):
     """``pairs`` queue pairs; :class:`~pyvhostvdpa.MissingFeature` if the device has not that many."""
 
-    def __init__(self, path: str | os.PathLike[str], pairs: int = 1, frame_size: int = 256) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], pairs: int = 1, frame_size: int = 256, patience: float = _SECONDS
+    ) -> None:
+        self.patience = patience
+        """Seconds that the device may take to finish a descriptor."""
         self._stack = ExitStack()
         try:
             self._set_up(path, pairs, frame_size)
@@ -73,10 +77,11 @@ class BenchGuest(Closing):
         """Send on every pair until the device has finished something there; :class:`NotProved` if it does not."""
         for pair in self.nic.pairs:
             before = indices(pair.tx, self.memory)[1]
-            deadline = time.monotonic() + _SECONDS
+            deadline = time.monotonic() + self.patience
             while indices(pair.tx, self.memory)[1] == before:
                 if time.monotonic() > deadline:
-                    raise NotProved(f"{self.device.path}: pair {pair.c.flow - 1} finishes no descriptor")
+                    which = f"{self.device.path}: pair {pair.c.flow - 1}"
+                    raise NotProved(f"{which} finished no descriptor within {self.patience:g} s")
                 lib.nic_run(pair.c, time.monotonic_ns() + _SLICE_NS)
 
     def close(self) -> None:

@@ -86,6 +86,7 @@ def send_options(arguments: argparse.Namespace) -> SendOptions:
         hashed=arguments.hash,
         folder=arguments.state,
         control_deadline=arguments.control_deadline,
+        drain=arguments.drain,
     )
 
 
@@ -115,6 +116,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=str(DEFAULT_DEADLINE),
         help="how long a device may take to answer a command of its control queue (default %(default)s)",
+    )
+    parser.add_argument(
+        "--drain",
+        metavar="SECONDS",
+        type=seconds,
+        default="10",
+        help="how long the last frames may take at the end (default %(default)s)",
     )
     parser.add_argument("--json", "-j", action="store_true", help="print JSON, and nothing else on standard output")
 

@@ -11,7 +11,9 @@ from typing import Any
 from ..base.uapi import BackendFeature, names
 from ..host import mgmt
 from ..probe.probe import Probe, look, probe
+from ..probe.proofs import MUST_MOVE_S
 from .table import table
+from .units import seconds
 
 DESCRIPTION = """\
 Tell what a device is and can do: queues, groups, address spaces, features, and what they make possible for a live
@@ -34,6 +36,13 @@ def register(commands: Any) -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--verify", action="store_true", help="prove each feature with real descriptors")
     mode.add_argument("--no-open", action="store_true", help="tell only what can be told without opening the device")
+    parser.add_argument(
+        "--patience",
+        metavar="SECONDS",
+        type=seconds,
+        default=str(MUST_MOVE_S),
+        help="with --verify: how long a device may take to finish a descriptor (default %(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -43,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.no_open:
         _print_look(look(path), arguments.json)
         return 0
-    found = probe(path, arguments.verify)
+    found = probe(path, arguments.verify, arguments.patience)
     lies = found.lies()
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))

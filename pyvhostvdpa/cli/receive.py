@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress.tell,
             trace,
             arguments.control_deadline,
+            arguments.drain,
         )
         if arguments.take is not None:
             return show(receiving.take(arguments.take), arguments.json)

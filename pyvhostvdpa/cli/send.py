@@ -69,6 +69,7 @@ def _resume(arguments: argparse.Namespace, trace: Trace) -> int:
         progress.tell,
         trace=trace,
         control_deadline=arguments.control_deadline,
+        drain=arguments.drain,
     )
     return show(receiving.take(arguments.resume), arguments.json)
 

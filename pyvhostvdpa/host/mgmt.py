@@ -48,6 +48,8 @@ __all__ = [
 
 SYSFS_DEVICES = Path("/sys/bus/vdpa/devices")
 _VDPA_TIMEOUT = 10.0
+CHANGE_SECONDS = 60.0
+"""Seconds that making or deleting a device may take: hardware sets its queues and flows up by firmware commands."""
 _QUEUE_TIMEOUT = 2.0
 _CHARDEV_POLL = 0.01
 
@@ -81,9 +83,9 @@ class VdpaDevice:
         }
 
 
-def _run(arguments: Sequence[str]) -> tuple[int, str, str]:
-    """Run ``vdpa`` and return its status, output and complaints; TimeoutError if it does not come back."""
-    return _outcome([_tool(), *arguments], _VDPA_TIMEOUT)
+def _run(arguments: Sequence[str], seconds: float = _VDPA_TIMEOUT) -> tuple[int, str, str]:
+    """Run ``vdpa`` and return its status, output and complaints; TimeoutError if it does not come back in time."""
+    return _outcome([_tool(), *arguments], seconds)
 
 
 def _tool() -> str:
@@ -145,19 +147,23 @@ _REFUSALS = {
 }
 
 
-def _vdpa(*arguments: str) -> None:
+def _vdpa(*arguments: str, seconds: float) -> None:
     """Run iproute2's ``vdpa``; :class:`~pyvhostvdpa.ManagementFailed` has its words if it fails."""
     command = " ".join(["vdpa", *arguments])
+    if waiting := stuck():
+        raise ManagementFailed(
+            f"{command}: not tried, {waiting[0]} waits for an open device with the kernel's lock held",
+            hint="vhost-vdpa doctor names the holder; end that process",
+        )
     try:
-        if stuck():
-            raise TimeoutError
-        status, said, complained = _run(arguments)
+        status, said, complained = _run(arguments, seconds)
     except FileNotFoundError as e:
         raise ManagementFailed(f"{command}: there is no 'vdpa' command", hint="apt-get install iproute2") from e
     except TimeoutError as e:
+        first = next(iter(stuck()), None)
         raise ManagementFailed(
-            f"{command}: no answer; a deletion that waits for an open device holds the kernel's lock",
-            hint="vhost-vdpa doctor names the holder; end that process",
+            f"{command}: no answer within {seconds:g} s; " + (f"{first} is stuck" if first else "the driver is slow"),
+            hint="vhost-vdpa doctor names the holder; end that process" if first else "a longer --timeout",
         ) from e
     if status:
         words = complained.strip() or said.strip() or f"status {status}"
@@ -165,13 +171,16 @@ def _vdpa(*arguments: str) -> None:
         raise ManagementFailed(f"{command}: {words}", hint=hint)
 
 
-def add_device(name: str, mgmtdev: str, *attributes: str) -> None:
-    """Create a device by iproute2's ``vdpa dev add``; ``attributes`` in its words: ``"mac", "52:54:…"``."""
-    _vdpa("dev", "add", "name", name, "mgmtdev", mgmtdev, *attributes)
+def add_device(name: str, mgmtdev: str, *attributes: str, seconds: float = CHANGE_SECONDS) -> None:
+    """Create a device by iproute2's ``vdpa dev add``; ``attributes`` in its words: ``"mac", "52:54:…"``.
+
+    :class:`~pyvhostvdpa.ManagementFailed` if it fails, or takes longer than ``seconds``.
+    """
+    _vdpa("dev", "add", "name", name, "mgmtdev", mgmtdev, *attributes, seconds=seconds)
 
 
-def delete_device(name: str) -> None:
-    """Delete a device that nobody has open.
+def delete_device(name: str, seconds: float = CHANGE_SECONDS) -> None:
+    """Delete a device that nobody has open; it may take ``seconds``.
 
     Deleting an open one would not fail but wait in the kernel, unkillable and
     with a lock that every other ``vdpa`` command needs
@@ -189,7 +198,7 @@ def delete_device(name: str) -> None:
             f"end that process, then delete {name}: deleting an open device hangs every 'vdpa' command until then",
             held,
         )
-    _vdpa("dev", "del", name)
+    _vdpa("dev", "del", name, seconds=seconds)
 
 
 def _can_be_opened(chardev: str) -> bool:

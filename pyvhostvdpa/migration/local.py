@@ -97,6 +97,7 @@ class _Destination:
     def __init__(self, path: str, seconds: float, options: SendOptions, trace: Trace | None, tell: Tell) -> None:
         self._argv = [sys.executable, "-m", "pyvhostvdpa", "receive", path, "--seconds", str(seconds), "--json"]
         self._argv += ["--state", str(options.folder), "--control-deadline", str(options.control_deadline)]
+        self._argv += ["--drain", str(options.drain)]
         self._trace, self._tell = trace, tell
         self._has_guest = False
         self._last_words = ""

@@ -34,7 +34,6 @@ from .stream import Channel, Frame
 SENT_SCHEMA = "pyvhostvdpa/send/1"
 RECEIVED_SCHEMA = "pyvhostvdpa/receive/1"
 
-_DRAIN_SECONDS = 10.0
 _CHECK_SECONDS = 0.05
 _TELL_SECONDS = 2.0
 _ALIVE_SECONDS = 20.0
@@ -267,7 +266,7 @@ class Sending:
         self.observer("source again")
         self._parts["source again"] = let_run(guest, devices, self.seconds)
         self.observer("drain")
-        guest.drain(_DRAIN_SECONDS)
+        _drain(guest, self.options.drain, self.tell)
         self._lost = {path: drops.now() for path, drops in self._drops.items()}
         guest.pause()
         error.report = self._report("stayed on source", guest, devices, sent)
@@ -299,6 +298,7 @@ class Receiving:
     tell: Tell = lambda text: None
     trace: Trace = field(default_factory=Trace)
     control_deadline: float = DEFAULT_DEADLINE
+    drain: float = 10.0
 
     def receive(self, listener: Listener | Inherited) -> ReceivedReport:
         """Wait for a source, receive its guest, let it run.
@@ -342,7 +342,7 @@ class Receiving:
             drops = drops_of(guest, devices)
             part = let_run(guest, devices, self.seconds)
             self.observer("drain")
-            guest.drain(_DRAIN_SECONDS)
+            _drain(guest, self.drain, self.tell)
             lost = {path: each.now() for path, each in drops.items()}
             guest.pause()
             spans = [interval(self.trace, device.path, ("dest.start",)) for device in devices]
@@ -359,6 +359,13 @@ class Receiving:
                 drops=lost,
                 environment=environment({device.path: device for device in devices}, guest.memory.size),
             )
+
+
+def _drain(guest: Guest, seconds: float, tell: Tell) -> None:
+    """Wait for the last frames; what is missing then is lost, or late on a slow device, and that is told."""
+    if not guest.drain(seconds):
+        counts = guest.counts()
+        tell(f"waited {seconds:g} s for the last frames: {counts.lost} of {counts.sent} are missing; --drain sets that")
 
 
 def drops_of(guest: Guest, devices: Sequence[VdpaNetDevice]) -> dict[str, Drops]:

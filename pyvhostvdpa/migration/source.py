@@ -71,7 +71,8 @@ class SendOptions:
     ``hashed`` compares a hash of all memory while the guest stands still;
     ``folder`` is where a guest is saved whose stream breaks at the hand-over;
     ``control_deadline`` is how many seconds a device may take to answer a
-    control command before it counts as dead.
+    control command before it counts as dead; ``drain`` how many seconds the
+    last frames of a guest that stayed may take.
     """
 
     limit: float | None = None
@@ -79,6 +80,7 @@ class SendOptions:
     hashed: bool = False
     folder: Path = DEFAULT_FOLDER
     control_deadline: float = DEFAULT_DEADLINE
+    drain: float = 10.0
 
 
 @dataclass(slots=True)

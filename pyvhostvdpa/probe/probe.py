@@ -24,7 +24,7 @@ from ..host.mgmt import VdpaDevice
 from ..host.parents import Parent, check_served, parent_of, unserved
 from ..net.config import NetConfig, control_index
 from ..net.features import REQUIRED, Feature, negotiate
-from .proofs import Proof, Subject, prove
+from .proofs import MUST_MOVE_S, Proof, Subject, prove
 
 SCHEMA = "pyvhostvdpa/probe/probe/1"
 _STARTED = Status.ACKNOWLEDGE | Status.DRIVER
@@ -220,12 +220,13 @@ def _bits(flags: enum.IntFlag) -> dict[str, Any]:
     return {"bits": hex(flags), "names": name_list(flags)}
 
 
-def probe(path: str | os.PathLike[str], verify: bool = False) -> Probe:
+def probe(path: str | os.PathLike[str], verify: bool = False, patience: float = MUST_MOVE_S) -> Probe:
     """Open ``path``, ask everything, and leave the device reset.
 
     ``verify`` proves each usable feature with descriptors of its own (net
-    devices only). Raises :class:`~pyvhostvdpa.DeviceBusy` naming the
-    holder, :class:`~pyvhostvdpa.MissingFeature` if nothing can be
+    devices only); the device may take ``patience`` seconds to finish one.
+    Raises :class:`~pyvhostvdpa.DeviceBusy` naming the holder,
+    :class:`~pyvhostvdpa.MissingFeature` if nothing can be
     proved, and whatever the kernel refuses.
     """
     check_path(path)
@@ -238,7 +239,7 @@ def probe(path: str | os.PathLike[str], verify: bool = False) -> Probe:
     with opened as chardev:
         chardev.set_owner()
         try:
-            return _ask(chardev, device, verify)
+            return _ask(chardev, device, patience if verify else None)
         finally:
             chardev.set_status(Status(0))
 
@@ -252,7 +253,7 @@ def device_of(path: str | os.PathLike[str]) -> VdpaDevice:
     return found
 
 
-def _ask(c: VhostVdpa, device: VdpaDevice, verify: bool) -> Probe:
+def _ask(c: VhostVdpa, device: VdpaDevice, patience: float | None) -> Probe:
     status, virtio_id = c.get_status(), c.get_device_id()
     offered = Feature(c.get_features())
     advertised = c.get_backend_features()
@@ -272,7 +273,7 @@ def _ask(c: VhostVdpa, device: VdpaDevice, verify: bool) -> Probe:
         device, parent, virtio_id, status, offered, accepted, config, count, c.get_vring_num(),
         _each(count, c.get_vring_size), c.get_group_num(), as_num, groups, desc_groups, (first, last), backend,
     )  # fmt: skip
-    return _verified(c, result, limits) if verify else result
+    return result if patience is None else _verified(c, result, limits, patience)
 
 
 def _accept(c: VhostVdpa, offered: Feature) -> Feature:
@@ -333,7 +334,7 @@ def _no_asids(c: VhostVdpa, as_num: int) -> str:
     return ""
 
 
-def _verified(c: VhostVdpa, found: Probe, limits: Limits) -> Probe:
+def _verified(c: VhostVdpa, found: Probe, limits: Limits, patience: float) -> Probe:
     if found.virtio_id != VIRTIO_ID_NET:
         raise MissingFeature(
             f"{c.path} is not a net device (virtio id {found.virtio_id}): there is no driver to prove things with",
@@ -349,6 +350,7 @@ def _verified(c: VhostVdpa, found: Probe, limits: Limits) -> Probe:
         data_groups=frozenset((found.vring_groups or [])[pair]),
         desc_groups=frozenset((found.vring_desc_groups or [])[pair]),
         ring_size=min(_MAX_PROOF_RING, *ring_sizes(c, found.vqs_count)[pair]),
+        patience=patience,
     )
     return _with_proofs(found, list(prove(subject)))
 
