@@ -68,6 +68,7 @@ class Machine:
     ``open_elsewhere`` are those who have a device open that the bus has no more: one that is being deleted.
     ``stuck`` are processes that wait for one to be closed, the one that the others wait for first. ``daemons`` serve
     VDUSE devices; None for one whose daemon is gone, or cannot be seen by this user.
+    ``management_unknown`` says why netlink told of no management device, "" if there is none.
     ``own_network`` tells of a network namespace apart from the machine's, where netlink shows no device.
     """
 
@@ -82,6 +83,7 @@ class Machine:
     stuck: tuple[Holder, ...] = ()
     open_elsewhere: tuple[Holder, ...] = ()
     management: Mapping[str, Any] = field(default_factory=dict)
+    management_unknown: str = ""
     devices: tuple[VdpaDevice, ...] = ()
     parents: Mapping[str, Parent] = field(default_factory=dict)
     daemons: Mapping[str, Daemon | None] = field(default_factory=dict)
@@ -101,13 +103,18 @@ class Machine:
 
 
 def gather(root: Path = Path("/"), device: str | None = None) -> Machine:
-    """Read the facts; ``device`` (a chardev or vDPA name) leaves the others out."""
+    """Read the facts; ``device`` (a chardev or vDPA name) leaves the others out.
+
+    Raises :class:`~pyvhostvdpa.MissingFeature` for a name that means two devices.
+    """
     release = os.uname().release
     config, source = _kernel_config(root, release)
     here = root == Path("/")
     stuck = mgmt.stuck() if here else ()
     tool = here and shutil.which("vdpa") is not None
-    devices = tuple(d for d in (mgmt.list_devices() if here else []) if device in (None, d.name, d.chardev))
+    known = mgmt.list_devices() if here else []
+    devices = tuple(known if device is None else mgmt.select(known, device))
+    management, management_unknown = mgmt.ask("mgmtdev", "show") if tool and not stuck else ({}, "")
     listed = {mgmt.number_of(d.name) for d in devices}
     parents = {d.name: parent_of(d.chardev) for d in devices if d.chardev}
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -124,7 +131,8 @@ def gather(root: Path = Path("/"), device: str | None = None) -> Machine:
         open_elsewhere=tuple(w for number, who in mgmt.openers().items() if number not in listed for w in who)
         if stuck
         else (),
-        management=mgmt.vdpa_json("mgmtdev", "show").get("mgmtdev", {}) if tool and not stuck else {},
+        management=management.get("mgmtdev", {}),
+        management_unknown=management_unknown,
         devices=devices,
         parents=parents,
         daemons={name: vduse_daemon(name) for name, parent in parents.items() if parent.module == "vduse"},

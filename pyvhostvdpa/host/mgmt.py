@@ -40,6 +40,7 @@ __all__ = [
     "number_of",
     "openers",
     "parse_vendor_statistics",
+    "select",
     "stuck",
     "vdpa_json",
     "vendor_statistics",
@@ -290,25 +291,40 @@ def number_of(name: str) -> int | None:
     return None
 
 
+def select(devices: Sequence[VdpaDevice], device: str | os.PathLike[str]) -> list[VdpaDevice]:
+    """Return the one of ``devices`` that a path (by the device behind the node), vDPA name or chardev's name means.
+
+    None of them is an empty list. :class:`~pyvhostvdpa.MissingFeature` asks back if a name means two: a device may be
+    called as another one's chardev.
+    """
+    text = os.fspath(device)
+    if os.sep in text:
+        number = device_number(text)
+        return [d for d in devices if d.chardev == text or (number is not None and number == number_of(d.name))]
+    found = [d for d in devices if text in (d.name, Path(d.chardev).name if d.chardev else d.name)]
+    if len(found) > 1:
+        words = " or ".join(f"{d.name} ({d.chardev or f'no chardev, driver {d.driver}'})" for d in found)
+        paths = ", ".join(d.chardev for d in found if d.chardev)
+        raise MissingFeature(f"{text}: which device, {words}?", hint=f"name it by its path: {paths}")
+    return found
+
+
 def chardev_of(device: str | os.PathLike[str] | None) -> str:
     """Return the chardev that ``device`` means: a path, a vDPA name, or None for the only one there is.
 
-    Raises :class:`~pyvhostvdpa.MissingFeature` telling what there is instead, or that a name means two devices: a
-    device may be called as another one's chardev.
+    Raises :class:`~pyvhostvdpa.MissingFeature` telling what there is instead, or that a name means two devices.
     """
-    known = list_devices() if device is None or os.sep not in os.fspath(device) else []
-    found = [d for d in known if d.chardev and device in (None, d.name, Path(d.chardev).name)]
-    if len(found) == 1:
-        return found[0].chardev or ""
+    if device is not None and os.sep in os.fspath(device):
+        return os.fspath(device)
+    known = list_devices()
+    nodes = [d.chardev for d in (known if device is None else select(known, device)) if d.chardev]
+    if len(nodes) == 1:
+        return nodes[0]
     if device is not None and not known:
         return os.fspath(device)
-    if device is not None and found:
-        words = " or ".join(f"{d.name} ({d.chardev})" for d in found)
-        paths = ", ".join(d.chardev or "" for d in found)
-        raise MissingFeature(f"{os.fspath(device)}: which device, {words}?", hint=f"name it by its path: {paths}")
     there = ", ".join(f"{d.name} ({d.chardev or f'no chardev, driver {d.driver}'})" for d in known) or "none"
     what = f"no vDPA device {os.fspath(device)} with a chardev" if device else "which device?"
-    raise MissingFeature(f"{what}; this machine has: {there}", hint="vhost-vdpa doctor" if not found else "name one")
+    raise MissingFeature(f"{what}; this machine has: {there}", hint="vhost-vdpa doctor" if not nodes else "name one")
 
 
 def name_of(chardev: str | os.PathLike[str]) -> str | None:

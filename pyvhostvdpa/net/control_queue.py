@@ -212,7 +212,7 @@ class DeviceControl:
             if left == before:
                 waited = time.monotonic() - began
                 self.died = True
-                raise ControlFailed(f"the device did not answer {left} control commands within {waited:.1f} s")
+                raise ControlFailed(f"the device did not answer {left} control commands within {waited:.2g} s")
 
     def _answered(self, seconds: float) -> int:
         """Return how many commands are still open once one is answered, or ``seconds`` have passed."""

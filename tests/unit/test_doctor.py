@@ -296,6 +296,13 @@ def test_an_unknown_parent_is_never_said_to_pin_memory() -> None:
     assert f"unknown driver ({WHY})" in only(UNKNOWN, "G13").what
 
 
+def test_management_devices_that_netlink_does_not_tell_are_unknown_and_not_missing() -> None:
+    finding = only(replace(SOUND, management={}, management_unknown="'vdpa' failed (no netlink)"), "D02")
+    assert "lists nothing: 'vdpa' failed (no netlink)" in finding.what
+    assert "unknown" in finding.why
+    assert "unknown" not in only(replace(SOUND, management={}), "D02").why
+
+
 def test_an_unknown_mac_address_is_not_said_to_be_zero() -> None:
     creation = only(UNKNOWN, "D20")
     assert creation.level is Level.INFO

@@ -139,5 +139,10 @@ def test_chardev_of_a_name_that_means_two_devices_asks_which(monkeypatch: pytest
     with pytest.raises(MissingFeature, match=r"which device, vhost-vdpa-1 \(/dev/vhost-vdpa-0\) or plain") as asked:
         mgmt.chardev_of("vhost-vdpa-1")
     assert "/dev/vhost-vdpa-0, /dev/vhost-vdpa-1" in asked.value.hint
+    with pytest.raises(MissingFeature, match="which device"):
+        mgmt.select(both, "vhost-vdpa-1")
+    assert mgmt.select(both, "plain") == mgmt.select(both, "/dev/vhost-vdpa-1") == both[1:]
+    assert mgmt.select(both, "vhost-vdpa-0") == both[:1]
+    assert mgmt.select(both, "absent") == []
     assert mgmt.chardev_of("plain") == "/dev/vhost-vdpa-1"
     assert mgmt.chardev_of("/dev/vhost-vdpa-1") == "/dev/vhost-vdpa-1"

@@ -81,8 +81,8 @@ def management_device(machine: Machine, _: Plan) -> Iterator[Told]:
     else:
         yield Told(
             Level.WARN,
-            "'vdpa mgmtdev show' lists nothing",
-            "no driver here offers to make a vDPA device",
+            "'vdpa mgmtdev show' lists nothing" + (f": {why}" if (why := machine.management_unknown) else ""),
+            "whether a driver here makes vDPA devices is unknown" if why else "no driver here makes vDPA devices",
             _first_step(machine),
         )
 
