@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..base.errors import MigrationRefused
@@ -159,6 +159,12 @@ class Progress:
 def frames_table(frames: FrameCounts) -> str:
     """Return the account of frames as a table."""
     return table(["frames", *frames.to_dict()], [["", *(f"{value:,}" for value in frames.to_dict().values())]])
+
+
+def drops_note(drops: Mapping[str, Mapping[str, int]]) -> str:
+    """Return the devices' own counters of lost frames, by device or its role, as a line."""
+    dropped = [f"{which} {name} {value}" for which, each in drops.items() for name, value in each.items() if value]
+    return "device drop counters: " + (", ".join(dropped) or "all 0" if any(drops.values()) else "none offered")
 
 
 def rounds_table(rounds: Sequence[RoundStatistics]) -> str:

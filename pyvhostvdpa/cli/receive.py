@@ -11,7 +11,7 @@ from typing import Any
 from ..migration.endpoint import Address, Inherited, Listener, check_security
 from ..migration.session import ReceivedReport, Receiving
 from . import tracing
-from .peer import ADDRESS, Progress, add_options, add_tls_options, frames_table, sound, tls
+from .peer import ADDRESS, Progress, add_options, add_tls_options, drops_note, frames_table, sound, tls
 from .units import seconds
 
 _PHASES = {
@@ -90,5 +90,7 @@ def show(report: ReceivedReport, as_json: bool) -> int:
         pages = f"pages that its CPU found wrong: {report.bad_pages}"
         hashed = f"\nmemory hash {report.hash}, the same on both sides" if report.hash else ""
         rate = report.parts["destination"].rate
-        print(f"{frames_table(report.frames)}\n\n{gap}\n{pages}\n{rate:,.0f} frames/s here{hashed}")
+        print(
+            f"{frames_table(report.frames)}\n\n{gap}\n{pages}\n{rate:,.0f} frames/s here\n{drops_note(report.drops)}{hashed}"
+        )
     return 0 if sound(report.frames, report.bad_pages) else 1

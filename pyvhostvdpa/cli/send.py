@@ -19,6 +19,7 @@ from .peer import (
     add_options,
     add_sending_options,
     add_tls_options,
+    drops_note,
     frames_table,
     guest_options,
     rounds_table,
@@ -115,4 +116,6 @@ def _summary(report: SentReport) -> str:
     )
     hashed = f"\nmemory hash {report.sent.hash}, the same on both sides" if report.sent.hash else ""
     rounds = rounds_table(report.sent.rounds)
-    return "\n\n".join([downtime, rounds, frames_table(report.frames), f"{report.outcome}{hashed}"])
+    return "\n\n".join(
+        [downtime, rounds, frames_table(report.frames), f"{drops_note(report.drops)}\n{report.outcome}{hashed}"]
+    )

@@ -122,6 +122,10 @@ class VdpaNetDevice(Closing):
         """What the device is doing for us."""
         return State.CLOSED if self.chardev.closed else self._procedure.state
 
+    def config(self) -> bytes:
+        """Return the configuration space as it is now."""
+        return self.chardev.get_config(0, self.chardev.get_config_size())
+
     def largest_ring(self, queues: Iterable[int]) -> int:
         """Return the largest ring that each of ``queues`` can have (GET_VRING_SIZE, or GET_VRING_NUM without it)."""
         return min((self.ring_sizes[index] for index in queues if index < self.vqs_count), default=self.max_ring)

@@ -209,6 +209,9 @@ class Destination:
             self._stack.callback(device.close)
         if guest.shapes() != shape.devices:
             raise StreamCorrupt("the guest's state is not of the shape that was told first")
+        for device, device_shape in zip(self._devices, shape.devices, strict=True):
+            # a link may have gone down since; the source still has the guest
+            _check_config(device, device_shape, device.config())
         if shape.hashed:
             self._hash = hash_bytes(self._memory)
         return guest
@@ -334,10 +337,10 @@ def _check_fit(device: VdpaNetDevice, shape: DeviceShape) -> None:
             f"the source at {shape.control_index}",
             hint="create both with the same max_vqp: vdpa dev add",
         )
-    _check_config(device, shape)
+    _check_config(device, shape, device.groups.config)
 
 
-def _check_config(device: VdpaNetDevice, shape: DeviceShape) -> None:
+def _check_config(device: VdpaNetDevice, shape: DeviceShape, config: bytes) -> None:
     """Raise if the guest has read something in configuration space that this device does not honour."""
     if shape.config is None:
         log.warning(
@@ -346,7 +349,7 @@ def _check_config(device: VdpaNetDevice, shape: DeviceShape) -> None:
             device.path,
         )
         return
-    features, config = Feature(shape.features), device.groups.config
+    features = Feature(shape.features)
     found = list(misfits(features, shape.config, config))
     if found:
         raise MigrationRefused(

@@ -12,7 +12,7 @@ import pytest
 from hwsim import HwSim
 
 from pyvhostvdpa import MigrationRefused, Options, migrate
-from pyvhostvdpa.base.errors import MissingFeature
+from pyvhostvdpa.base.errors import MigrationEnded, MissingFeature
 from pyvhostvdpa.device.net import VdpaNetDevice
 from pyvhostvdpa.guest.synthetic import GuestOptions
 from pyvhostvdpa.net.features import SUPPORTED, Feature
@@ -74,6 +74,19 @@ def test_migrate_to_a_link_that_is_down_is_refused() -> None:
         words = str(refused(a, b))
     assert "its link is down" in words
     assert "link set PORT up" in words
+
+
+def test_migrate_to_a_link_that_goes_down_meanwhile_is_refused_before_the_guest_leaves() -> None:
+    with device("hwa") as a, device("hwb") as b:
+
+        def unplug(phase: str) -> None:
+            if phase == "memory":
+                b.write("link", 0)
+
+        with pytest.raises(MigrationEnded, match="its link is down") as error:
+            migrate(a.chardev, b.chardev, OPTIONS, unplug)
+    assert error.value.report is not None
+    assert error.value.report.outcome == "stayed on source"
 
 
 def test_list_doctor_and_probe_show_a_link_that_is_down() -> None:
