@@ -90,7 +90,6 @@ def show(report: ReceivedReport, as_json: bool) -> int:
         pages = f"pages that its CPU found wrong: {report.bad_pages}"
         hashed = f"\nmemory hash {report.hash}, the same on both sides" if report.hash else ""
         rate = report.parts["destination"].rate
-        print(
-            f"{frames_table(report.frames)}\n\n{gap}\n{pages}\n{rate:,.0f} frames/s here\n{drops_note(report.drops)}{hashed}"
-        )
+        lines = [gap, pages, f"{rate:,.0f} frames/s here", drops_note(report.drops) + hashed]
+        print(f"{frames_table(report.frames)}\n\n" + "\n".join(lines))
     return 0 if sound(report.frames, report.bad_pages) else 1

@@ -116,6 +116,5 @@ def _summary(report: SentReport) -> str:
     )
     hashed = f"\nmemory hash {report.sent.hash}, the same on both sides" if report.sent.hash else ""
     rounds = rounds_table(report.sent.rounds)
-    return "\n\n".join(
-        [downtime, rounds, frames_table(report.frames), f"{drops_note(report.drops)}\n{report.outcome}{hashed}"]
-    )
+    outcome = f"{drops_note(report.drops)}\n{report.outcome}{hashed}"
+    return "\n\n".join([downtime, rounds, frames_table(report.frames), outcome])
