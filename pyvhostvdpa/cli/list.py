@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             "-" if device.virtio_id is None else str(device.virtio_id),
             device.mac or "-",
             "-" if device.link_up is None else "up" if device.link_up else "down",
-            ", ".join(str(holder) for holder in device.holders) or "-",
+            ", ".join(str(holder) for holder in device.holders) or ("-" if device.holders_known else "unknown"),
         ]
         for device in devices
     ]
@@ -57,6 +57,8 @@ def _explain(devices: Sequence[VdpaDevice]) -> None:
     for why in dict.fromkeys(device.unknown for device in devices if device.unknown):
         concerned = ", ".join(device.name for device in devices if device.unknown == why)
         print(f"{concerned}: management device, type, MAC and link are unknown: {why}", file=sys.stderr)
+    if not all(device.holders or device.holders_known for device in devices):
+        print("holders are unknown: not every process can be seen from here; run as root on the host", file=sys.stderr)
     for device in devices:
         if device.chardev and (wrong := unserved(device.name, parent_of(device.chardev))):
             print(f"{device.name}: {wrong[0]}; next: {wrong[1]}", file=sys.stderr)

@@ -272,9 +272,11 @@ class VdpaNetDevice(Closing):
         if self.chardev.closed:
             return
         self._procedure.abandon()
-        self._restore_address()
-        self.chardev.close()
-        self._procedure.release()
+        try:
+            self._restore_address()
+        finally:
+            self.chardev.close()
+            self._procedure.release()
 
     def _restore_address(self) -> None:
         procedure = self._procedure

@@ -21,7 +21,7 @@ from ..memory.guest import HUGE_PAGE, pinned_bytes
 from . import mgmt
 from .mgmt import VdpaDevice
 from .parents import Parent, parent_of
-from .processes import Daemon, Holder, vduse_daemon
+from .processes import Daemon, Holder, sees_all, vduse_daemon
 
 CONFIGS = (
     "proc/config.gz",
@@ -69,6 +69,7 @@ class Machine:
     ``stuck`` are processes that wait for one to be closed, the one that the others wait for first. ``daemons`` serve
     VDUSE devices; None for one whose daemon is gone, or cannot be seen by this user.
     ``management_unknown`` says why netlink told of no management device, "" if there is none.
+    ``sees_all`` tells whether all processes can be seen: as root, outside of a PID namespace.
     ``own_network`` tells of a network namespace apart from the machine's, where netlink shows no device.
     """
 
@@ -99,6 +100,7 @@ class Machine:
     memlock: int | None = None
     pinned: int = 0
     uid: int = 0
+    sees_all: bool = True
     selinux: bool = False
 
 
@@ -148,6 +150,7 @@ def gather(root: Path = Path("/"), device: str | None = None) -> Machine:
         memlock=None if soft == resource.RLIM_INFINITY else soft,
         pinned=pinned_bytes(),
         uid=os.geteuid(),
+        sees_all=sees_all(),
         selinux=_text(root / "sys/fs/selinux/enforce") == "1",
     )
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..base.errors import DeviceBusy, ManagementFailed, MissingFeature, VhostVdpaError
 from ..chardev.door import VhostVdpa
-from .processes import Holder, device_number, openers, stuck
+from .processes import Holder, device_number, openers, sees_all, stuck
 
 __all__ = [
     "SYSFS_DEVICES",
@@ -57,7 +57,10 @@ _CHARDEV_POLL = 0.01
 
 @dataclass(frozen=True, slots=True)
 class VdpaDevice:
-    """One device on the vdpa bus. What is not known is None, and ``unknown`` says why, "" if netlink answered."""
+    """One device on the vdpa bus. What is not known is None, and ``unknown`` says why, "" if netlink answered.
+
+    ``holders_known`` tells whether every process could be looked at; without it there may be more than ``holders``.
+    """
 
     name: str
     chardev: str | None
@@ -68,6 +71,7 @@ class VdpaDevice:
     holders: tuple[Holder, ...]
     link_up: bool | None = None
     unknown: str = ""
+    holders_known: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON."""
@@ -80,6 +84,7 @@ class VdpaDevice:
             "mac": self.mac,
             "link_up": self.link_up,
             "holders": [{"pid": h.pid, "name": h.name} for h in self.holders],
+            "holders_known": self.holders_known,
             "unknown": self.unknown or None,
         }
 
@@ -277,6 +282,7 @@ def _device(entry: Path, known: dict[str, Any], why: str, open_now: dict[int, tu
         holders=open_now.get(number_of(entry.name) or 0, ()),
         link_up=None if link is None else link == "up",
         unknown="" if shown else why or "netlink does not list it",
+        holders_known=sees_all(),
     )
 
 

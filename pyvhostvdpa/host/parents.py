@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..base.errors import MissingFeature
 from .mgmt import SYSFS_DEVICES, ask, name_of
-from .processes import stuck, vduse_daemon
+from .processes import sees_all, stuck, vduse_daemon
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def unserved(name: str, parent: Parent) -> tuple[str, str] | None:
         return f"its VDUSE daemon {daemon} is stopped (state {daemon.state}) and does not answer", (
             f"kill -CONT {daemon.pid}"
         )
-    if daemon is None and os.geteuid() == 0:
+    if daemon is None and sees_all():
         return "no process serves it: its VDUSE daemon is gone", f"start the daemon again, or: vdpa dev del {name}"
     return None
 

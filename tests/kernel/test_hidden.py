@@ -89,6 +89,13 @@ def test_probe_where_netlink_is_out_of_reach_says_that_pinning_is_unknown(
     assert "vdpa0, vdpa1: management device, type, MAC and link are unknown" in listed.stderr
 
 
+def test_list_of_a_user_says_that_holders_are_unknown(devices: tuple[str, str]) -> None:
+    with holding(devices[0]):
+        listed = subprocess.run([*USER, "vhost-vdpa", "list"], capture_output=True, text=True, check=True)
+    assert [line.split()[-1] for line in listed.stdout.splitlines()[1:3]] == ["unknown", "unknown"]
+    assert "holders are unknown" in listed.stderr
+
+
 def test_doctor_in_a_container_of_a_user_never_says_that_the_devices_pin(pinned: tuple[str, str]) -> None:
     argv = ["unshare", "--net", "sh", "-c", 'ulimit -l 64; exec "$@"', "sh", *USER, "vhost-vdpa", "doctor", "--json"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)

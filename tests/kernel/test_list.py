@@ -28,6 +28,7 @@ def test_list_tells_names_drivers_and_addresses(fresh: tuple[str, str]) -> None:
             "mac": mac,
             "holders": [],
             "link_up": True,
+            "holders_known": True,
             "unknown": None,
         }
         for number, (device, mac) in enumerate(zip(fresh, lab.MACS, strict=True))

@@ -337,4 +337,5 @@ def test_a_vduse_daemon_that_is_stopped_is_named_with_the_command_that_continues
 def test_a_vduse_daemon_that_is_gone_is_said_only_where_all_processes_can_be_seen() -> None:
     gone = replace(SERVED, daemons={"vdpa0": None})
     assert any(f.level is Level.FAIL and "no process serves it" in f.what for f in found(gone, "O10"))
-    assert not any("no process" in f.what for f in found(replace(gone, uid=1000), "O10"))
+    assert not any("no process" in f.what for f in found(replace(gone, sees_all=False), "O10"))
+    assert any("as far as this user may see" in f.what for f in found(replace(gone, sees_all=False), "O10"))

@@ -67,7 +67,7 @@ def _served(machine: Machine, device: VdpaDevice) -> Iterator[Told]:
     if device.name not in machine.daemons:
         return
     daemon = machine.daemons[device.name]
-    if daemon is None and machine.uid == 0:
+    if daemon is None and machine.sees_all:
         yield Told(
             Level.FAIL,
             f"{device.name}: no process serves it: its VDUSE daemon is gone",
@@ -84,7 +84,7 @@ def _served(machine: Machine, device: VdpaDevice) -> Iterator[Told]:
 
 
 def _unseen(machine: Machine) -> str:
-    return "" if machine.uid == 0 else ", as far as this user may see"
+    return "" if machine.sees_all else ", as far as this user may see"
 
 
 def node_names(machine: Machine, _: Plan) -> Iterator[Told]:
