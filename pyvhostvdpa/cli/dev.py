@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from ..base.errors import MissingFeature
+from ..chardev.door import can_be_opened
 from ..host import mgmt
 from ..host.machine import gather
 from .table import table
@@ -61,7 +62,7 @@ def _add(arguments: argparse.Namespace) -> int:
 
 
 def _delete(arguments: argparse.Namespace) -> int:
-    mgmt.delete_device(arguments.name, arguments.timeout)
+    mgmt.delete_device(arguments.name, can_be_opened, arguments.timeout)
     return 0
 
 

@@ -8,16 +8,15 @@ root or without iproute2 neither may answer: then the parent is unknown, which i
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..base.errors import MissingFeature
 from .mgmt import SYSFS_DEVICES, ask, name_of
 from .processes import sees_all, stuck, vduse_daemon
 
 
-@dataclass(frozen=True, slots=True)
-class Parent:
+class Parent(NamedTuple):
     """What is known of the driver that made a device.
 
     ``module`` is None if it is unknown, and ``why`` says why. ``pinned`` tells whether it works on pinned pages; no

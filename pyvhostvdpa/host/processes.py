@@ -11,8 +11,8 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _PROC = Path("/proc")
 _SECOND_LOOK = 0.05
@@ -22,8 +22,7 @@ _REMOVERS = ("rmmod", "modprobe", "kmod")
 _PARENTS = ("vdpa", "vduse", "ifcvf", "mlx5_core")
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(NamedTuple):
     """A process that has a chardev open, or waits for one."""
 
     pid: int
@@ -33,11 +32,15 @@ class Holder:
         return f"pid {self.pid} ({self.name})"
 
 
-@dataclass(frozen=True, slots=True)
-class Daemon(Holder):
+class Daemon(NamedTuple):
     """A process that serves a VDUSE device. ``state`` is the letter of proc(5): T stopped, t traced, Z zombie."""
 
-    state: str = "S"
+    pid: int
+    name: str
+    state: str
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} ({self.name})"
 
     @property
     def stopped(self) -> bool:
@@ -45,8 +48,7 @@ class Daemon(Holder):
         return self.state in "TtZX"
 
 
-@dataclass(frozen=True, slots=True)
-class _Stat:
+class _Stat(NamedTuple):
     name: str
     state: str
     began: int
