@@ -22,7 +22,7 @@ from ..host import mgmt
 from ..host.parents import check_served, parent_of
 from ..memory.guest import GuestMemory
 from ..net.control_queue import DEFAULT_DEADLINE, GuestControl
-from ..net.features import CONTROL, SUPPORTED, Feature, negotiate
+from ..net.features import CONTROL, SUPPORTED, Feature, check_implemented, negotiate
 from ..net.guest_config import GuestConfig
 from ..trace.recorder import DeviceTrace, Trace
 from ..virtqueue.layout import GuestQueue
@@ -59,6 +59,8 @@ class VdpaNetDevice(Closing):
         procedure: Callable[[Target], Procedure] = Direct,
         control_deadline: float = DEFAULT_DEADLINE,
     ) -> None:
+        # before the device is opened, which resets it
+        check_implemented(wanted)
         check_path(path)
         check_served(path)
         try:

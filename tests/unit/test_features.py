@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyvhostvdpa.base.errors import MissingFeature
+from pyvhostvdpa.device.net import VdpaNetDevice
 from pyvhostvdpa.net.features import CONTROL, IMPLEMENTED, REQUIRED, SUPPORTED, Feature, negotiate
 
 EVERYTHING = (1 << 64) - 1
@@ -23,6 +24,11 @@ UNIMPLEMENTED = [
 def test_negotiate_of_an_unimplemented_feature_is_refused_by_its_name(bit: Feature) -> None:
     with pytest.raises(MissingFeature, match=f"not implemented.*{bit.name}"):
         negotiate(EVERYTHING, SUPPORTED | bit)
+
+
+def test_device_with_an_unimplemented_feature_wanted_is_refused_before_it_is_opened() -> None:
+    with pytest.raises(MissingFeature, match="RING_PACKED"):
+        VdpaNetDevice("/dev/null", wanted=SUPPORTED | Feature.RING_PACKED)
 
 
 def test_negotiate_of_an_unknown_bit_is_refused_by_its_number() -> None:
