@@ -196,23 +196,25 @@ class DeviceControl:
 
         So a slow device is told from a dead one. A wait that takes long is logged.
         """
-        deadline = self.options.deadline
+        deadline, who = self.options.deadline, f"{self.trace.name}: " if self.trace.name else ""
         while left:
-            began, before = time.monotonic(), left
+            before = left
             left = self._answered(min(_SLOW, deadline))
             if left == before and deadline > _SLOW:
                 log.warning(
                     "%sthe device has not answered %d control commands for %g s; waiting up to %g s",
-                    f"{self.trace.name}: " if self.trace.name else "",
+                    who,
                     left,
                     _SLOW,
                     deadline,
                 )
                 left = self._answered(deadline - _SLOW)
             if left == before:
-                waited = time.monotonic() - began
                 self.died = True
-                raise ControlFailed(f"the device did not answer {left} control commands within {waited:.2g} s")
+                raise ControlFailed(
+                    f"{who}the device did not answer {left} control commands within {deadline:g} s",
+                    hint="a device that is slow and not dead takes a longer --control-deadline",
+                )
 
     def _answered(self, seconds: float) -> int:
         """Return how many commands are still open once one is answered, or ``seconds`` have passed."""
