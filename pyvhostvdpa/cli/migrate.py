@@ -16,6 +16,7 @@ from .peer import (
     Progress,
     add_options,
     add_sending_options,
+    drops_note,
     frames_table,
     guest_options,
     rounds_table,
@@ -93,8 +94,7 @@ def _summary(report: Report) -> str:
 
 
 def _notes(report: Report) -> list[str]:
-    dropped = [f"{role} {name} {value}" for role, each in report.drops.items() for name, value in each.items() if value]
-    told = "device drop counters: " + (", ".join(dropped) or "all 0" if any(report.drops.values()) else "none offered")
+    told = drops_note(report.drops)
     place = report.environment
     where = f"{report.outcome}; kernel {place['kernel']}, {place['cpus']} CPUs, {place['accelerator']}"
     hashed = [f"memory hash {report.sent.hash}, the same on both sides"] if report.sent.hash else []

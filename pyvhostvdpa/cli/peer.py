@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..base.errors import MigrationRefused
@@ -16,8 +16,9 @@ from ..migration.endpoint import Tls
 from ..migration.pages import RoundStatistics
 from ..migration.saved import DEFAULT_FOLDER
 from ..migration.source import SendOptions
+from ..net.control_queue import DEFAULT_DEADLINE
 from .table import table
-from .units import count, size
+from .units import count, seconds, size
 
 ADDRESS = "unix:PATH|tcp:HOST:PORT"
 
@@ -80,7 +81,12 @@ def guest_options(arguments: argparse.Namespace) -> GuestOptions:
 def send_options(arguments: argparse.Namespace) -> SendOptions:
     """Return how to send it."""
     return SendOptions(
-        limit=arguments.limit, downtime=arguments.downtime / 1000, hashed=arguments.hash, folder=arguments.state
+        limit=arguments.limit,
+        downtime=arguments.downtime / 1000,
+        hashed=arguments.hash,
+        folder=arguments.state,
+        control_deadline=arguments.control_deadline,
+        drain=arguments.drain,
     )
 
 
@@ -103,6 +109,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=DEFAULT_FOLDER,
         help="where a stopped guest is saved whose stream breaks at the hand-over (default %(default)s)",
+    )
+    parser.add_argument(
+        "--control-deadline",
+        metavar="SECONDS",
+        type=seconds,
+        default=str(DEFAULT_DEADLINE),
+        help="how long a device may take to answer a command of its control queue (default %(default)s)",
+    )
+    parser.add_argument(
+        "--drain",
+        metavar="SECONDS",
+        type=seconds,
+        default="10",
+        help="how long the last frames may take at the end (default %(default)s)",
     )
     parser.add_argument("--json", "-j", action="store_true", help="print JSON, and nothing else on standard output")
 
@@ -139,6 +159,12 @@ class Progress:
 def frames_table(frames: FrameCounts) -> str:
     """Return the account of frames as a table."""
     return table(["frames", *frames.to_dict()], [["", *(f"{value:,}" for value in frames.to_dict().values())]])
+
+
+def drops_note(drops: Mapping[str, Mapping[str, int]]) -> str:
+    """Return the devices' own counters of lost frames, by device or its role, as a line."""
+    dropped = [f"{which} {name} {value}" for which, each in drops.items() for name, value in each.items() if value]
+    return "device drop counters: " + (", ".join(dropped) or "all 0" if any(drops.values()) else "none offered")
 
 
 def rounds_table(rounds: Sequence[RoundStatistics]) -> str:

@@ -19,6 +19,7 @@ from .peer import (
     add_options,
     add_sending_options,
     add_tls_options,
+    drops_note,
     frames_table,
     guest_options,
     rounds_table,
@@ -62,7 +63,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _resume(arguments: argparse.Namespace, trace: Trace) -> int:
     progress = Progress(SENDING)
     receiving = Receiving(
-        arguments.devices, arguments.seconds, arguments.state, progress.phase, progress.tell, trace=trace
+        arguments.devices,
+        arguments.seconds,
+        arguments.state,
+        progress.phase,
+        progress.tell,
+        trace=trace,
+        control_deadline=arguments.control_deadline,
+        drain=arguments.drain,
     )
     return show(receiving.take(arguments.resume), arguments.json)
 
@@ -108,4 +116,5 @@ def _summary(report: SentReport) -> str:
     )
     hashed = f"\nmemory hash {report.sent.hash}, the same on both sides" if report.sent.hash else ""
     rounds = rounds_table(report.sent.rounds)
-    return "\n\n".join([downtime, rounds, frames_table(report.frames), f"{report.outcome}{hashed}"])
+    outcome = f"{drops_note(report.drops)}\n{report.outcome}{hashed}"
+    return "\n\n".join([downtime, rounds, frames_table(report.frames), outcome])

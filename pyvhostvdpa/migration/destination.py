@@ -8,6 +8,7 @@ and GO this side cannot know who owns the guest: it then saves it, stopped.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -30,13 +31,17 @@ from ..device.procedure.base import GUEST_ASID
 from ..guest.state import DeviceShape, DeviceState, GuestShape, GuestState
 from ..guest.synthetic import Guest
 from ..memory.guest import PAGE_SIZE, GuestMemory, IovaAllocator, SharedMemory
+from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import Feature
+from ..net.fit import misfits, unknown_fields
 from ..trace.recorder import Trace
 from .cancel import Cancel
 from .pages import PAGES, ZERO, PageReceiver
 from .saved import DEFAULT_FOLDER, SavedGuest, check_room, load, save
 from .source import PATIENCE, Observer, Tell, hash_bytes, patience
 from .stream import Channel, Frame, Header, words
+
+log = logging.getLogger(__name__)
 
 PHASES = ("handshake", "map", "memory", "load", "ready", "start", "running")
 """Of the destination, in order."""
@@ -75,7 +80,9 @@ class Destination:
         folder: Path = DEFAULT_FOLDER,
         observer: Observer = lambda phase: None,
         tell: Tell = lambda text: None,
+        control_deadline: float = DEFAULT_DEADLINE,
     ) -> None:
+        self._control_deadline = control_deadline
         self.paths = [os.fspath(path) for path in paths]
         self.channel = channel
         self.trace = trace or Trace()
@@ -154,7 +161,9 @@ class Destination:
     def _prepare(self, shape: GuestShape) -> None:
         for path, device_shape in zip(self.paths, shape.devices, strict=True):
             wanted = Feature(device_shape.features)
-            device = self._stack.enter_context(VdpaNetDevice(path, self.trace, wanted=wanted))
+            device = self._stack.enter_context(
+                VdpaNetDevice(path, self.trace, wanted=wanted, control_deadline=self._control_deadline)
+            )
             self._devices.append(device)
             _check_fit(device, device_shape)
         self._observe("map")
@@ -198,6 +207,9 @@ class Destination:
         self._stack.callback(guest.close)
         for device in self._devices:
             self._stack.callback(device.close)
+        for device, device_shape in zip(self._devices, shape.devices, strict=True):
+            # a link may have gone down since; the source still has the guest
+            _check_config(device, device_shape, device.config())
         if shape.hashed:
             self._hash = hash_bytes(self._memory)
         return guest
@@ -310,9 +322,10 @@ def _check_fit(device: VdpaNetDevice, shape: DeviceShape) -> None:
             f"{device.path} lacks features that the guest uses on the source: {names(missing)}",
             hint="create it with the same device_features: vdpa dev add",
         )
-    if shape.pairs > device.groups.max_pairs or shape.ring_size > device.max_ring:
+    largest = device.largest_ring(range(2 * shape.pairs))
+    if shape.pairs > device.groups.max_pairs or shape.ring_size > largest:
         raise MigrationRefused(
-            f"{device.path} has {device.groups.max_pairs} queue pairs of at most {device.max_ring}, "
+            f"{device.path} has {device.groups.max_pairs} queue pairs of at most {largest}, "
             f"the guest uses {shape.pairs} of {shape.ring_size}",
             hint="vdpa dev add … max_vqp N makes one with more, where the driver can",
         )
@@ -322,6 +335,27 @@ def _check_fit(device: VdpaNetDevice, shape: DeviceShape) -> None:
             f"the source at {shape.control_index}",
             hint="create both with the same max_vqp: vdpa dev add",
         )
+    _check_config(device, shape, device.groups.config)
+
+
+def _check_config(device: VdpaNetDevice, shape: DeviceShape, config: bytes) -> None:
+    """Raise if the guest has read something in configuration space that this device does not honour."""
+    if shape.config is None:
+        log.warning(
+            "%s: the source did not send the guest's configuration space (an older version): MAC, MTU and link are "
+            "not compared",
+            device.path,
+        )
+        return
+    features = Feature(shape.features)
+    found = list(misfits(features, shape.config, config))
+    if found:
+        raise MigrationRefused(
+            f"{device.path} does not fit the guest: {'; '.join(map(str, found))}",
+            hint=" ".join(dict.fromkeys(each.hint for each in found)),
+        )
+    if unknown := unknown_fields(features, shape.config, config):
+        log.warning("%s: not compared with the source, unknown on one side: %s", device.path, ", ".join(unknown))
 
 
 def _map(device: VdpaNetDevice, memory: GuestMemory) -> None:
@@ -375,6 +409,7 @@ def take(
     paths: Sequence[str | os.PathLike[str]],
     trace: Trace | None = None,
     tell: Tell = lambda text: None,
+    control_deadline: float = DEFAULT_DEADLINE,
 ) -> Arrived:
     """Start the guest saved in a file on the devices at ``paths``, and remove the file once it runs.
 
@@ -389,7 +424,9 @@ def take(
             raise MigrationRefused(f"the guest in {path} has {len(saved.devices)} devices, {len(paths)} were given")
         devices = []
         for name, shape in zip(paths, saved.shape.devices, strict=True):
-            device = stack.enter_context(VdpaNetDevice(name, trace, wanted=Feature(shape.features)))
+            device = stack.enter_context(
+                VdpaNetDevice(name, trace, wanted=Feature(shape.features), control_deadline=control_deadline)
+            )
             devices.append(device)
             _check_fit(device, shape)
         for device in devices:

@@ -74,7 +74,7 @@ def migrate(
     check_devices((source, destination))
     check_available(options.guest.memory, copies=2)
     third = options.seconds / 3
-    with _Destination(os.fspath(destination), third, options.send.folder, trace, tell) as other:
+    with _Destination(os.fspath(destination), third, options.send, trace, tell) as other:
         sending = Sending(
             [source], other.connect, options.guest, options.send, third, third, observer, tell, trace or Trace()
         )
@@ -94,9 +94,10 @@ class _Destination:
     It is started before the guest is: a guest with many queues leaves little of a small machine to others.
     """
 
-    def __init__(self, path: str, seconds: float, folder: Path, trace: Trace | None, tell: Tell) -> None:
+    def __init__(self, path: str, seconds: float, options: SendOptions, trace: Trace | None, tell: Tell) -> None:
         self._argv = [sys.executable, "-m", "pyvhostvdpa", "receive", path, "--seconds", str(seconds), "--json"]
-        self._argv += ["--state", str(folder)]
+        self._argv += ["--state", str(options.folder), "--control-deadline", str(options.control_deadline)]
+        self._argv += ["--drain", str(options.drain)]
         self._trace, self._tell = trace, tell
         self._has_guest = False
         self._last_words = ""

@@ -15,6 +15,7 @@ from ..base.uapi import names
 from ..device.net import VdpaNetDevice
 from ..guest.nic import FrameCounts
 from ..host import mgmt
+from ..host.parents import parent_of
 from ..trace.downtime import PhaseCost
 from ..virtqueue.layout import GuestQueue
 from .source import Sent
@@ -82,6 +83,19 @@ class Report:
         }
 
 
+_LOSS = ("drop", "overrun", "error", "filtered", "discard", "miss", "lost", "trunc", "too_long", "no_buf")
+_LOSS_WORDS = ("down", "err", "bad", "oversize", "runt")
+
+
+def means_loss(name: str) -> bool:
+    """Tell whether a parent's counter of that name counts frames that did not reach the guest or the wire.
+
+    Parents name their own counters (``vdpa dev vstats show``), so this goes by the words that drivers use.
+    """
+    lowered = name.lower().replace(" ", "_").replace("-", "_").replace(".", "_")
+    return any(part in lowered for part in _LOSS) or any(word in lowered.split("_") for word in _LOSS_WORDS)
+
+
 class Drops:
     """Frames that a device lost since this was made, by its parent's own counters, as far as it has any."""
 
@@ -93,7 +107,7 @@ class Drops:
         found: dict[str, int] = {}
         told = mgmt.vendor_statistics(self._path, self._queues)
         for name, value in (each for counters in told.values() for each in counters.items()):
-            if any(word in name for word in ("drop", "overrun", "error")):
+            if means_loss(name):
                 found[name] = found.get(name, 0) + value
         return found
 
@@ -127,7 +141,7 @@ def environment(devices: dict[str, VdpaNetDevice], memory: int) -> dict[str, Any
         "devices": {
             role: {
                 "path": device.path,
-                "driver": mgmt.parent_of(device.path).module,
+                "driver": parent_of(device.path).module,
                 "features": names(device.features),
                 "backend_features": names(device.backend_features),
                 "pinned": device.iotlb.limits.pinned,

@@ -18,6 +18,7 @@ from ..guest.nic import MAX_FRAME, MIN_FRAME, FrameCounts
 from ..guest.synthetic import Guest, GuestOptions
 from ..host import mgmt
 from ..memory.guest import Progress, check_available
+from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import CONTROL, SUPPORTED
 from ..trace.downtime import DT1, DT2, PHASES, PhaseCost, cost, interval, milliseconds
 from ..trace.recorder import Trace
@@ -33,7 +34,6 @@ from .stream import Channel, Frame
 SENT_SCHEMA = "pyvhostvdpa/send/1"
 RECEIVED_SCHEMA = "pyvhostvdpa/receive/1"
 
-_DRAIN_SECONDS = 10.0
 _CHECK_SECONDS = 0.05
 _TELL_SECONDS = 2.0
 _ALIVE_SECONDS = 20.0
@@ -172,7 +172,15 @@ class Sending:
         with ExitStack() as stack, Cancel() as cancel:
             self.observer("start")
             devices = [
-                stack.enter_context(VdpaNetDevice(path, self.trace, wanted=SUPPORTED | CONTROL)) for path in self.paths
+                stack.enter_context(
+                    VdpaNetDevice(
+                        path,
+                        self.trace,
+                        wanted=SUPPORTED | CONTROL,
+                        control_deadline=self.options.control_deadline,
+                    )
+                )
+                for path in self.paths
             ]
             check_pairs(devices, self.guest_options.pairs)
             guest = self._guest(devices, stack)
@@ -258,7 +266,7 @@ class Sending:
         self.observer("source again")
         self._parts["source again"] = let_run(guest, devices, self.seconds)
         self.observer("drain")
-        guest.drain(_DRAIN_SECONDS)
+        _drain(guest, self.options.drain, self.tell)
         self._lost = {path: drops.now() for path, drops in self._drops.items()}
         guest.pause()
         error.report = self._report("stayed on source", guest, devices, sent)
@@ -289,6 +297,8 @@ class Receiving:
     observer: Observer = lambda phase: None
     tell: Tell = lambda text: None
     trace: Trace = field(default_factory=Trace)
+    control_deadline: float = DEFAULT_DEADLINE
+    drain: float = 10.0
 
     def receive(self, listener: Listener | Inherited) -> ReceivedReport:
         """Wait for a source, receive its guest, let it run.
@@ -303,7 +313,14 @@ class Receiving:
                     channel = listener.accept(cancel.fileno())
                     with channel, cancel.on_signals():
                         arrived = Destination(
-                            self.paths, channel, cancel, self.trace, self.folder, self.observer, self.tell
+                            self.paths,
+                            channel,
+                            cancel,
+                            self.trace,
+                            self.folder,
+                            self.observer,
+                            self.tell,
+                            self.control_deadline,
                         ).run()
             except (NoPeer, Stray) as e:
                 self.tell(f"refused: {e}")
@@ -313,7 +330,7 @@ class Receiving:
     def take(self, path: Path) -> ReceivedReport:
         """Start the guest saved in a file, let it run."""
         check_devices(self.paths)
-        return self._live(take(path, self.paths, self.trace, self.tell))
+        return self._live(take(path, self.paths, self.trace, self.tell, self.control_deadline))
 
     def _live(self, arrived: Arrived) -> ReceivedReport:
         with arrived:
@@ -325,7 +342,7 @@ class Receiving:
             drops = drops_of(guest, devices)
             part = let_run(guest, devices, self.seconds)
             self.observer("drain")
-            guest.drain(_DRAIN_SECONDS)
+            _drain(guest, self.drain, self.tell)
             lost = {path: each.now() for path, each in drops.items()}
             guest.pause()
             spans = [interval(self.trace, device.path, ("dest.start",)) for device in devices]
@@ -342,6 +359,13 @@ class Receiving:
                 drops=lost,
                 environment=environment({device.path: device for device in devices}, guest.memory.size),
             )
+
+
+def _drain(guest: Guest, seconds: float, tell: Tell) -> None:
+    """Wait for the last frames; what is missing then is lost, or late on a slow device, and that is told."""
+    if not guest.drain(seconds):
+        counts = guest.counts()
+        tell(f"waited {seconds:g} s for the last frames: {counts.lost} of {counts.sent} are missing; --drain sets that")
 
 
 def drops_of(guest: Guest, devices: Sequence[VdpaNetDevice]) -> dict[str, Drops]:
