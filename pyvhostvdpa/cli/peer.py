@@ -156,15 +156,26 @@ class Progress:
         print(f"[{time.monotonic() - self._start:6.2f} s] {text}\n", end="", file=sys.stderr, flush=True)
 
 
-def frames_table(frames: FrameCounts) -> str:
-    """Return the account of frames as a table."""
-    return table(["frames", *frames.to_dict()], [["", *(f"{value:,}" for value in frames.to_dict().values())]])
+def frames_table(frames: Mapping[str, int | None]) -> str:
+    """Return the counts of frames as a table."""
+    cells = ("unknown" if value is None else f"{value:,}" for value in frames.values())
+    return table(["frames", *frames], [["", *cells]])
 
 
-def drops_note(drops: Mapping[str, Mapping[str, int]]) -> str:
+def milliseconds(ms: float | None) -> str:
+    """Return a time for a table."""
+    return "unknown" if ms is None else f"{ms:.2f}"
+
+
+def drops_note(drops: Mapping[str, Mapping[str, int] | None]) -> str:
     """Return the devices' own counters of lost frames, by device or its role, as a line."""
-    dropped = [f"{which} {name} {value}" for which, each in drops.items() for name, value in each.items() if value]
-    return "device drop counters: " + (", ".join(dropped) or "all 0" if any(drops.values()) else "none offered")
+    found = []
+    for which, counters in drops.items():
+        if counters is None:
+            found.append(f"{which} unknown")
+        else:
+            found += [f"{which} {name} {value}" for name, value in counters.items() if value]
+    return "device drop counters: " + (", ".join(found) or ("all 0" if any(drops.values()) else "none offered"))
 
 
 def rounds_table(rounds: Sequence[RoundStatistics]) -> str:
@@ -178,6 +189,6 @@ def rounds_table(rounds: Sequence[RoundStatistics]) -> str:
     )
 
 
-def sound(frames: FrameCounts, bad_pages: int = 0) -> bool:
+def sound(frames: FrameCounts, bad_pages: int | None = 0) -> bool:
     """Whether nothing was lost, duplicated or corrupted."""
     return not (frames.lost or frames.duplicated or frames.corrupted or bad_pages)

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..base.errors import MigrationEnded
 from ..migration.endpoint import Address, check_security, connect
-from ..migration.session import Receiving, Sending, SentReport
+from ..migration.report import SentReport, frames_when
+from ..migration.session import Receiving, Sending
 from ..trace.recorder import Trace
 from . import tracing
 from .peer import (
@@ -22,6 +23,7 @@ from .peer import (
     drops_note,
     frames_table,
     guest_options,
+    milliseconds,
     rounds_table,
     send_options,
     tls,
@@ -61,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _resume(arguments: argparse.Namespace, trace: Trace) -> int:
-    progress = Progress(SENDING)
+    progress = Progress(SENDING | {"destination": "traffic in passthrough"})
     receiving = Receiving(
         arguments.devices,
         arguments.seconds,
@@ -107,14 +109,21 @@ def _print(report: SentReport, arguments: argparse.Namespace, trace: Trace) -> N
 
 
 def _summary(report: SentReport) -> str:
-    downtime = table(
-        ["", "downtime ms"],
-        [
-            ["DT1, switch to shadow virtqueues", f"{max(report.dt1_ms.values(), default=0):.2f}"],
-            ["DT2, stop on the source", f"{sum(report.dt2_ms.values()):.2f}"],
-        ],
+    tables = []
+    if report.sent.switched:
+        tables.append(
+            table(
+                ["", "downtime ms"],
+                [
+                    ["DT1, switch to shadow virtqueues", milliseconds(report.downtimes.dt1)],
+                    ["DT2, stop on the source", milliseconds(report.downtimes.dt2)],
+                ],
+            )
+        )
+    if report.sent.rounds:
+        tables.append(rounds_table(report.sent.rounds))
+    frames = frames_table(frames_when(report.outcome, report.frames))
+    hashed = [f"memory hash {report.sent.hash}, the same on both sides"] if report.sent.hash else []
+    return "\n\n".join(
+        [*tables, frames, "\n".join([drops_note(report.drops), report.outcome, *hashed, *report.warnings])]
     )
-    hashed = f"\nmemory hash {report.sent.hash}, the same on both sides" if report.sent.hash else ""
-    rounds = rounds_table(report.sent.rounds)
-    outcome = f"{drops_note(report.drops)}\n{report.outcome}{hashed}"
-    return "\n\n".join([downtime, rounds, frames_table(report.frames), outcome])

@@ -28,17 +28,19 @@ from ..base.errors import (
 from ..base.uapi import names
 from ..device.net import VdpaNetDevice
 from ..device.procedure.base import GUEST_ASID
+from ..guest.nic import Window
 from ..guest.state import DeviceShape, DeviceState, GuestShape, GuestState
 from ..guest.synthetic import Guest
 from ..memory.guest import PAGE_SIZE, GuestMemory, IovaAllocator, SharedMemory
 from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import Feature
 from ..net.fit import misfits, unknown_fields
+from ..trace.phases import DEST_PREMAP, DEST_START
 from ..trace.recorder import Trace
 from .cancel import Cancel
+from .common import PATIENCE, Observer, Tell, harmless, hash_bytes, patience, words_of
 from .pages import PAGES, ZERO, PageReceiver
 from .saved import DEFAULT_FOLDER, SavedGuest, check_room, load, save
-from .source import PATIENCE, Observer, Tell, hash_bytes, patience
 from .stream import Channel, Frame, Header, words
 
 log = logging.getLogger(__name__)
@@ -87,7 +89,7 @@ class Destination:
         self.channel = channel
         self.trace = trace or Trace()
         self._folder, self._cancel = folder, cancel
-        self._observe, self._tell = observer, tell
+        self._observe, self._tell = harmless(observer), harmless(tell)
         self._stack = ExitStack()
         self._devices: list[VdpaNetDevice] = []
         self._told = 0.0
@@ -281,21 +283,26 @@ class Destination:
         )
 
     def _start(self, shape: GuestShape, guest: Guest) -> Arrived:
+        self._cancel.too_late()
         self.channel.cancel = -1
         self._observe("start")
         try:
             _start_devices(guest, self._devices)
-        except VhostVdpaError as e:
-            self._say(Frame.FAILED, e)
-            raise MigrationFailed(
-                f"the guest could not be started: {e}; it does not run here, the source has it", hint=e.hint
-            ) from e
+        except Exception as e:
+            # whatever it is, the source is told and has the guest
+            failed = MigrationFailed(
+                f"the guest could not be started: {words_of(e)}; it does not run here, the source has it",
+                hint=getattr(e, "hint", ""),
+            )
+            self._say(Frame.FAILED, e if isinstance(e, VhostVdpaError) else failed)
+            raise failed from e
         self._observe("running")
         note = ""
         try:
             self.channel.send_frame(Frame.RUNNING)
-        except StreamBroken as e:
-            note = f"the guest runs here, but the source could not be told ({e}): it stays stopped there"
+        except Exception as e:
+            # whatever it is, the guest runs
+            note = f"the guest runs here, but the source could not be told ({words_of(e)}): it stays stopped there"
         resources = self._stack.pop_all()
         return Arrived(shape.id.hex(), shape.source, guest, self._devices, self._hash.hex(), note, resources)
 
@@ -365,7 +372,7 @@ def _map(device: VdpaNetDevice, memory: GuestMemory) -> None:
     (drivers/vhost/vdpa.c:vhost_vdpa_process_iotlb_msg), but a map outside one
     has an answer, and a set_map parent installs the whole table with it.
     """
-    with device.trace.in_phase("dest.premap"), SharedMemory("proof", PAGE_SIZE) as page:
+    with device.trace.in_phase(DEST_PREMAP), SharedMemory("proof", PAGE_SIZE) as page:
         device.attach(memory)
         limits, space = device.iotlb.limits, device.iotlb.space(GUEST_ASID)
         holes = IovaAllocator(limits.first, limits.last, [(m.iova, m.size) for m in space.mappings])
@@ -377,15 +384,17 @@ def _map(device: VdpaNetDevice, memory: GuestMemory) -> None:
 def _start_devices(guest: Guest, devices: Sequence[VdpaNetDevice]) -> None:
     """Start every device and let the guest run; on a failure all are reset."""
     try:
-        for number, device in enumerate(devices):
-            with device.trace.in_phase("dest.start"):
-                guest.start(number, device)
+        with guest.watching(Window.START):
+            for number, device in enumerate(devices):
+                with device.trace.in_phase(DEST_START):
+                    guest.start(number, device)
+        guest.run()
     except BaseException:
+        guest.pause()
         for device in devices:
             with suppress(VhostVdpaError):
                 device.reset()
         raise
-    guest.run()
 
 
 @contextmanager
