@@ -22,10 +22,10 @@ def check_cancelled(fd: int) -> None:
         raise MigrationCancelled("cancelled")
 
 
-def _is_set(fd: int) -> bool:
+def _is_set(fd: int, seconds: float = 0.0) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(seconds * 1000))
 
 
 class Cancel(Closing):
@@ -46,6 +46,10 @@ class Cancel(Closing):
     def wanted(self) -> bool:
         """Whether the user cancelled."""
         return _is_set(self._fd)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the user cancels, for ``seconds`` at most; whether that was so."""
+        return _is_set(self._fd, seconds)
 
     def check(self) -> None:
         """Raise :class:`~pyvhostvdpa.MigrationCancelled` if the user cancelled."""

@@ -28,11 +28,13 @@ from ..device.net import State, VdpaNetDevice
 from ..guest.state import ID_BYTES, GuestShape
 from ..guest.synthetic import Guest
 from ..memory.guest import GuestMemory
+from .alive import AliveLimit
 from .cancel import Cancel
 from .convergence import Convergence
 from .dirty import DirtyTracker, PageSet
+from .fence import MARGIN, Fence, hold, needs_holding
 from .pages import PageSender, RoundStatistics, memory_hash
-from .saved import DEFAULT_FOLDER, SavedGuest, check_room, save
+from .saved import DEFAULT_FOLDER, SavedGuest, check_room, save_held
 from .stream import Channel, Frame, words
 
 Observer = Callable[[str], None]
@@ -48,6 +50,10 @@ PATIENCE = 300.0
 _HAND_OVER_SECONDS = 60.0
 _TELL_SECONDS = 1.0
 _HASHED_PER_SECOND = 50 << 20
+_LATE = (
+    "the destination was ready, and so late that the guest may have been started from its file there (this process was "
+    "stopped, or the stream silent, for too long)"
+)
 
 
 def hash_bytes(memory: GuestMemory) -> bytes:
@@ -116,6 +122,8 @@ class Source:
         self._told = self._round_began = time.monotonic()
         self._halted: set[int] = set()
         """Numbers of devices that failed to stop: whether they stand still nobody knows."""
+        self._fence: Fence | None = None
+        """While this side may go on by itself though the destination may be ready."""
         self._cancel = cancel
         self._observe, self._tell = observer, tell
         self._tracker = DirtyTracker(guest.memory)
@@ -172,12 +180,14 @@ class Source:
                 )
         check_room(self.options.folder, self.guest.memory.size)
         self.channel.send_frame(Frame.SHAPE, self._shape.encode())
+        alive = AliveLimit()
         while True:
             kind, payload = self.channel.expect(Frame.ACCEPT, Frame.REFUSE, Frame.FAILED, Frame.ALIVE, seconds=PATIENCE)
             if kind is Frame.ACCEPT:
                 return
             if kind is not Frame.ALIVE:
                 raise MigrationRefused(f"the destination says: {words(payload)}")
+            alive.count()
             self._tell(f"destination: {words(payload)}")
 
     def _switch(self) -> None:
@@ -273,12 +283,17 @@ class Source:
         self.channel.send_frame(Frame.GUEST, guest.encode())
         for number, device in enumerate(devices):
             self.channel.send_frame(Frame.DEVICE, device.encode(), number)
+        self._fence = Fence(patience(self._shape), 1)
         self.channel.send_frame(Frame.FINAL)
 
     def _await_ready(self) -> None:
         ours = hash_bytes(self.guest.memory) if self.options.hashed else b""
-        kind, theirs = self.channel.expect(Frame.READY, Frame.FAILED, seconds=patience(self._shape))
+        assert self._fence is not None
+        kind, theirs = self.channel.expect(Frame.READY, Frame.FAILED, seconds=max(1.0, self._fence.left - MARGIN))
+        # the destination's time to start the guest began before READY arrived
+        self._theirs = Fence(patience(self._shape), 3)
         if kind is Frame.FAILED:
+            self._fence = None
             raise MigrationFailed(f"the destination says: {words(theirs)}")
         if theirs != ours:
             raise MigrationFailed(
@@ -298,16 +313,18 @@ class Source:
             raise self._stay(e) from e
         try:
             self._observe("running")
-            kind, payload = self.channel.expect(Frame.RUNNING, Frame.FAILED, seconds=_HAND_OVER_SECONDS)
+            kind, payload = self.channel.expect(Frame.RUNNING, Frame.FAILED, seconds=self._theirs.left)
         except (StreamBroken, StreamCorrupt) as e:
-            raise self._unknown(e) from e
+            given = "the guest was given away and before the destination said that it runs there"
+            raise self._unknown(e, given, needs_holding(self.channel, e)) from e
         if kind is Frame.FAILED:
+            self._fence = None
             error = MigrationFailed(f"the destination could not start the guest: {words(payload)}")
             raise self._stay(error) from error
 
-    def _unknown(self, error: VhostVdpaError) -> MigrationFailed:
-        happened = f"{error}, after the guest was given away and before the destination said that it runs there"
-        saved, command = self._save()
+    def _unknown(self, error: VhostVdpaError, when: str, held: bool = False) -> MigrationFailed:
+        happened = f"{error}, after {when}"
+        saved, command = self._save(held)
         if not command:
             return MigrationFailed(f"{happened}. It is stopped here; {saved}")
         return MigrationFailed(
@@ -315,12 +332,18 @@ class Source:
             hint=f"if it runs there: rm {saved}\n  if it does not: {command}",
         )
 
-    def _save(self) -> tuple[str, str]:
-        """Save the stopped guest; its file and the command that starts it, or why not and ""."""
+    def _save(self, held: bool = False) -> tuple[str, str]:
+        """Save the stopped guest; its file and the command that starts it, or why not and "".
+
+        A file that is ``held`` cannot be used before the destination's time to start the guest is over.
+        """
         try:
             guest, devices = self.guest.state()
             state = SavedGuest(self._shape, guest, tuple(devices))
-            path = save(self.options.folder, "source", state, self.guest.memory)
+            with save_held(self.options.folder, "source", state, self.guest.memory) as draft:
+                path = draft.path
+                if held:
+                    hold(self._theirs, path, "destination", self._cancel, self._tell)
         except VhostVdpaError as e:
             return f"{e}: it ends with this process", ""
         paths = " ".join(device.path for device in self.devices)
@@ -332,6 +355,8 @@ class Source:
         """Let the guest go on in passthrough here; the error that tells so, or what state is left."""
         self._observe("back to source")
         self._tracker.stop()
+        if self._too_late():
+            return self._unknown(error, _LATE)
         stranded = self._go_on()
         said = self._part(error)
         what = f"{error}; the destination says: {said}" if said else str(error)
@@ -347,11 +372,19 @@ class Source:
             for number, device in enumerate(self.devices):
                 with device.trace.in_phase("cancel.start"):
                     self._return(number, device)
+            if self._too_late():
+                raise MigrationFailed(_LATE)
         except VhostVdpaError as e:
             self.guest.pause()
             return e
         self.guest.run()
         return None
+
+    def _too_late(self) -> bool:
+        """Whether the destination's file may have been started: it was ready, and no word came that it has nothing."""
+        if self._fence is not None and self._fence.passed and self.channel.last_words():
+            self._fence = None
+        return self._fence is not None and self._fence.passed
 
     def _part(self, error: VhostVdpaError) -> str:
         """Tell the destination, and let the stream go; what it said if it was the first to leave."""
@@ -386,7 +419,8 @@ class Source:
         told = f"{what}; and the source could not be started again: {worse}. The guest is stopped"
         if not command:
             return MigrationFailed(f"{told}; {saved}")
-        return MigrationFailed(f"{told} and saved in {saved}", hint=command)
+        elsewhere = f"if it runs there: rm {saved}\n  if it does not: " if self._too_late() else ""
+        return MigrationFailed(f"{told} and saved in {saved}", hint=elsewhere + command)
 
 
 def _stop_or_halt(device: VdpaNetDevice) -> None:
