@@ -18,10 +18,12 @@ from typing import Any
 
 from pyvhostvdpa.base.errors import VhostVdpaError
 from pyvhostvdpa.device.net import State, VdpaNetDevice
+from pyvhostvdpa.guest.state import ID_BYTES, GuestShape
 from pyvhostvdpa.guest.synthetic import Guest, GuestOptions
 from pyvhostvdpa.memory.guest import pinned_bytes
 from pyvhostvdpa.migration.cancel import Cancel
 from pyvhostvdpa.migration.destination import Arrived, Destination, take
+from pyvhostvdpa.migration.saved import SavedGuest, save
 from pyvhostvdpa.migration.source import SendOptions, Source
 from pyvhostvdpa.migration.stream import Channel
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
@@ -118,6 +120,28 @@ class Worker:
 
     def take(self, path: Path, paths: list[str]) -> dict[str, Any]:
         return self._own(take(path, paths))
+
+    def save(self) -> Path:
+        """Stop the guest and save it; it is in the file and nowhere else afterwards."""
+        assert self.guest is not None
+        self.guest.pause()
+        for device in self.devices:
+            device.stop()
+        own, states = self.guest.state()
+        memory = self.guest.memory
+        regions = tuple((region.gpa, region.size) for region in memory.regions)
+        shape = GuestShape(os.urandom(ID_BYTES), "a test", regions, self.guest.shapes(), False)
+        path = save(self.folder, "source", SavedGuest(shape, own, tuple(states)), memory)
+        self.close()
+        return path
+
+    def stands(self) -> bool:
+        """Whether no frame goes through the guest here."""
+        if self.guest is None:
+            return True
+        before = self.guest.counts()
+        time.sleep(0.5)
+        return self.guest.counts() == before
 
     def _own(self, arrived: Arrived) -> dict[str, Any]:
         self.arrived, self.guest, self.devices = arrived, arrived.guest, arrived.devices
@@ -237,6 +261,13 @@ class Peer:
 
     def interrupt(self) -> None:
         os.kill(self.pid, signal.SIGINT)
+
+    def freeze(self) -> None:
+        """Stop the process where it is, as SIGSTOP does."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """End it as kill -9 does, wherever it is. Twice is no error."""

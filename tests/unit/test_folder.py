@@ -275,7 +275,11 @@ def test_a_process_killed_while_saving_leaves_nothing_for_long(
 
     monkeypatch.setattr(saving, "_write", until_killed)
     state = saved(guest)
-    assert ended(in_child(lambda: str(save(tmp_path, "source", state, guest.memory)) and None)) == -signal.SIGKILL
+
+    def save_it() -> None:
+        save(tmp_path, "source", state, guest.memory)
+
+    assert ended(in_child(save_it)) == -signal.SIGKILL
     [half] = tmp_path.iterdir()
     assert half.suffix == ".half"
     check_room(tmp_path, 1)
@@ -290,7 +294,8 @@ def test_a_file_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_file_removed_before_it_was_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flock, seen = fcntl.flock, []
+    flock = fcntl.flock
+    seen: list[Path] = []
 
     def after_a_cleaner(fd: int, operation: int) -> None:
         if not seen:
