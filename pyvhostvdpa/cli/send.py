@@ -9,7 +9,8 @@ from typing import Any
 
 from ..base.errors import MigrationEnded
 from ..migration.endpoint import Address, check_security, connect
-from ..migration.session import Receiving, Sending, SentReport
+from ..migration.report import SentReport, frames_when
+from ..migration.session import Receiving, Sending
 from ..trace.recorder import Trace
 from . import tracing
 from .peer import (
@@ -21,6 +22,7 @@ from .peer import (
     add_tls_options,
     frames_table,
     guest_options,
+    milliseconds,
     rounds_table,
     send_options,
     tls,
@@ -60,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _resume(arguments: argparse.Namespace, trace: Trace) -> int:
-    progress = Progress(SENDING)
+    progress = Progress(SENDING | {"destination": "traffic in passthrough"})
     receiving = Receiving(
         arguments.devices, arguments.seconds, arguments.state, progress.phase, progress.tell, trace=trace
     )
@@ -99,13 +101,19 @@ def _print(report: SentReport, arguments: argparse.Namespace, trace: Trace) -> N
 
 
 def _summary(report: SentReport) -> str:
-    downtime = table(
-        ["", "downtime ms"],
-        [
-            ["DT1, switch to shadow virtqueues", f"{max(report.dt1_ms.values(), default=0):.2f}"],
-            ["DT2, stop on the source", f"{sum(report.dt2_ms.values()):.2f}"],
-        ],
-    )
-    hashed = f"\nmemory hash {report.sent.hash}, the same on both sides" if report.sent.hash else ""
-    rounds = rounds_table(report.sent.rounds)
-    return "\n\n".join([downtime, rounds, frames_table(report.frames), f"{report.outcome}{hashed}"])
+    tables = []
+    if report.sent.switched:
+        tables.append(
+            table(
+                ["", "downtime ms"],
+                [
+                    ["DT1, switch to shadow virtqueues", milliseconds(report.downtimes.dt1)],
+                    ["DT2, stop on the source", milliseconds(report.downtimes.dt2)],
+                ],
+            )
+        )
+    if report.sent.rounds:
+        tables.append(rounds_table(report.sent.rounds))
+    frames = frames_table(frames_when(report.outcome, report.frames))
+    hashed = [f"memory hash {report.sent.hash}, the same on both sides"] if report.sent.hash else []
+    return "\n\n".join([*tables, frames, "\n".join([report.outcome, *hashed, *report.warnings])])

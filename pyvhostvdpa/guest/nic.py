@@ -7,7 +7,9 @@ are shadowed, nor which device it is on.
 
 from __future__ import annotations
 
+import enum
 import os
+import time
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -35,6 +37,15 @@ _COPIED = (
     *("duplicated", "corrupted", "reordered", "highest", "ring_errors", "last_rx"),
 )
 """What the C structure and :class:`PairState` have alike."""
+
+
+class Window(enum.IntEnum):
+    """Times whose longest gap is always known, however many longer ones there are elsewhere."""
+
+    SWITCH = 0
+    """The switch of the device to shadow virtqueues."""
+    START = 1
+    """The start in passthrough that ends a migration: on the destination, or again on the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +212,19 @@ class NicPair:
     def gaps(self) -> list[tuple[int, int]]:
         """Return the longest times without a frame as (begin, end), CLOCK_MONOTONIC ns."""
         return [(g.begin, g.end) for g in self.c.gaps if g.end]
+
+    def begin_window(self, window: Window) -> None:
+        """Remember, from now on, the longest time without a frame that touches the window."""
+        lib.nic_begin_window(self.c, window, time.monotonic_ns())
+
+    def end_window(self, window: Window) -> None:
+        """End the window now; a gap that began within it counts whenever it ends."""
+        lib.nic_end_window(self.c, window, time.monotonic_ns())
+
+    def window_gap(self, window: Window) -> float | None:
+        """Return the longest time without a frame that touches the window, in ms; None if no such gap has ended."""
+        longest = self.c.windows[window].longest
+        return (longest.end - longest.begin) / 1e6 if longest.end else None
 
     def close(self) -> None:
         """Close the eventfds."""

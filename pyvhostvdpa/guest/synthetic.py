@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..net.control_queue import GuestControl
 from ..virtqueue.layout import GuestQueue, map_queue
 from .arena import GuestArena
 from .control_driver import ControlDriver
-from .nic import FrameCounts, GuestNic, NicOptions
+from .nic import FrameCounts, GuestNic, NicOptions, Window
 from .nic_state import BadState, check_memory
 from .state import DeviceShape, DeviceState, GuestState, QueueState
 from .traffic import Traffic
@@ -212,9 +213,33 @@ class Guest:
         each = [nic.counts() for nic in self.nics]
         return FrameCounts(*(sum(getattr(c, field) for c in each) for field in FrameCounts.__slots__))
 
-    def longest_gap(self, begin: int, end: int) -> float:
-        """Return the longest time without a frame, in ms, of those that touch begin..end (CLOCK_MONOTONIC ns)."""
-        return max(traffic.longest_gap(begin, end) for traffic in self.traffic)
+    @contextmanager
+    def watching(self, window: Window, number: int | None = None) -> Iterator[None]:
+        """Take the block's time as a window of one device's NIC, or of all; see :meth:`window_gap`."""
+        chosen = self.traffic if number is None else [self.traffic[number]]
+        with ExitStack() as stack:
+            for traffic in chosen:
+                stack.enter_context(traffic.watching(window))
+            yield
+
+    def window_gap(self, window: Window) -> float | None:
+        """Return the longest time without a frame that touches a window, in ms, of the worst NIC.
+
+        None if that is not known of every NIC: it was not watched, or no
+        frame has ended the gap yet.
+        """
+        gaps = [traffic.window_gap(window) for traffic in self.traffic]
+        known = [gap for gap in gaps if gap is not None]
+        return max(known) if known and len(known) == len(gaps) else None
+
+    def longest_gap(self, begin: int, end: int) -> float | None:
+        """Return the longest time without a frame, in ms, of those that touch begin..end (CLOCK_MONOTONIC ns).
+
+        None if that is not known: each queue pair keeps only its longest of
+        all; :meth:`watching` is for a time that matters.
+        """
+        known = [gap for traffic in self.traffic if (gap := traffic.longest_gap(begin, end)) is not None]
+        return max(known, default=None)
 
     # -- as data -----------------------------------------------------------------
 

@@ -28,25 +28,27 @@ from ..base.errors import (
 from ..base.uapi import names
 from ..device.net import VdpaNetDevice
 from ..device.procedure.base import GUEST_ASID
+from ..guest.nic import Window
 from ..guest.state import DeviceShape, DeviceState, GuestShape, GuestState
 from ..guest.synthetic import Guest
 from ..memory.guest import PAGE_SIZE, GuestMemory, IovaAllocator, SharedMemory
 from ..net.features import Feature
+from ..trace.phases import DEST_PREMAP, DEST_START
 from ..trace.recorder import Trace
 from .alive import AliveLimit
 from .cancel import Cancel
+from .common import PATIENCE, Observer, Tell, harmless, hash_bytes, patience, words_of
 from .fence import Fence, hold, needs_holding
-from .folder import Claim, Draft
+from .folder import Claim
 from .pages import PAGES, ZERO, PageReceiver
+from .rescue import rescue
 from .saved import DEFAULT_FOLDER, SavedGuest, check_room, load_claimed, save_held
-from .source import PATIENCE, Observer, Tell, hash_bytes, patience
 from .stream import Channel, Frame, Header, words
 
 PHASES = ("handshake", "map", "memory", "load", "ready", "start", "running")
 """Of the destination, in order."""
 
 _TELL_SECONDS = 2.0
-_AGAIN_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -88,7 +90,7 @@ class Destination:
         self.channel = channel
         self.trace = trace or Trace()
         self._folder, self._cancel = folder, cancel
-        self._observe, self._tell = observer, tell
+        self._observe, self._tell = harmless(observer), harmless(tell)
         self._stack = ExitStack()
         self._devices: list[VdpaNetDevice] = []
         self._told = 0.0
@@ -254,9 +256,14 @@ class Destination:
 
     def _unknown(self, shape: GuestShape, guest: Guest, error: VhostVdpaError, when: str) -> MigrationFailed:
         """Save the guest; hold the file until the source cannot go on by itself any more. The error that tells so."""
-        happened = f"{error}, after this side was ready and {when}"
+        happened = f"{words_of(error)}, after this side was ready and {when}"
         state = SavedGuest(shape, self._complete(), tuple(self._device_states))
-        with self._saved(state, guest) as held:
+        # the source learns at once that nothing follows from here
+        self.channel.close()
+        # a signal that raised here would end the guest
+        self._cancel.too_late()
+        size = guest.memory.size
+        with rescue(lambda: save_held(self._folder, "destination", state, guest.memory), self._folder, size) as held:
             if needs_holding(self.channel, error):
                 hold(self._fence, held.path, "source", self._cancel, self._tell)
             path = held.path
@@ -268,38 +275,29 @@ class Destination:
             f"  if it does not: {shlex.join(['vhost-vdpa', 'receive', '--take', str(path), *self.paths])}",
         )
 
-    def _saved(self, state: SavedGuest, guest: Guest) -> Draft:
-        """Save the guest. While that fails it is tried again: the guest is in this process and nowhere else."""
-        self.channel.close()
-        while True:
-            try:
-                return save_held(self._folder, "destination", state, guest.memory)
-            except VhostVdpaError as e:
-                self._tell(
-                    f"{e}. The guest is stopped in this process {os.getpid()}, which tries again every "
-                    f"{_AGAIN_SECONDS:g} s: free {guest.memory.size >> 20} MiB in {self._folder}. "
-                    "Ctrl-C twice ends it with the guest"
-                )
-                time.sleep(_AGAIN_SECONDS)
-
     def _start(self, shape: GuestShape, guest: Guest) -> Arrived:
+        self._cancel.too_late()
         self.channel.cancel = -1
         self._observe("start")
         try:
             _start_devices(guest, self._devices, self._check_fence)
         except _TooLate as e:
             raise self._unknown(shape, guest, e, "so late that the source may have been started again") from e
-        except VhostVdpaError as e:
-            self._say(Frame.FAILED, e)
-            raise MigrationFailed(
-                f"the guest could not be started: {e}; it does not run here, the source has it", hint=e.hint
-            ) from e
+        except Exception as e:
+            # whatever it is, the source is told and has the guest
+            failed = MigrationFailed(
+                f"the guest could not be started: {words_of(e)}; it does not run here, the source has it",
+                hint=getattr(e, "hint", ""),
+            )
+            self._say(Frame.FAILED, e if isinstance(e, VhostVdpaError) else failed)
+            raise failed from e
         self._observe("running")
         note = ""
         try:
             self.channel.send_frame(Frame.RUNNING)
-        except StreamBroken as e:
-            note = f"the guest runs here, but the source could not be told ({e}): it stays stopped there"
+        except Exception as e:
+            # whatever it is, the guest runs
+            note = f"the guest runs here, but the source could not be told ({words_of(e)}): it stays stopped there"
         resources = self._stack.pop_all()
         return Arrived(shape.id.hex(), shape.source, guest, self._devices, self._hash.hex(), note, resources)
 
@@ -380,7 +378,7 @@ def _map(device: VdpaNetDevice, memory: GuestMemory) -> None:
     (drivers/vhost/vdpa.c:vhost_vdpa_process_iotlb_msg), but a map outside one
     has an answer, and a set_map parent installs the whole table with it.
     """
-    with device.trace.in_phase("dest.premap"), SharedMemory("proof", PAGE_SIZE) as page:
+    with device.trace.in_phase(DEST_PREMAP), SharedMemory("proof", PAGE_SIZE) as page:
         device.attach(memory)
         limits, space = device.iotlb.limits, device.iotlb.space(GUEST_ASID)
         holes = IovaAllocator(limits.first, limits.last, [(m.iova, m.size) for m in space.mappings])
@@ -393,16 +391,18 @@ def _start_devices(guest: Guest, devices: Sequence[VdpaNetDevice], check: Callab
     """Start every device and let the guest run; on a failure, also of ``check``, all are reset."""
     try:
         check()
-        for number, device in enumerate(devices):
-            with device.trace.in_phase("dest.start"):
-                guest.start(number, device)
+        with guest.watching(Window.START):
+            for number, device in enumerate(devices):
+                with device.trace.in_phase(DEST_START):
+                    guest.start(number, device)
         check()
+        guest.run()
     except BaseException:
+        guest.pause()
         for device in devices:
             with suppress(VhostVdpaError):
                 device.reset()
         raise
-    guest.run()
 
 
 def take(

@@ -71,4 +71,6 @@ def hold(fence: Fence, path: Path, other: str, cancel: Cancel, tell: Callable[[s
             f"can be used after that; or at once, if this process is interrupted (Ctrl-C) because the {other} is known "
             "to have ended"
         )
+        # a signal that came before these words was about something else
+        cancel.forget()
         cancel.wait(fence.left)

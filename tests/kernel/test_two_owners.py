@@ -27,7 +27,7 @@ def nothing_leaks() -> None:
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes forked from here on wait for less long."""
-    monkeypatch.setattr("pyvhostvdpa.migration.source._HAND_OVER_SECONDS", PATIENCE)
+    monkeypatch.setattr("pyvhostvdpa.migration.common.HAND_OVER_SECONDS", PATIENCE)
     monkeypatch.setattr("pyvhostvdpa.migration.fence.MARGIN", MARGIN)
     monkeypatch.setattr("pyvhostvdpa.migration.source.MARGIN", MARGIN, raising=False)
 

@@ -27,7 +27,8 @@ from ...migration.report import environment
 from ...net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
 from ...net.control_queue import GuestControl
 from ...net.features import CONTROL, SUPPORTED
-from ...trace.downtime import DT1, DT2, milliseconds
+from ...trace.downtime import milliseconds
+from ...trace.phases import DEST, DEST_PREMAP, DEST_START, DT1, DT1_START, DT1_STOP, DT2, DT2_STOP
 from ...trace.recorder import Trace
 from .. import hwsim
 from .report import Counts, LadderReport, RowResult, Run
@@ -37,7 +38,7 @@ from .stage import Stage, Supply
 Observer = Callable[[str], None]
 """Called with words of progress."""
 
-DOWNTIMES = {"dt1": DT1, "dt2": DT2, "dest": ("dest.start",)}
+DOWNTIMES = {"dt1": DT1, "dt2": DT2, "dest": DEST}
 _FRAMES_SECONDS = 120.0
 _DRAIN_SECONDS = 30.0
 _POLL = 0.005
@@ -237,7 +238,7 @@ class _Row:
             guest.use_pairs()
             guest.exchange(guest.source)
         for guest in guests:
-            with guest.destination.trace.in_phase("dest.premap"):
+            with guest.destination.trace.in_phase(DEST_PREMAP):
                 guest.destination.attach(self.memory)
         counted = {"dt1": self._counted(self.sources, lambda: self._switch(guests))}
         self._say("through shadow virtqueues")
@@ -254,21 +255,21 @@ class _Row:
     def _switch(self, guests: list[_Guest]) -> None:
         self._say("switch (DT1)")
         for guest in guests:
-            with guest.source.trace.in_phase("dt1.stop"):
+            with guest.source.trace.in_phase(DT1_STOP):
                 guest.source.stop(then=State.SHADOW)
-            with guest.source.trace.in_phase("dt1.start"):
+            with guest.source.trace.in_phase(DT1_START):
                 guest.source.start_shadow(guest.nic.queues, guest.control)
 
     def _stop(self, guests: list[_Guest]) -> None:
         self._say("stop (DT2)")
         for guest in guests:
-            with guest.source.trace.in_phase("dt2.stop"):
+            with guest.source.trace.in_phase(DT2_STOP):
                 guest.source.stop()
 
     def _start_destinations(self, guests: list[_Guest]) -> None:
         self._say("start of the destination")
         for guest in guests:
-            with guest.destination.trace.in_phase("dest.start"):
+            with guest.destination.trace.in_phase(DEST_START):
                 guest.destination.start_passthrough(guest.nic.queues, guest.control)
 
     def _say(self, words: str) -> None:
