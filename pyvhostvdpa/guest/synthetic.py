@@ -24,14 +24,16 @@ from ..net.control_queue import GuestControl
 from ..virtqueue.layout import GuestQueue, map_queue
 from .arena import GuestArena
 from .control_driver import ControlDriver
-from .nic import FrameCounts, GuestNic, NicOptions, Window
-from .nic_state import BadState, check_memory
-from .state import DeviceShape, DeviceState, GuestState, QueueState
+from .nic import FrameCounts, GuestNic, NicOptions, Window, check_nic
+from .nic_state import MAX_INDEX, BadState, Extent, check_apart, check_memory, queue_at_rest
+from .state import DeviceShape, DeviceState, GuestState, QueueState, check_shapes
 from .traffic import Traffic
 
 _SLICE_NS = 200_000_000
 _WRITER_SHARE = 4
 """The guest's CPU writes the last quarter of memory; NICs have the rest."""
+MAX_WRITER_RATE = 1 << 32
+"""Pages a second: more than memory takes, and what is owed of them in a slice still fits 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ class Guest:
             )
             self.add(GuestNic(self.memory, nic, arena), ControlModel(device.features, mac=device.mac))
         if share:
-            rate = max(1, options.write_rate // PAGE_SIZE)
+            rate = min(max(1, options.write_rate // PAGE_SIZE), MAX_WRITER_RATE)
             self.writer = GuestWriter(self.memory, region.end - share, share // PAGE_SIZE, rate)
 
     def add(self, nic: GuestNic, model: ControlModel | None) -> None:
@@ -139,26 +141,36 @@ class Guest:
         self.controls.append(GuestControl(nic.control.queue, model) if with_control else None)  # type: ignore[union-attr,arg-type]
 
     @classmethod
-    def restore(cls, memory: GuestMemory, state: GuestState, devices: Sequence[DeviceState]) -> Guest:
+    def restore(
+        cls,
+        memory: GuestMemory,
+        state: GuestState,
+        devices: Sequence[DeviceState],
+        shapes: Sequence[DeviceShape] | None = None,
+    ) -> Guest:
         """Return the guest whose memory this is, which it takes over.
 
-        Raises :class:`~pyvhostvdpa.StreamCorrupt` if memory and state
-        are not of one guest; the memory stays its owner's then.
+        Raises :class:`~pyvhostvdpa.StreamCorrupt` naming the field if memory
+        and state are not of one guest, if a driver would reach beyond its
+        memory, or if the devices are not those of ``shapes``;
+        :class:`~pyvhostvdpa.MissingFeature` if this process may open no more
+        descriptors. The memory stays its owner's then. Everything is checked
+        here, so that nothing is left to be refused when the guest starts.
         """
+        _check(memory, state, devices, shapes)
         guest = cls(memory)
         try:
             for device in devices:
-                nic = GuestNic.restore(memory, device.nic)
-                guest.add(nic, device.nic.model)
-                _compare(nic, device.queues, memory)
+                guest.add(GuestNic.restore(memory, device.nic), device.nic.model)
             if state.writer_pages:
-                check_memory(memory, state.writer_gpa, state.writer_pages * PAGE_SIZE)
                 guest.writer = GuestWriter(
                     memory, state.writer_gpa, state.writer_pages, state.writer_rate, state.writer_written
                 )
-        except BadState as e:
+        except OSError as e:
             guest.let_go()
-            raise StreamCorrupt(f"state of the guest: {e}") from e
+            raise MissingFeature(
+                f"cannot open the guest's eventfds: {e.strerror}", hint="allow more open files: ulimit -n"
+            ) from e
         except BaseException:
             guest.let_go()
             raise
@@ -275,7 +287,7 @@ class Guest:
         return own, devices
 
     def shift_clock(self, ns: int) -> None:
-        """Move the times that the guest remembers to another host's clock."""
+        """Move the times that the guest remembers to another host's clock, by any ``ns``; raises nothing."""
         for nic in self.nics:
             for pair in nic.pairs:
                 pair.shift_clock(ns)
@@ -322,18 +334,63 @@ def _queue_state(queue: GuestQueue, memory: GuestMemory) -> QueueState:
     return QueueState(queue.index, int(used[0]), int(avail[0]), tuple(heads[0:count]))
 
 
-def _compare(nic: GuestNic, queues: Sequence[QueueState], memory: GuestMemory) -> None:
+def _check(
+    memory: GuestMemory, state: GuestState, devices: Sequence[DeviceState], shapes: Sequence[DeviceShape] | None
+) -> None:
+    """Raise :class:`~pyvhostvdpa.StreamCorrupt` unless this is the state of a guest in ``memory``."""
+    what = "state of the guest"
+    extents: list[Extent] = []
+    try:
+        if shapes is not None:
+            check_shapes([device.shape for device in devices], shapes)
+        for number, device in enumerate(devices):
+            what = f"state of device {number}"
+            extents += check_nic(memory, device.nic)
+            _compare(device, memory)
+        what = "state of the guest"
+        if state.writer_pages:
+            extents.append(_check_writer(memory, state))
+        check_apart(extents)
+    except BadState as e:
+        raise StreamCorrupt(f"{what}: {e}") from e
+
+
+def _check_writer(memory: GuestMemory, state: GuestState) -> Extent:
+    area = ("writer_gpa", state.writer_gpa, state.writer_pages * PAGE_SIZE)
+    check_memory(memory, *area)
+    if state.writer_gpa % PAGE_SIZE:
+        raise BadState(f"writer_gpa {state.writer_gpa:#x} is not the start of a page")
+    if state.writer_rate > MAX_WRITER_RATE:
+        raise BadState(f"writer_rate {state.writer_rate} pages per second, at most {MAX_WRITER_RATE} are possible")
+    return area
+
+
+def _compare(device: DeviceState, memory: GuestMemory) -> None:
     """Raise if rings in memory and what was said of them differ."""
-    if [queue.index for queue in queues] != [queue.index for queue in nic.queues]:
-        raise BadState("its queues are not those of its NIC")
-    for told, queue in zip(queues, nic.queues, strict=True):
+    places = [place for pair in device.nic.pairs for place in (pair.rx, pair.tx)]
+    if [queue.index for queue in device.queues] != [place.index for place in places]:
+        raise BadState("queues: they are not those of its NIC")
+    for told, place in zip(device.queues, places, strict=True):
         try:
-            found = _queue_state(queue, memory)
+            found = _queue_state(queue_at_rest(place), memory)
         except MissingFeature as e:
             raise BadState(str(e)) from e
         if found != told:
             differs = "" if found.heads == told.heads else " and other heads"
             raise BadState(
-                f"virtqueue {queue.index} has used {found.used}, avail {found.avail} in memory; "
+                f"virtqueue {place.index} has used {found.used}, avail {found.avail} in memory; "
                 f"the source left used {told.used}, avail {told.avail}{differs}"
             )
+    for pair, rx, tx in zip(device.nic.pairs, device.queues[::2], device.queues[1::2], strict=True):
+        _compare_driver("rx", rx, pair.rx_avail, pair.rx_used)
+        _compare_driver("tx", tx, pair.tx_avail, pair.tx_used)
+
+
+def _compare_driver(side: str, ring: QueueState, avail: int, used: int) -> None:
+    """Raise unless a driver with these indices has published what it has added, and its device used no more."""
+    done, added = (ring.used - used) & MAX_INDEX, (avail - used) & MAX_INDEX
+    if avail != ring.avail or done > added:
+        raise BadState(
+            f"virtqueue {ring.index} has used {ring.used}, avail {ring.avail}; "
+            f"its driver has {side}_used {used}, {side}_avail {avail}"
+        )

@@ -186,12 +186,10 @@ class Destination:
         self._tell(f"{receiver.pages:,} pages and {receiver.zero_pages:,} of zeros arrived")
         self._observe("load")
         self._cancel.check()
-        guest = Guest.restore(self._memory, self._complete(), self._device_states)
+        guest = Guest.restore(self._memory, self._complete(), self._device_states, shape.devices)
         self._stack.callback(guest.close)
         for device in self._devices:
             self._stack.callback(device.close)
-        if guest.shapes() != shape.devices:
-            raise StreamCorrupt("the guest's state is not of the shape that was told first")
         if shape.hashed:
             self._hash = hash_bytes(self._memory)
         return guest
@@ -433,7 +431,7 @@ def take(
         for device in devices:
             tell(f"mapping memory in {device.path}")
             _map(device, memory)
-        guest = Guest.restore(memory, saved.guest, saved.devices)
+        guest = Guest.restore(memory, saved.guest, saved.devices, saved.shape.devices)
         stack.callback(guest.close)
         for device in devices:
             stack.callback(device.close)

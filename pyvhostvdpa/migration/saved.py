@@ -8,6 +8,7 @@ it: a guest is started once.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 from contextlib import ExitStack
@@ -16,17 +17,23 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..base.errors import MigrationFailed, MigrationRefused, StreamCorrupt
-from ..guest.state import MAX_DEVICES, DeviceState, GuestShape, GuestState
+from ..guest.nic_state import BadState
+from ..guest.state import MAX_DEVICES, DeviceState, GuestShape, GuestState, check_shapes
 from ..memory.guest import GuestMemory, Progress
 from .folder import SAVED, Claim, Draft, check_folder
-from .pages import memory_hash
+from .pages import memory_hash, stream_sum
 from .stream import MAX_CONTROL
+
+log = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = Path("/var/lib/pyvhostvdpa")
 MAGIC = b"vdpa-gst"
-VERSION = 1
+VERSION = 2
+"""Of the file. One of version 1 has no checksums but that of memory; it is read, with a warning."""
+UNCHECKED_VERSION = 1
 _HEAD = struct.Struct("<8sIIQ")
 _LENGTH = struct.Struct("<I")
+_SUM = struct.Struct("<Q")
 _CHUNK = 1 << 20
 
 
@@ -74,9 +81,9 @@ def save_held(folder: Path, role: str, saved: SavedGuest, memory: GuestMemory) -
 
 
 def _write(file: BinaryIO, saved: SavedGuest, memory: GuestMemory) -> None:
-    file.write(_HEAD.pack(MAGIC, VERSION, len(saved.devices), memory_hash(memory)))
+    _write_checked(file, _HEAD.pack(MAGIC, VERSION, len(saved.devices), memory_hash(memory)))
     for section in (saved.shape.encode(), saved.guest.encode(), *(device.encode() for device in saved.devices)):
-        file.write(_LENGTH.pack(len(section)) + section)
+        _write_checked(file, _LENGTH.pack(len(section)) + section)
     zeros = bytes(_CHUNK)
     for region in memory.regions:
         with region.memory.buffer as buffer:
@@ -114,24 +121,52 @@ def load_claimed(claim: Claim, progress: Progress = lambda done: None) -> tuple[
         raise MigrationRefused(f"{claim.path}: {e.strerror}", hint=f"ls -l {claim.path.parent}") from e
 
 
+def _write_checked(file: BinaryIO, data: bytes) -> None:
+    file.write(data + _SUM.pack(stream_sum(data)))
+
+
 def _load(file: BinaryIO, path: Path, progress: Progress) -> tuple[SavedGuest, GuestMemory]:
-    magic, version, count, digest = _HEAD.unpack(_exactly(file, _HEAD.size, path))
-    if magic != MAGIC or version != VERSION or count > MAX_DEVICES:
-        raise StreamCorrupt(f"{path} is no saved guest of version {VERSION}")
-    shape = GuestShape.decode(_section(file, path))
-    guest = GuestState.decode(_section(file, path))
-    devices = tuple(DeviceState.decode(_section(file, path)) for _ in range(count))
-    if len(devices) != len(shape.devices):
-        raise StreamCorrupt(f"{path}: state of {len(devices)} devices, the guest has {len(shape.devices)}")
-    memory = GuestMemory(shape.memory, progress)  # type: ignore[arg-type]
+    saved, digest = read_sections(file, path)
+    memory = GuestMemory(saved.shape.memory, progress)  # type: ignore[arg-type]
     try:
         _fill(file, memory, path)
         if memory_hash(memory) != digest:
             raise StreamCorrupt(f"{path} is damaged: the hash of its memory differs")
+        if file.read(1):
+            raise StreamCorrupt(f"{path} is damaged: there are bytes after its memory")
     except BaseException:
         memory.close()
         raise
-    return SavedGuest(shape, guest, devices), memory
+    return saved, memory
+
+
+def read_sections(file: BinaryIO, path: Path) -> tuple[SavedGuest, int]:
+    """Return the guest without its memory, which follows in the file, and that memory's hash.
+
+    Raises :class:`~pyvhostvdpa.StreamCorrupt` if any bit of it was changed
+    since it was written; a file of version 1 cannot tell, and gets a warning.
+    """
+    head = _exactly(file, _HEAD.size, path)
+    magic, version, count, digest = _HEAD.unpack(head)
+    if magic != MAGIC or version not in (UNCHECKED_VERSION, VERSION):
+        raise StreamCorrupt(f"{path} is not a saved guest of version {UNCHECKED_VERSION} or {VERSION}")
+    checked = version == VERSION
+    if checked:
+        _check_sum(file, head, path)
+    else:
+        log.warning(
+            "%s has format version %d: apart from its memory it is unchecked, damage may go unnoticed", path, version
+        )
+    if count > MAX_DEVICES:
+        raise StreamCorrupt(f"{path}: {count} devices, at most {MAX_DEVICES} are possible")
+    shape = GuestShape.decode(_section(file, path, checked))
+    guest = GuestState.decode(_section(file, path, checked))
+    devices = tuple(DeviceState.decode(_section(file, path, checked)) for _ in range(count))
+    try:
+        check_shapes([device.shape for device in devices], shape.devices)
+    except BadState as e:
+        raise StreamCorrupt(f"{path}: {e}") from e
+    return SavedGuest(shape, guest, devices), digest
 
 
 def _fill(file: BinaryIO, memory: GuestMemory, path: Path) -> None:
@@ -152,8 +187,17 @@ def _exactly(file: BinaryIO, size: int, path: Path) -> bytes:
     return data
 
 
-def _section(file: BinaryIO, path: Path) -> bytes:
-    (length,) = _LENGTH.unpack(_exactly(file, _LENGTH.size, path))
+def _section(file: BinaryIO, path: Path, checked: bool) -> bytes:
+    head = _exactly(file, _LENGTH.size, path)
+    (length,) = _LENGTH.unpack(head)
     if length > MAX_CONTROL:
         raise StreamCorrupt(f"{path}: a section of {length} bytes")
-    return _exactly(file, length, path)
+    section = _exactly(file, length, path)
+    if checked:
+        _check_sum(file, head + section, path)
+    return section
+
+
+def _check_sum(file: BinaryIO, data: bytes, path: Path) -> None:
+    if _exactly(file, _SUM.size, path) != _SUM.pack(stream_sum(data)):
+        raise StreamCorrupt(f"{path} is damaged: the checksum of its state differs")
