@@ -39,6 +39,8 @@ class Takers:
     def __init__(self, paths: Sequence[str], folder: Path, options: GuestOptions, chance: random.Random) -> None:
         self.paths, self.folder, self.options, self.chance = list(paths), folder, options, chance
         self.tally = Tally()
+        self.pace = 0.3
+        """Seconds that a take takes here."""
         self.peers = [self._fork(number) for number in range(len(paths))]
         self.owner: Peer | None = None
         self._start()
@@ -75,12 +77,16 @@ class Takers:
         for number, peer in enumerate(self.peers):
             peer.ask("take", path, [self.paths[number]])
         self.tally.takes += len(self.peers)
-        time.sleep(self.chance.expovariate(1 / 0.05))
+        begin = time.monotonic()
+        # at any moment of a take, from its first to its last
+        time.sleep(self.chance.uniform(0.0, self.pace))
         victims = self.chance.sample(range(len(self.peers)), self.chance.randrange(len(self.peers))) if kills else []
         for number in victims:
             self.peers[number].kill()
         winners = [number for number, peer in enumerate(self.peers) if number not in victims and _took(peer)]
         assert len(winners) <= 1, f"{len(winners)} processes run the guest"
+        if not victims:
+            self.pace = time.monotonic() - begin
         for number in victims:
             self.peers[number] = self._fork(number)
         self.tally.killed += len(victims)
