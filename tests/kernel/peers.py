@@ -29,6 +29,8 @@ from pyvhostvdpa.migration.stream import Channel
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
 
 DRAIN_SECONDS = 30.0
+STALL_SECONDS = 20.0
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class Gone(AssertionError):
@@ -48,13 +50,13 @@ class Failed(Exception):
 
 @contextmanager
 def interruptible(cancel: Cancel) -> Iterator[None]:
-    """Let Ctrl-C cancel what is done here, also one that came before it began; nowhere else is it heard."""
+    """Let Ctrl-C and SIGTERM cancel what is done here, also one from before it began; nowhere else are they heard."""
     with cancel.on_signals():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         try:
             yield
         finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 class Worker:
@@ -103,7 +105,7 @@ class Worker:
 
     def send(self, options: SendOptions, hold_at: str, fd: int) -> dict[str, Any]:
         assert self.guest is not None
-        with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=20.0) as channel:
+        with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=STALL_SECONDS) as channel:
             source = Source(self.guest, self.devices, channel, cancel, options, self.holding(hold_at))
             with interruptible(cancel):
                 sent = source.run()
@@ -112,7 +114,7 @@ class Worker:
         return {"rounds": len(sent.rounds), "hash": sent.hash, "frames": frames}
 
     def receive(self, paths: list[str], hold_at: str, fd: int) -> dict[str, Any]:
-        with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=20.0) as channel:
+        with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=STALL_SECONDS) as channel:
             destination = Destination(paths, channel, cancel, folder=self.folder, observer=self.holding(hold_at))
             with interruptible(cancel):
                 arrived = destination.run()
@@ -135,13 +137,16 @@ class Worker:
         self.close()
         return path
 
-    def stands(self) -> bool:
-        """Whether no frame goes through the guest here."""
+    def runs(self) -> bool:
+        """Whether frames go through a guest here, within half a second."""
         if self.guest is None:
-            return True
-        before = self.guest.counts()
-        time.sleep(0.5)
-        return self.guest.counts() == before
+            return False
+        before, end = self.guest.counts(), time.monotonic() + 0.5
+        while time.monotonic() < end:
+            if self.guest.counts() != before:
+                return True
+            time.sleep(0.005)
+        return False
 
     def _own(self, arrived: Arrived) -> dict[str, Any]:
         self.arrived, self.guest, self.devices = arrived, arrived.guest, arrived.devices
@@ -211,7 +216,7 @@ class Peer:
             status = 1
             try:
                 self.control.close()
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
                 Worker(theirs, folder).serve()
                 status = 0
             except BaseException:
@@ -221,6 +226,7 @@ class Peer:
                 os._exit(status)
         theirs.close()
         self.alive = True
+        self._early: tuple[Any, ...] = ()
 
     def ask(self, name: str, *arguments: Any, fd: int | None = None) -> None:
         data = pickle.dumps((name, *arguments))
@@ -244,6 +250,25 @@ class Peer:
         message = self._message()
         assert message == ("phase", phase), f"{self.name} did not come to {phase!r}: {message}"
 
+    def comes_to(self, phase: str) -> bool:
+        """Whether it comes to be held at a phase; if not, its end is the next message."""
+        self._early = self._message()
+        if self._early == ("phase", phase):
+            self._early = ()
+            return True
+        return False
+
+    def final(self) -> Any:
+        """Wait for its end, also if it ended before it came to a phase, or crashed."""
+        kind, *rest = self._early or self._message()
+        self._early = ()
+        if kind == "crashed":
+            raise Failed(kind, rest[0], "")
+        if kind == "failed":
+            raise Failed(*rest)
+        assert kind == "done", kind
+        return rest[0]
+
     def go_on(self) -> None:
         self.control.send(b"on")
 
@@ -259,15 +284,20 @@ class Peer:
         self.ask(name, *arguments)
         return self.result()
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal, if it is alive."""
+        if self.alive:
+            os.kill(self.pid, number)
+
     def interrupt(self) -> None:
-        os.kill(self.pid, signal.SIGINT)
+        self.signal(signal.SIGINT)
 
     def freeze(self) -> None:
-        """Stop the process where it is, as SIGSTOP does."""
-        os.kill(self.pid, signal.SIGSTOP)
+        """Stop the process where it is."""
+        self.signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
+        self.signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End it as kill -9 does, wherever it is. Twice is no error."""

@@ -46,7 +46,7 @@ def ended(peer: Peer) -> Failed:
 
 
 def is_the_only_one(owner: Peer, other: Peer) -> None:
-    assert other.call("stands")
+    assert not other.call("runs")
     owner.call("receives", 100)
 
 
@@ -92,7 +92,7 @@ def test_source_stopped_after_go_stays_stopped_when_the_guest_died_at_the_destin
         world.here.thaw()
         # RUNNING had arrived: the guest was the destination's, and died with it
         world.here.result()
-    assert world.here.call("stands")
+    assert not world.here.call("runs")
     assert not world.files()
 
 
@@ -104,7 +104,7 @@ def test_source_stopped_after_go_saves_the_guest_when_the_destination_died_first
         world.there.kill()
         world.here.thaw()
         failed = ended(world.here)
-    assert world.here.call("stands")
+    assert not world.here.call("runs")
     [path] = world.files()
     assert f"saved in {path}" in failed.message
     world.here.call("drop_stopped")
