@@ -19,10 +19,10 @@ import pytest
 from pyvhostvdpa.base.errors import MigrationRefused, StreamCorrupt
 from pyvhostvdpa.guest.state import DeviceShape, GuestShape
 from pyvhostvdpa.memory.guest import DEFAULT_GPA
-from pyvhostvdpa.migration import alive, endpoint, reception
+from pyvhostvdpa.migration import alive, endpoint, reception, session
 from pyvhostvdpa.migration.alive import AliveLimit
 from pyvhostvdpa.migration.destination import receive_shape
-from pyvhostvdpa.migration.endpoint import Address, Listener, NoPeer, connect
+from pyvhostvdpa.migration.endpoint import Address, Inherited, Listener, NoPeer, connect
 from pyvhostvdpa.migration.reception import Reception
 from pyvhostvdpa.migration.stream import HEADER, MAGIC, VERSION, Channel, Frame, words
 
@@ -178,6 +178,60 @@ def test_a_listener_without_descriptors_goes_on_when_there_are_some(
                 with pytest.raises(NoPeer, match=word):
                     here.next()
             here.next()[0].close()
+
+
+# -- the command's loop ------------------------------------------------------------------------
+
+
+class Fitting:
+    """In a destination's place: refuses the first guests."""
+
+    refusals = 2
+
+    def __init__(self, paths: object, channel: Channel, *_: object) -> None:
+        self.channel = channel
+
+    def run(self) -> str:
+        if Fitting.refusals:
+            Fitting.refusals -= 1
+            raise MigrationRefused("it does not fit")
+        return "arrived"
+
+
+@pytest.fixture
+def receiving(monkeypatch: pytest.MonkeyPatch) -> tuple[session.Receiving, list[str]]:
+    said: list[str] = []
+    monkeypatch.setattr(session, "check_devices", lambda paths: None)
+    monkeypatch.setattr(session, "Destination", Fitting)
+    monkeypatch.setattr(session.Receiving, "_live", lambda self, arrived: arrived)
+    monkeypatch.setattr(Fitting, "refusals", 2)
+    return session.Receiving(["/dev/none"], tell=said.append), said
+
+
+def test_a_guest_that_does_not_fit_ends_no_listener(
+    receiving: tuple[session.Receiving, list[str]], address: Address
+) -> None:
+    command, said = receiving
+    with contextlib.ExitStack() as sources:
+
+        def come() -> None:
+            for _ in range(3):
+                sources.enter_context(honest(address))
+
+        with Listener(address) as listener:
+            thread = threading.Thread(target=come)
+            thread.start()
+            assert command.receive(listener) == "arrived"  # type: ignore[comparison-overlap]
+            thread.join()
+    assert [text for text in said if text.startswith("refused")] == ["refused: it does not fit"] * 2
+
+
+def test_an_inherited_stream_that_was_refused_has_no_next(receiving: tuple[session.Receiving, list[str]]) -> None:
+    near, far = socket.socketpair()
+    with far, Inherited(near.detach()) as stream:
+        far.sendall(PREAMBLE)
+        with pytest.raises(MigrationRefused, match="it does not fit"):
+            receiving[0].receive(stream)
 
 
 # -- who is at the other end of a Unix socket ----------------------------------------------------
