@@ -30,13 +30,15 @@ from world import OPTIONS, PERFECT
 
 from pyvhostvdpa.migration.source import SendOptions
 
-SOURCE = ("handshake", "switch", "memory", "stop", "state", "ready", "go", "running")
-DESTINATION = ("handshake", "map", "memory", "load", "ready", "start", "running")
+SOURCE = ("handshake", "switch", "memory", "stop", "state", *("ready", "go", "running") * 2)
+DESTINATION = ("handshake", "map", "memory", "load", *("ready", "start", "running") * 2)
+"""Phases at which a side is held while it is harmed, those of the hand-over twice as often."""
 KNOBS = ("fail_suspend", "fail_set_map", "fail_vq_create", "cvq_mute")
 PATIENCE, MARGIN, STALL = 4.0, 1.5, 3.0
 """Seconds, in place of a minute."""
 END_SECONDS = 90.0
 NOFILE = 1024
+VERBOSE = bool(os.environ.get("PYVHOSTVDPA_SOAK_VERBOSE"))
 
 
 @dataclass
@@ -109,6 +111,8 @@ class Storm:
             e.add_note("\n".join(story))
             raise
         self.tally.ends[how] += 1
+        if VERBOSE:
+            print("; ".join([*story, how]), flush=True)
         self._is_as_before()
 
     def _run(self, chance: random.Random, story: list[str]) -> dict[str, End]:
@@ -122,10 +126,10 @@ class Storm:
                 left, right = socket.socketpair()
                 stack.callback(left.close)
                 stack.callback(right.close)
-            faults = [self._draw(chance, wire) for _ in range(chance.choice([0, 1, 1, 1, 2, 2]))]
+            faults = [self._draw(chance, wire) for _ in range(chance.choice([0, 1, 1, 2, 2, 3]))]
             side = chance.choice([self.here, self.there])
             phase = chance.choice(SOURCE if side is self.here else DESTINATION)
-            held = faults and chance.random() < 0.6
+            held = faults and chance.random() < 0.75
             story.append(
                 f"over {'a network' if wire else 'a Unix socket'}{f', held at {side.name} {phase}' * bool(held)}"
             )
@@ -174,7 +178,7 @@ class Storm:
 
     def _draw(self, chance: random.Random, wire: Wire | None) -> Fault:
         kinds: list[Callable[[random.Random], Fault]] = [self._signal, self._signal, self._pause, self._kill]
-        kinds += [self._limit, self._disk, self._disk]
+        kinds += [self._kill, self._limit, self._disk]
         if any(self.sims.values()):
             kinds += [self._device, self._device]
         if wire is not None:
@@ -184,13 +188,16 @@ class Storm:
     def _victim(self, chance: random.Random) -> Peer:
         return chance.choice([self.here, self.there])
 
+    def _role(self, peer: Peer) -> str:
+        return "source" if peer is self.here else "destination"
+
     def _signal(self, chance: random.Random) -> Fault:
         peer, number = self._victim(chance), chance.choice([signal.SIGINT, signal.SIGTERM])
-        return Fault(f"{number.name} to {peer.name}", lambda: peer.signal(number))
+        return Fault(f"{number.name} to the {self._role(peer)}", lambda: peer.signal(number))
 
     def _kill(self, chance: random.Random) -> Fault:
         peer = self._victim(chance)
-        return Fault(f"SIGKILL to {peer.name}", peer.kill)
+        return Fault(f"SIGKILL to the {self._role(peer)}", peer.kill)
 
     def _pause(self, chance: random.Random) -> Fault:
         peer, seconds = self._victim(chance), chance.choice([0.1, 0.5, 2.0, STALL + 1, 2 * PATIENCE + 3 * MARGIN])
@@ -200,7 +207,7 @@ class Storm:
                 time.sleep(seconds)
                 peer.thaw()
 
-        return Fault(f"SIGSTOP to {peer.name} for {seconds} s", lambda: peer.signal(signal.SIGSTOP), undo)
+        return Fault(f"SIGSTOP to the {self._role(peer)} for {seconds} s", lambda: peer.signal(signal.SIGSTOP), undo)
 
     def _limit(self, chance: random.Random) -> Fault:
         peer, room = self._victim(chance), chance.randrange(4)
@@ -215,7 +222,7 @@ class Storm:
                 time.sleep(1.0)
                 resource.prlimit(peer.pid, resource.RLIMIT_NOFILE, (NOFILE, NOFILE))
 
-        return Fault(f"ulimit of {peer.name} to {room} more", do, undo)
+        return Fault(f"ulimit of the {self._role(peer)} to {room} more", do, undo)
 
     def _disk(self, chance: random.Random) -> Fault:
         read_only, filler = chance.random() < 0.5, self.folder / "filler"
@@ -237,13 +244,13 @@ class Storm:
         return Fault("disk read-only" if read_only else "disk full", do, undo)
 
     def _device(self, chance: random.Random) -> Fault:
-        name = chance.choice([name for name, sim in self.sims.items() if sim is not None])
-        sim, knob, value = self.sims[name], chance.choice(KNOBS), chance.randrange(1, 4)
+        peer = self._victim(chance)
+        sim, knob, value = self.sims[peer.name], chance.choice(KNOBS), chance.randrange(1, 4)
         assert sim is not None
         if knob == "cvq_mute":
             value = 1
         return Fault(
-            f"device {name} {knob}={value}",
+            f"device of the {self._role(peer)}: {knob}={value}",
             lambda: sim.write(f"fault/{knob}", value),
             lambda: sim.write(f"fault/{knob}", 0),
         )
