@@ -235,7 +235,7 @@ class _Destination:
                 if isinstance(value, KeyboardInterrupt) or self._near is not None:
                     process.terminate()
                 # a guest that runs there is not ended by what failed here
-                lives = self._has_guest and not self._silent and isinstance(value, Exception | None)
+                lives = self._has_guest and not (self._silent or self._result) and isinstance(value, Exception | None)
                 process.wait(None if lives else _END_SECONDS)
             except BaseException as e:
                 process.kill()
