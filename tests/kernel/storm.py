@@ -130,9 +130,9 @@ class Storm:
             side = chance.choice([self.here, self.there])
             phase = chance.choice(SOURCE if side is self.here else DESTINATION)
             held = faults and chance.random() < 0.75
-            story.append(
-                f"over {'a network' if wire else 'a Unix socket'}{f', held at {side.name} {phase}' * bool(held)}"
-            )
+            story.append(f"over {'a network' if wire else 'a Unix socket'}")
+            if held:
+                story.append(f"held at the {self._role(side)}'s {phase}")
             options = SendOptions(folder=self.folder, downtime=0.5, hashed=chance.random() < 0.3)
             self.here.ask("send", options, phase if held and side is self.here else "", fd=left.fileno())
             receiving = ("receive", [self.paths[self.there.name]], phase if held and side is self.there else "")
