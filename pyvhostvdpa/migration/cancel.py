@@ -8,7 +8,7 @@ import select
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -24,10 +24,10 @@ def check_cancelled(fd: int) -> None:
         raise MigrationCancelled("cancelled")
 
 
-def _is_set(fd: int) -> bool:
+def _is_set(fd: int, seconds: float = 0.0) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(seconds * 1000))
 
 
 @contextmanager
@@ -95,6 +95,15 @@ class Cancel(Closing):
     def wanted(self) -> bool:
         """Whether the user cancelled."""
         return _is_set(self._fd)
+
+    def forget(self) -> None:
+        """Take back what was wanted so far."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the user cancels, for ``seconds`` at most; whether that was so."""
+        return _is_set(self._fd, seconds)
 
     def check(self) -> None:
         """Raise :class:`~pyvhostvdpa.MigrationCancelled` if the user cancelled."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,10 +38,14 @@ from ..net.features import Feature
 from ..net.fit import misfits, unknown_fields
 from ..trace.phases import DEST_PREMAP, DEST_START
 from ..trace.recorder import Trace
+from .alive import AliveLimit
 from .cancel import Cancel
 from .common import PATIENCE, Observer, Tell, harmless, hash_bytes, patience, words_of
+from .fence import Fence, hold, needs_holding
+from .folder import Claim
 from .pages import PAGES, ZERO, PageReceiver
-from .saved import DEFAULT_FOLDER, SavedGuest, check_room, load, save
+from .rescue import rescue
+from .saved import DEFAULT_FOLDER, SavedGuest, check_room, load_claimed, save_held
 from .stream import Channel, Frame, Header, words
 
 log = logging.getLogger(__name__)
@@ -83,9 +88,12 @@ class Destination:
         observer: Observer = lambda phase: None,
         tell: Tell = lambda text: None,
         control_deadline: float = DEFAULT_DEADLINE,
+        shape: GuestShape | None = None,
     ) -> None:
+        """``control_deadline`` in seconds for each device; ``shape`` if it was received already."""
         self._control_deadline = control_deadline
         self.paths = [os.fspath(path) for path in paths]
+        self._shape = shape
         self.channel = channel
         self.trace = trace or Trace()
         self._folder, self._cancel = folder, cancel
@@ -93,6 +101,7 @@ class Destination:
         self._stack = ExitStack()
         self._devices: list[VdpaNetDevice] = []
         self._told = 0.0
+        self._alive_frames = AliveLimit()
         self._hash = b""
         self._guest_state: GuestState | None = None
         self._device_states: list[DeviceState] = []
@@ -108,7 +117,8 @@ class Destination:
         """
         with self._stack:
             self._observe("handshake")
-            shape = self._shape()
+            shape = self._shape or receive_shape(self.channel)
+            self._tell(f"{shape.source}: {len(shape.devices)} devices, {sum(s for _, s in shape.memory) >> 20} MiB")
             try:
                 self._cancel.check()
                 self._check_shape(shape)
@@ -126,30 +136,9 @@ class Destination:
             return self._start(shape, guest)
 
     def _say(self, kind: Frame, error: VhostVdpaError) -> None:
-        """Tell the source why this side gives up, as far as there still is one."""
-        self.channel.cancel = -1
-        if isinstance(error, StreamBroken | _SourceCancelled):
-            return
-        with suppress(StreamBroken):
-            self.channel.send_text(kind, str(error) + (f" (next: {error.hint})" if error.hint else ""))
-            self.channel.finish()
+        say(self.channel, kind, error)
 
     # -- before anything is touched --------------------------------------------------
-
-    def _shape(self) -> GuestShape:
-        try:
-            kind, payload = self.channel.expect(Frame.SHAPE, Frame.CANCEL)
-            if kind is Frame.CANCEL:
-                raise _SourceCancelled(f"the source says: {words(payload)}")
-            shape = GuestShape.decode(payload)
-        except (StreamBroken, StreamCorrupt, _SourceCancelled) as e:
-            self._say(Frame.REFUSE, e)
-            raise _elsewhere(e, Stray) from e
-        except VhostVdpaError as e:
-            self._say(Frame.REFUSE, e)
-            raise _elsewhere(e) from e
-        self._tell(f"{shape.source}: {len(shape.devices)} devices, {sum(s for _, s in shape.memory) >> 20} MiB")
-        return shape
 
     def _check_shape(self, shape: GuestShape) -> None:
         if len(shape.devices) != len(self.paths):
@@ -199,6 +188,7 @@ class Destination:
             header = self.channel.receive_header(PATIENCE)
             if header.type in (PAGES, ZERO):
                 receiver.receive(header)
+                self._alive_frames.progress()
                 self._progress(receiver)
             elif self._control(header, shape):
                 break
@@ -227,9 +217,12 @@ class Destination:
         payload = self.channel.receive_payload(header)
         if header.type == Frame.CANCEL:
             raise _SourceCancelled(f"the source says: {words(payload)}")
+        if header.type != Frame.ALIVE:
+            self._alive_frames.progress()
         if header.type == Frame.ROUND and len(payload) == 8:
             self._tell(f"round {header.count}: {int.from_bytes(payload, 'little') >> 10:,} KiB")
         elif header.type == Frame.ALIVE:
+            self._alive_frames.count()
             self._tell(f"source: {words(payload)}")
         elif header.type == Frame.GUEST:
             self._guest_state = GuestState.decode(payload)
@@ -253,13 +246,15 @@ class Destination:
         try:
             self._observe("ready")
             self._cancel.check()
+            # before READY is sent: the source's time to hold its file begins when it arrives
+            self._fence = Fence(patience(shape), 2)
             self.channel.send_frame(Frame.READY, self._hash)
-            kind, payload = self.channel.expect(Frame.GO, Frame.CANCEL, seconds=patience(shape))
+            kind, payload = self.channel.expect(Frame.GO, Frame.CANCEL, seconds=self._fence.left)
         except (StreamBroken, StreamCorrupt) as e:
             said = self.channel.last_words()
             if said:
                 raise _elsewhere(_SourceCancelled(f"the source says: {said}")) from e
-            raise self._unknown(shape, guest, e) from e
+            raise self._unknown(shape, guest, e, "before the source gave the guest away") from e
         except VhostVdpaError as e:
             # the source learns from this that the guest is not here
             self._say(Frame.FAILED, e)
@@ -269,17 +264,25 @@ class Destination:
         clock = int.from_bytes(payload[:8], "little", signed=True)
         guest.shift_clock(time.monotonic_ns() - clock)
 
-    def _unknown(self, shape: GuestShape, guest: Guest, error: VhostVdpaError) -> MigrationFailed:
-        happened = f"{error}, after this side was ready and before the source gave the guest away"
+    def _unknown(self, shape: GuestShape, guest: Guest, error: VhostVdpaError, when: str) -> MigrationFailed:
+        """Save the guest; hold the file until the source cannot go on by itself any more. The error that tells so."""
+        happened = f"{words_of(error)}, after this side was ready and {when}"
         state = SavedGuest(shape, self._complete(), tuple(self._device_states))
-        try:
-            path = save(self._folder, "destination", state, guest.memory)
-        except VhostVdpaError as worse:
-            return MigrationFailed(f"{happened}. The guest does not run here, and {worse}")
+        # the source learns at once that nothing follows from here
+        self.channel.close()
+        # a signal that raised here would end the guest
+        self._cancel.too_late()
+        size = guest.memory.size
+        with rescue(lambda: save_held(self._folder, "destination", state, guest.memory), self._folder, size) as held:
+            if needs_holding(self.channel, error):
+                hold(self._fence, held.path, "source", self._cancel, self._tell)
+            path = held.path
+        quoted = shlex.quote(str(path))
         return MigrationFailed(
-            f"{happened}. It is stopped here and saved in {path}; the source may have let it go on",
-            hint=f"if it runs on the source: rm {path}\n"
-            f"  if it does not: vhost-vdpa receive --take {path} {' '.join(self.paths)}",
+            f"{happened}. It is stopped here and saved in {path}; the source may have let it go on: it must run on one "
+            "side only",
+            hint=f"if it runs on the source: rm {quoted}\n"
+            f"  if it does not: {shlex.join(['vhost-vdpa', 'receive', '--take', str(path), *self.paths])}",
         )
 
     def _start(self, shape: GuestShape, guest: Guest) -> Arrived:
@@ -287,7 +290,9 @@ class Destination:
         self.channel.cancel = -1
         self._observe("start")
         try:
-            _start_devices(guest, self._devices)
+            _start_devices(guest, self._devices, self._check_fence)
+        except _TooLate as e:
+            raise self._unknown(shape, guest, e, "so late that the source may have been started again") from e
         except Exception as e:
             # whatever it is, the source is told and has the guest
             failed = MigrationFailed(
@@ -305,6 +310,39 @@ class Destination:
             note = f"the guest runs here, but the source could not be told ({words_of(e)}): it stays stopped there"
         resources = self._stack.pop_all()
         return Arrived(shape.id.hex(), shape.source, guest, self._devices, self._hash.hex(), note, resources)
+
+    def _check_fence(self) -> None:
+        if self._fence.passed:
+            raise _TooLate("this process was stopped for too long")
+
+
+class _TooLate(VhostVdpaError):
+    """The time in which this side may start the guest by itself is over."""
+
+
+def receive_shape(channel: Channel) -> GuestShape:
+    """Return what the guest at the other end needs; :class:`Stray`, told there too, if that makes no sense."""
+    try:
+        kind, payload = channel.expect(Frame.SHAPE, Frame.CANCEL)
+        if kind is Frame.CANCEL:
+            raise _SourceCancelled(f"the source says: {words(payload)}")
+        return GuestShape.decode(payload)
+    except (StreamBroken, StreamCorrupt, _SourceCancelled) as e:
+        say(channel, Frame.REFUSE, e)
+        raise _elsewhere(e, Stray) from e
+    except VhostVdpaError as e:
+        say(channel, Frame.REFUSE, e)
+        raise _elsewhere(e) from e
+
+
+def say(channel: Channel, kind: Frame, error: VhostVdpaError) -> None:
+    """Tell the source why this side gives up, as far as there still is one."""
+    channel.cancel = -1
+    if isinstance(error, StreamBroken | _SourceCancelled):
+        return
+    with suppress(StreamBroken):
+        channel.send_text(kind, str(error) + (f" (next: {error.hint})" if error.hint else ""))
+        channel.finish()
 
 
 class Stray(MigrationRefused):
@@ -381,13 +419,15 @@ def _map(device: VdpaNetDevice, memory: GuestMemory) -> None:
         space.unmap(iova, PAGE_SIZE)
 
 
-def _start_devices(guest: Guest, devices: Sequence[VdpaNetDevice]) -> None:
-    """Start every device and let the guest run; on a failure all are reset."""
+def _start_devices(guest: Guest, devices: Sequence[VdpaNetDevice], check: Callable[[], None] = lambda: None) -> None:
+    """Start every device and let the guest run; on a failure, also of ``check``, all are reset."""
     try:
+        check()
         with guest.watching(Window.START):
             for number, device in enumerate(devices):
                 with device.trace.in_phase(DEST_START):
                     guest.start(number, device)
+        check()
         guest.run()
     except BaseException:
         guest.pause()
@@ -395,22 +435,6 @@ def _start_devices(guest: Guest, devices: Sequence[VdpaNetDevice]) -> None:
             with suppress(VhostVdpaError):
                 device.reset()
         raise
-
-
-@contextmanager
-def _claimed(path: Path) -> Iterator[None]:
-    """Have a file out of everybody's reach while its guest is started: nobody starts it twice. Then remove it."""
-    claimed = path.with_suffix(".taken")
-    try:
-        path.rename(claimed)
-    except OSError as e:
-        raise MigrationRefused(f"{path}: {e.strerror}: somebody else has taken it") from e
-    try:
-        yield
-    except BaseException:
-        claimed.rename(path)
-        raise
-    claimed.unlink()
 
 
 def take(
@@ -422,12 +446,15 @@ def take(
 ) -> Arrived:
     """Start the guest saved in a file on the devices at ``paths``, and remove the file once it runs.
 
-    Raises what loading, opening, mapping and starting raise; the file stays then.
+    The file is claimed (:class:`~pyvhostvdpa.migration.folder.Claim`) before it is read, and until it is removed.
+    Raises what claiming, loading, opening, mapping and starting raise; the
+    file stays then, and can be taken again.
     """
     trace = trace or Trace()
     with ExitStack() as stack:
         tell(f"loading {path}")
-        saved, memory = load(path)
+        claim = stack.enter_context(Claim(path))
+        saved, memory = load_claimed(claim)
         stack.callback(memory.close)
         if len(paths) != len(saved.devices):
             raise MigrationRefused(f"the guest in {path} has {len(saved.devices)} devices, {len(paths)} were given")
@@ -447,6 +474,20 @@ def take(
             stack.callback(device.close)
         # how long it stood is no gap of a device's making
         guest.forget_clock()
-        with _claimed(path):
-            _start_devices(guest, devices)
-        return Arrived(saved.shape.id.hex(), saved.shape.source, guest, devices, resources=stack.pop_all())
+        _start_devices(guest, devices)
+        note = _removed(claim)
+        return Arrived(saved.shape.id.hex(), saved.shape.source, guest, devices, note=note, resources=stack.pop_all())
+
+
+def _removed(claim: Claim) -> str:
+    """Remove the file of a guest that runs; if that fails, what its owner has to do."""
+    try:
+        claim.remove()
+    except OSError as e:
+        # the claim is held as long as the guest runs: nobody starts it a second time
+        return (
+            f"the guest runs here, but its file could not be removed ({e.strerror}), and must not be started again: "
+            f"rm {shlex.quote(str(claim.path))}"
+        )
+    claim.close()
+    return ""

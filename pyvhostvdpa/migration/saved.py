@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +20,7 @@ from ..base.errors import MigrationFailed, MigrationRefused, StreamCorrupt
 from ..guest.nic_state import BadState
 from ..guest.state import MAX_DEVICES, DeviceState, GuestShape, GuestState, check_shapes
 from ..memory.guest import GuestMemory, Progress
+from .folder import SAVED, Claim, Draft, check_folder
 from .pages import memory_hash, stream_sum
 from .stream import MAX_CONTROL
 
@@ -46,15 +47,8 @@ class SavedGuest:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Make ``folder`` and raise :class:`~pyvhostvdpa.MigrationRefused` if a guest of ``size`` does not fit."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        room = os.statvfs(folder)
-    except OSError as e:
-        raise MigrationRefused(
-            f"no place to save a guest: {folder}: {e.strerror}", hint="--state DIR names another"
-        ) from e
-    free = room.f_bavail * room.f_frsize
+    """Make ``folder`` and raise :class:`~pyvhostvdpa.MigrationRefused` if a guest of ``size`` bytes cannot be saved."""
+    free = check_folder(folder)
     if free < size:
         raise MigrationRefused(
             f"{folder} has {free >> 20} MiB free; a guest whose stream breaks at the hand-over is saved there, "
@@ -65,20 +59,25 @@ def check_room(folder: Path, size: int) -> None:
 
 def save(folder: Path, role: str, saved: SavedGuest, memory: GuestMemory) -> Path:
     """Write a stopped guest to a file in ``folder`` and return its path; MigrationFailed if that cannot be done."""
-    path = folder / f"guest-{saved.shape.id.hex()[:12]}-{role}.saved"
-    half = path.with_suffix(".half")
+    with save_held(folder, role, saved, memory) as held:
+        return held.path
+
+
+def save_held(folder: Path, role: str, saved: SavedGuest, memory: GuestMemory) -> Draft:
+    """Do what :func:`save` does, but keep the file: it has its name, and cannot be claimed before that is closed."""
+    # the number is the other side's choice: it names the file, and replaces none
+    stem = f"guest-{saved.shape.id.hex()[:12]}-{role}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            _write(file, saved, memory)
-            file.flush()
-            os.fsync(file.fileno())
-        half.rename(path)
+        with ExitStack() as unless_saved:
+            draft = unless_saved.enter_context(Draft(folder))
+            with open(os.dup(draft.fileno()), "wb") as file:
+                _write(file, saved, memory)
+            draft.publish(stem)
+            unless_saved.pop_all()
     except OSError as e:
-        with suppress(OSError):
-            half.unlink()
-        raise MigrationFailed(f"the guest could not be saved to {path}: {e.strerror}") from e
-    return path
+        raise MigrationFailed(f"the guest could not be saved to {folder / stem}{SAVED}: {e.strerror}") from e
+    return draft
 
 
 def _write(file: BinaryIO, saved: SavedGuest, memory: GuestMemory) -> None:
@@ -104,12 +103,22 @@ def load(path: Path, progress: Progress = lambda done: None) -> tuple[SavedGuest
     Raises :class:`~pyvhostvdpa.MigrationRefused` if there is no such
     file, :class:`~pyvhostvdpa.StreamCorrupt` if it is none of ours or
     damaged, :class:`~pyvhostvdpa.MissingFeature` without the memory.
+    It claims nothing: who starts the guest uses :func:`load_claimed`.
     """
     try:
         with path.open("rb") as file:
             return _load(file, path, progress)
     except OSError as e:
-        raise MigrationRefused(f"{path}: {e.strerror}", hint="ls -l *.saved") from e
+        raise MigrationRefused(f"{path}: {e.strerror}", hint=f"ls -l {path.absolute().parent}") from e
+
+
+def load_claimed(claim: Claim, progress: Progress = lambda done: None) -> tuple[SavedGuest, GuestMemory]:
+    """Return the guest in a file that this process has claimed; raises what :func:`load` does."""
+    try:
+        with open(os.dup(claim.fileno()), "rb") as file:
+            return _load(file, claim.path, progress)
+    except OSError as e:
+        raise MigrationRefused(f"{claim.path}: {e.strerror}", hint=f"ls -l {claim.path.parent}") from e
 
 
 def _write_checked(file: BinaryIO, data: bytes) -> None:

@@ -14,6 +14,7 @@ from ..base.errors import MigrationEnded, MigrationRefused
 from ..chardev.door import check_path
 from ..device.net import VdpaNetDevice
 from ..guest.nic import MAX_FRAME, MIN_FRAME, Window
+from ..guest.state import GuestShape
 from ..guest.synthetic import Guest, GuestOptions
 from ..host import mgmt
 from ..memory.guest import Progress, check_available
@@ -24,9 +25,10 @@ from ..trace.phases import DT1, DT2, PHASES
 from ..trace.recorder import Trace
 from .cancel import Cancel, ending_early
 from .common import Observer, Tell, attempt, harmless
-from .destination import Arrived, Destination, Stray, take
+from .destination import Arrived, Destination, receive_shape, take
 from .dirty import probe_interface
-from .endpoint import Inherited, Listener, NoPeer
+from .endpoint import Inherited, Listener
+from .reception import Reception
 from .report import STAYED, Downtimes, DropCounts, Drops, Part, ReceivedReport, SentReport, environment
 from .saved import DEFAULT_FOLDER, check_room
 from .source import SendOptions, Sent, Source
@@ -290,29 +292,44 @@ class Receiving:
     def receive(self, listener: Listener | Inherited) -> ReceivedReport:
         """Wait for a source, receive its guest, let it run.
 
-        Whoever brings no guest is told of, and the next waited for; a guest that does not fit ends it.
+        A peer that brings no guest, or one that does not fit, is reported and refused, and the next is waited for.
+        Raises :class:`~pyvhostvdpa.MigrationRefused` if there is no next, because the stream was inherited.
         """
         check_devices(self.paths)
-        while True:
-            self.tell(f"waiting for a source on {listener.address}")
-            try:
-                with Cancel() as cancel:
-                    channel = listener.accept(cancel.fileno())
-                    with channel, cancel.on_signals():
-                        arrived = Destination(
-                            self.paths,
-                            channel,
-                            cancel,
-                            self.trace,
-                            self.folder,
-                            self.observer,
-                            self.tell,
-                            self.control_deadline,
-                        ).run()
-            except (NoPeer, Stray) as e:
-                self.tell(f"refused: {e}")
-            else:
-                return self._live(arrived)
+        if isinstance(listener, Inherited):
+            self._wait(listener)
+            with Cancel() as cancel:
+                return self._live(self._arrive(listener.accept(cancel.fileno()), cancel))
+        with Reception(listener, receive_shape) as reception:
+            self._wait(listener)
+            while True:
+                try:
+                    channel, shape = reception.next()
+                    with Cancel() as cancel:
+                        arrived = self._arrive(channel, cancel, shape)
+                except MigrationRefused as e:
+                    self.tell(f"refused: {e}")
+                    self._wait(listener)
+                else:
+                    reception.stop()
+                    return self._live(arrived)
+
+    def _wait(self, listener: Listener | Inherited) -> None:
+        self.tell(f"waiting for a source on {listener.address}")
+
+    def _arrive(self, channel: Channel, cancel: Cancel, shape: GuestShape | None = None) -> Arrived:
+        with channel, cancel.on_signals():
+            return Destination(
+                self.paths,
+                channel,
+                cancel,
+                self.trace,
+                self.folder,
+                self.observer,
+                self.tell,
+                self.control_deadline,
+                shape,
+            ).run()
 
     def take(self, path: Path) -> ReceivedReport:
         """Start the guest saved in a file, let it run."""

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,19 +30,27 @@ from ..guest.state import ID_BYTES, GuestShape
 from ..guest.synthetic import Guest
 from ..net.control_queue import DEFAULT_DEADLINE
 from ..trace.phases import CANCEL_START, DT1_START, DT1_STOP, DT2_STOP
+from .alive import AliveLimit
 from .cancel import Cancel
-from .common import HAND_OVER_SECONDS, PATIENCE, Observer, Tell, harmless, hash_bytes, patience, words_of
+from .common import PATIENCE, Observer, Tell, harmless, hash_bytes, patience, words_of
 from .convergence import Convergence
 from .dirty import DirtyTracker, PageSet
+from .fence import MARGIN, Fence, hold, needs_holding
+from .folder import Draft
 from .pages import PageSender, RoundStatistics
 from .rescue import rescue
-from .saved import DEFAULT_FOLDER, SavedGuest, check_room, save
+from .saved import DEFAULT_FOLDER, SavedGuest, check_room, save_held
 from .stream import Channel, Frame, words
 
 PHASES = ("handshake", "switch", "memory", "stop", "state", "ready", "go", "running")
 """Of the source, in order; "back to source" may follow each but the last."""
 
 _TELL_SECONDS = 1.0
+_GIVEN = "after the guest was given away and before the destination said that it runs there"
+_LATE = (
+    "so late after the destination was ready that the guest may have been started from its file there (this process "
+    "was stopped, or the stream silent, for too long)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +129,8 @@ class Source:
         """Numbers of devices that failed to stop: whether they stand still nobody knows."""
         self._loaded = False
         """Whether the destination may have all of the guest, and so may save it."""
+        self._fence: Fence | None = None
+        """While this side may go on by itself though the destination may be ready."""
         self._cancel = cancel
         self._observe, self._tell, self._shadowed = harmless(observer), harmless(tell), shadowed
         self._tracker = DirtyTracker(guest.memory)
@@ -180,12 +191,14 @@ class Source:
                 )
         check_room(self.options.folder, self.guest.memory.size)
         self.channel.send_frame(Frame.SHAPE, self._shape.encode())
+        alive = AliveLimit()
         while True:
             kind, payload = self.channel.expect(Frame.ACCEPT, Frame.REFUSE, Frame.FAILED, Frame.ALIVE, seconds=PATIENCE)
             if kind is Frame.ACCEPT:
                 return
             if kind is not Frame.ALIVE:
                 raise MigrationRefused(f"the destination says: {words(payload)}")
+            alive.count()
             self._tell(f"destination: {words(payload)}")
 
     def _switch(self) -> None:
@@ -286,12 +299,17 @@ class Source:
         for number, device in enumerate(devices):
             self.channel.send_frame(Frame.DEVICE, device.encode(), number)
         self._loaded = True
+        self._fence = Fence(patience(self._shape), 1)
         self.channel.send_frame(Frame.FINAL)
 
     def _await_ready(self) -> None:
         ours = hash_bytes(self.guest.memory) if self.options.hashed else b""
-        kind, theirs = self.channel.expect(Frame.READY, Frame.FAILED, seconds=patience(self._shape))
+        assert self._fence is not None
+        kind, theirs = self.channel.expect(Frame.READY, Frame.FAILED, seconds=max(1.0, self._fence.left - MARGIN))
+        # the destination's time to start the guest began before READY arrived
+        self._theirs = Fence(patience(self._shape), 3)
         if kind is Frame.FAILED:
+            self._fence = None
             raise MigrationFailed(f"the destination says: {words(theirs)}")
         if theirs != ours:
             raise MigrationFailed(
@@ -311,38 +329,45 @@ class Source:
             # a partial GO frame does not count
             raise self._stay(e) from e
         except Exception as e:
-            raise self._unknown(e) from e
+            raise self._unknown(e, _GIVEN, True) from e
         try:
             self._observe("running")
-            kind, payload = self.channel.expect(Frame.RUNNING, Frame.FAILED, seconds=HAND_OVER_SECONDS)
+            kind, payload = self.channel.expect(Frame.RUNNING, Frame.FAILED, seconds=self._theirs.left)
         except Exception as e:
             # whatever it is: what follows from it is that nobody knows whether the guest runs there
-            raise self._unknown(e) from e
+            raise self._unknown(e, _GIVEN, needs_holding(self.channel, e)) from e
         if kind is Frame.FAILED:
+            self._fence = None
             error = MigrationFailed(f"the destination could not start the guest: {words(payload)}")
             raise self._stay(error) from error
 
-    def _unknown(self, error: Exception) -> MigrationFailed:
-        saved, command = self._save()
+    def _unknown(self, error: Exception, when: str, held: bool = False) -> MigrationFailed:
+        saved, command = self._save(held)
         return MigrationFailed(
-            f"{words_of(error)}, after the guest was given away and before the destination said that it runs there. "
+            f"{words_of(error)}, {when}. "
             f"It is stopped here and saved in {saved}; it may run at the destination, or be saved there as well: it "
             "must run on one side only",
-            hint=f"if it runs there: rm {saved}\n  if it does not, on one side only: {command}",
+            hint=f"if it runs there: rm {shlex.quote(str(saved))}\n  if it does not, on one side only: {command}",
         )
 
-    def _save(self) -> tuple[Path, str]:
-        """Save the stopped guest, however long that takes; its file and the command that starts it."""
+    def _save(self, held: bool = False) -> tuple[Path, str]:
+        """Save the stopped guest, however long that takes; its file and the command that starts it.
 
-        def once() -> Path:
+        A file that is ``held`` cannot be used before the destination's time to start the guest is over.
+        """
+
+        def once() -> Draft:
             guest, devices = self.guest.state()
-            return save(folder, "source", SavedGuest(self._shape, guest, tuple(devices)), self.guest.memory)
+            return save_held(folder, "source", SavedGuest(self._shape, guest, tuple(devices)), self.guest.memory)
 
         # a signal that raised here would end the guest
         self._cancel.too_late()
         folder = self.options.folder
-        path = rescue(once, folder, self.guest.memory.size)
-        return path, f"vhost-vdpa send --resume {path} {' '.join(device.path for device in self.devices)}"
+        with rescue(once, folder, self.guest.memory.size) as draft:
+            path = draft.path
+            if held:
+                hold(self._theirs, path, "destination", self._cancel, self._tell)
+        return path, shlex.join(["vhost-vdpa", "send", "--resume", str(path), *(d.path for d in self.devices)])
 
     # -- staying --------------------------------------------------------------------------
 
@@ -350,6 +375,8 @@ class Source:
         """Let the guest go on in passthrough here; the error that tells so, or what state is left."""
         self._observe("back to source")
         self._tracker.stop()
+        if self._too_late():
+            return self._unknown(error, _LATE)
         stranded = self._go_on()
         said = self._part(error)
         what = f"{words_of(error)}; the destination says: {said}" if said else words_of(error)
@@ -366,11 +393,19 @@ class Source:
                 for number, device in enumerate(self.devices):
                     with device.trace.in_phase(CANCEL_START):
                         self._return(number, device)
+            if self._too_late():
+                raise MigrationFailed(f"that would be {_LATE}")
             self.guest.run()
         except Exception as e:
             self.guest.pause()
             return e
         return None
+
+    def _too_late(self) -> bool:
+        """Whether the destination's file may have been started: it was ready, and no word came that it has nothing."""
+        if self._fence is not None and self._fence.passed and self.channel.last_words():
+            self._fence = None
+        return self._fence is not None and self._fence.passed
 
     def _part(self, error: Exception) -> str:
         """Tell the destination, and let the stream go; what it said if it was the first to leave."""
@@ -404,10 +439,11 @@ class Source:
                 device.reset()
         saved, command = self._save()
         both = "; the destination may have saved it as well: it must run on one side only" if self._loaded else ""
+        elsewhere = f"if it runs there: rm {shlex.quote(str(saved))}\n  if it does not: " if self._too_late() else ""
         return MigrationFailed(
             f"{what}; and the source could not be started again: {words_of(worse)}. "
             f"The guest is stopped and saved in {saved}{both}",
-            hint=command,
+            hint=elsewhere + command,
         )
 
 
