@@ -536,3 +536,18 @@ def test_an_id_just_beyond_the_table_is_refused_whatever_lies_there(model: Make)
     m.complete(8)
     assert m.give_back() == 0
     assert m.svq.c.broken == lib.SVQ_BAD_USED_ID
+
+
+def test_heads_in_flight_are_listed_by_age_whatever_shadow_slots_they_have(model: Make) -> None:
+    m = model(num=4)
+    for slot in range(4):
+        m.describe(slot, [Segment(DATA, 8)])
+        m.publish(slot)
+    m.forward()
+    shadow = [head for head, _ in m.fetch()]
+    for again in (2, 0):
+        m.complete(shadow[again])
+        m.give_back()
+        m.publish(again)
+        m.forward()
+    assert m.svq.in_flight == [1, 3, 2, 0]
