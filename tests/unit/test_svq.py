@@ -452,10 +452,10 @@ def pages_of(gpa: int, size: int) -> set[int]:
     return set(range(gpa & ~(PAGE_SIZE - 1), gpa + size, PAGE_SIZE))
 
 
-@pytest.mark.parametrize("start", [0, 500, 1020])
-def test_every_used_entry_written_is_marked_also_where_the_ring_wraps(model: Make, start: int) -> None:
-    """A used ring of three pages: index and first entries, the middle, the last entries with avail_event."""
-    num, count = 1024, 16
+@pytest.mark.parametrize(("start", "count"), [(0, 16), (500, 16), (2040, 16), (2046, 1000), (1, 2047)])
+def test_every_used_entry_written_is_marked_also_where_the_ring_wraps(model: Make, start: int, count: int) -> None:
+    """A used ring of five pages; its first page is marked for the index in any case."""
+    num = 2048
     m = model(num=num, start_idx=start)
     for slot in range(count):
         m.describe(slot, [Segment(DATA, 8)])
