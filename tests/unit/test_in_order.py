@@ -157,3 +157,16 @@ def test_disorder_like_that_from_before_the_start_counts_once_it_is_repeated(mod
     start = RingStart(m.queue, m.memory)
     swapped_pairs(m, NUM, since)
     assert not lib.vring_in_order(m.ring, start.c, 0)
+
+
+def test_every_slot_is_looked_at(model: Make) -> None:
+    m = model(num=NUM)
+    start = RingStart(m.queue, m.memory)
+    for slot in range(NUM):
+        m.ring.avail.ring[slot] = m.ring.used.ring[slot].id = slot
+    m.ring.avail.idx = m.ring.used.idx = NUM
+    assert lib.vring_in_order(m.ring, start.c, 0)
+    for slot in range(NUM):
+        m.ring.used.ring[slot].id = (slot + 1) % NUM
+        assert not lib.vring_in_order(m.ring, start.c, 0)
+        m.ring.used.ring[slot].id = slot

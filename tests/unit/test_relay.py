@@ -310,3 +310,18 @@ def test_a_broken_queue_is_told_while_a_relay_polls(model: Make, relay: Callable
         running.threads.clear()
         running.wake = os.eventfd(0, os.EFD_NONBLOCK)
         os.close(config)
+
+
+def test_busy_polling_begins_anew_when_the_device_returns_something(model: Make, relay: Callable[..., Running]) -> None:
+    m = model()
+    give(m, 0)
+    m.forward()
+    [(head, _)] = m.fetch()
+    running = relay(m, busy_poll=200 * MS)
+    running.start(20_000)
+    time.sleep(0.15)
+    m.complete(head)
+    until(lambda: m.svq.c.returned == 1)
+    moved = time.monotonic()
+    running.asleep()
+    assert time.monotonic() - moved >= 0.19, "it slept before its time"
