@@ -304,7 +304,9 @@ class Source:
             raise self._stay(e) from e
         try:
             self._observe("running")
-            kind, payload = self.channel.expect(Frame.RUNNING, Frame.FAILED, seconds=_HAND_OVER_SECONDS)
+            # the destination's control queue may be as slow as this side's may be
+            patient = _HAND_OVER_SECONDS + self.options.control_deadline
+            kind, payload = self.channel.expect(Frame.RUNNING, Frame.FAILED, seconds=patient)
         except (StreamBroken, StreamCorrupt) as e:
             raise self._unknown(e) from e
         if kind is Frame.FAILED:
