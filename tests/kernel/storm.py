@@ -278,42 +278,41 @@ class Storm:
         killed = [peer for peer in (self.here, self.there) if not peer.alive]
         owners = [peer for peer in (self.here, self.there) if peer.alive and peer.call("runs")]
         files = sorted(self.folder.glob("*.saved"))
-        story.append(f"owners {[peer.name for peer in owners]}, files {[path.name for path in files]}")
+        story.append(f"owners {[self._role(peer) for peer in owners]}, files {[path.name for path in files]}")
+        said = [end.failed for end in ends.values() if end.failed is not None]
         assert len(owners) <= 1, "two sides run the guest"
-        said = {name: end.failed for name, end in ends.items() if end.failed is not None}
+        assert owners or files or killed, "the guest is nowhere, and nobody was killed"
         for path in files:
-            assert (
-                any(str(path) in failure.message and str(path) in failure.hint for failure in said.values()) or killed
-            )
-        source, destination = self.here, self.there
+            named = [str(path) in failure.message and str(path) in failure.hint for failure in said]
+            assert any(named) or killed, f"nobody says what {path} is"
         if owners:
-            how = "stayed" if owners[0] is source else "arrived"
-            self._check_owner(owners[0], ends)
-            for path in files:
-                # as the hint of the side that is not the owner says
-                path.unlink()
-        elif files:
-            how = f"taken from the {'destination' if 'destination' in files[0].name else 'source'}'s file"
-        else:
-            assert killed, "the guest is nowhere, and nobody was killed"
-            how = "died with its process"
-        if not owners:
-            for peer in (source, destination):
-                if peer.alive:
-                    peer.call("drop_stopped")
+            return self._keep(owners[0], ends, killed, files)
+        for peer in (self.here, self.there):
+            if peer.alive:
+                peer.call("drop_stopped")
+        self._replace(killed)
+        if files:
+            return self._use(chance, files, said, story)
+        self._start()
+        return "died with its process"
+
+    def _keep(self, owner: Peer, ends: dict[str, End], killed: list[Peer], files: list[Path]) -> str:
+        """The guest runs; what the other side saved is removed, as its hint says."""
+        self._check_owner(owner, ends)
+        for path in files:
+            path.unlink()
+        stayed = owner is self.here
+        self._replace(killed)
+        if stayed:
+            return "stayed"
+        self.here.call("drop_stopped")
+        self.here, self.there = self.there, self.here
+        return "arrived"
+
+    def _replace(self, killed: list[Peer]) -> None:
         for peer in killed:
             fresh = self._fork(peer.name)
-            self.here, self.there = (fresh if p is peer else p for p in (self.here, self.there))
-        if owners:
-            if owners[0] is destination:
-                if self.here.alive:
-                    self.here.call("drop_stopped")
-                self.here, self.there = self.there, self.here
-        elif files:
-            self._use(chance, files, said, story)
-        else:
-            self._start()
-        return how
+            self.here, self.there = (fresh if each is peer else each for each in (self.here, self.there))
 
     def _check_owner(self, owner: Peer, ends: dict[str, End]) -> None:
         """The words of each side agree with who runs the guest."""
@@ -329,10 +328,11 @@ class Storm:
             if source.failed is not None:
                 assert "saved in" in source.failed.message
 
-    def _use(self, chance: random.Random, files: list[Path], said: dict[str, Failed], story: list[str]) -> None:
+    def _use(self, chance: random.Random, files: list[Path], said: list[Failed], story: list[str]) -> str:
         """Run the command that a message names for a file, on one side only."""
         path = chance.choice(files)
-        lines = [line for failure in said.values() for line in failure.hint.splitlines()]
+        how = f"started from the {'destination' if 'destination' in path.name else 'source'}'s file"
+        lines = [line for failure in said for line in failure.hint.splitlines()]
         commands = [command for line in lines if (command := _command(line)) and str(path) in command]
         self.tally.takes += 1
         if not commands:
@@ -347,12 +347,13 @@ class Storm:
         if chance.random() < 0.25:
             self._run_command(commands[0])
             self._start()
-            return
+            return how
         taker = self.here if self.paths[self.here.name] == device else self.there
         taker.call("take", path, [device])
         assert not path.exists()
         if taker is self.there:
             self.here, self.there = self.there, self.here
+        return how
 
     def _run_command(self, command: list[str]) -> None:
         """Run it as it is printed; what it reports is sound, and the guest has ended with it."""
