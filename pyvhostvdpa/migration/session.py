@@ -313,7 +313,7 @@ class Receiving:
     def take(self, path: Path) -> ReceivedReport:
         """Start the guest saved in a file, let it run."""
         check_devices(self.paths)
-        return self._live(take(path, self.paths, self.trace, self.tell))
+        return self._live(take(path, self.paths, self.trace, harmless(self.tell)))
 
     def _live(self, arrived: Arrived) -> ReceivedReport:
         """Let a guest that arrived run, and account for it. What only reports may fail, and the guest runs on.

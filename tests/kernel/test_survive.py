@@ -109,19 +109,18 @@ def test_resume_does_not_speak_of_a_destination(devices: tuple[str, str], tmp_pa
 
 
 def test_guest_without_room_is_kept_until_there_is_some(devices: tuple[str, str], tmp_path: Path) -> None:
-    """The place is full by the hand-over, and the destination dies before it answers."""
+    """The place is full by the hand-over, and the destination dies with GO and without an answer."""
     small = tmp_path / "small"
     small.mkdir()
     lab.command("mount", "-t", "tmpfs", "-o", "size=24M", "tmpfs", str(small))
     world = World([devices[0]], [devices[1]], small, OPTIONS, downtime=10.0)
     try:
-        with world.migration(hold=("source", "running")) as stream:
+        with world.migration(hold=("destination", "start")) as stream:
             stream.close()
-            world.here.until("running")
+            world.there.until("start")
             with pytest.raises(OSError, match="No space left"):
                 (small / "other").write_bytes(bytes(25 << 20))
             world.there.kill()
-            world.here.go_on()
             world.here.control.settimeout(5)
             with pytest.raises(socket.timeout):
                 world.here.result()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -128,6 +129,8 @@ class Rig:
         self.trace = Trace()
         self.device = StubDevice(trace=self.trace)
         self.guest.run()
+        while not self.guest.counts().sent:
+            time.sleep(0.001)
 
     @contextmanager
     def source(
