@@ -159,14 +159,31 @@ def _locker(fd: int) -> int:
 
     A line of /proc/locks: "N: FLOCK ADVISORY WRITE PID MAJOR:MINOR:INODE 0 EOF".
     """
-    found = os.fstat(fd)
-    place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
-    with suppress(OSError), open("/proc/locks", encoding="ascii") as locks:
-        for line in locks:
+    with suppress(OSError, LookupError, ValueError):
+        place = _place_in_locks(fd)
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
             fields = line.split()
             if "FLOCK" in fields and place in fields and fields[4].isdecimal():
                 return int(fields[4])
     return 0
+
+
+def _place_in_locks(fd: int) -> str:
+    """Return how /proc/locks calls an open file.
+
+    Not by what fstat() says: on overlayfs and btrfs that is another device
+    and another inode than the ones the kernel locks (fs/locks.c:lock_get_status).
+    """
+    lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines()
+    info = dict(line.split(":", 1) for line in lines if ":" in line)
+    mount = info["mnt_id"].strip()
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        number, _, device, *_ = line.split()
+        if number == mount:
+            major, minor = map(int, device.split(":"))
+            inode = info["ino"].strip() if "ino" in info else str(os.fstat(fd).st_ino)
+            return f"{major:02x}:{minor:02x}:{inode}"
+    raise LookupError(f"mount {mount}")
 
 
 class Claim(Closing):

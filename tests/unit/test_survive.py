@@ -16,7 +16,8 @@ from stub_migration import Rig
 from pyvhostvdpa.base.errors import MigrationCancelled, MigrationFailed
 from pyvhostvdpa.device.net import State
 from pyvhostvdpa.host import mgmt
-from pyvhostvdpa.migration import rescue
+from pyvhostvdpa.migration import fence, rescue
+from pyvhostvdpa.migration import source as source_module
 from pyvhostvdpa.migration.cancel import Cancel
 from pyvhostvdpa.migration.report import Drops
 from pyvhostvdpa.migration.source import PHASES
@@ -99,6 +100,9 @@ def test_source_that_cannot_be_started_again_saves_the_guest_whatever_failed(rig
 
 
 def test_answer_lost_for_want_of_memory_saves_the_guest(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the file is held until the destination's time is over; a minute tells no more than a second
+    monkeypatch.setattr(source_module, "patience", lambda shape: 1.0)
+    monkeypatch.setattr(fence, "MARGIN", 0.1)
     with rig.source() as (source, _):
         expect = source.channel.expect
 
