@@ -18,6 +18,7 @@ from .peer import (
     add_sending_options,
     frames_table,
     guest_options,
+    procedures_line,
     rounds_table,
     send_options,
     sound,
@@ -56,7 +57,7 @@ def register(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Migrate and print the report."""
     progress = Progress(_PHASES)
-    options = Options(guest_options(arguments), send_options(arguments), arguments.seconds)
+    options = Options(guest_options(arguments), send_options(arguments), arguments.seconds, arguments.procedure)
     with tracing.writing(arguments) as trace:
         try:
             report = migrate(arguments.source, arguments.destination, options, progress.phase, trace, progress.tell)
@@ -99,4 +100,4 @@ def _notes(report: Report) -> list[str]:
     where = f"{report.outcome}; kernel {place['kernel']}, {place['cpus']} CPUs, {place['accelerator']}"
     hashed = [f"memory hash {report.sent.hash}, the same on both sides"] if report.sent.hash else []
     wrong = [f"pages that the guest's CPU found wrong: {report.bad_pages}"] if report.bad_pages else []
-    return [told, *hashed, *wrong, where]
+    return [procedures_line(report.procedure), told, *hashed, *wrong, where]

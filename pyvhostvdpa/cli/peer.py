@@ -6,10 +6,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..base.errors import MigrationRefused
+from ..device.procedure.best import NAMES
 from ..guest.nic import MAX_FRAME, MIN_FRAME, FrameCounts
 from ..guest.synthetic import GuestOptions
 from ..migration.endpoint import Tls
@@ -104,7 +106,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_FOLDER,
         help="where a stopped guest is saved whose stream breaks at the hand-over (default %(default)s)",
     )
+    parser.add_argument(
+        "--procedure",
+        choices=NAMES,
+        default=None,
+        help="start, switch and stop the devices in this way, for comparison (default: the best that each can do)",
+    )
     parser.add_argument("--json", "-j", action="store_true", help="print JSON, and nothing else on standard output")
+
+
+def procedures_line(chosen: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return by which procedure each device was driven, and why not by a better one, as a line."""
+    each = [
+        f"{device} {choice['name']}" + (f" ({choice['why_not_better']})" if choice["why_not_better"] else "")
+        for device, choice in chosen.items()
+    ]
+    return "procedure: " + ", ".join(each)
 
 
 def tls(arguments: argparse.Namespace) -> Tls | None:

@@ -11,7 +11,7 @@ from typing import Any
 from ..migration.endpoint import Address, Inherited, Listener, check_security
 from ..migration.session import ReceivedReport, Receiving
 from . import tracing
-from .peer import ADDRESS, Progress, add_options, add_tls_options, frames_table, sound, tls
+from .peer import ADDRESS, Progress, add_options, add_tls_options, frames_table, procedures_line, sound, tls
 from .units import seconds
 
 _PHASES = {
@@ -56,7 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
     progress = Progress(_PHASES)
     with tracing.writing(arguments) as trace:
         receiving = Receiving(
-            arguments.devices, arguments.seconds, arguments.state, progress.phase, progress.tell, trace
+            arguments.devices,
+            arguments.seconds,
+            arguments.state,
+            progress.phase,
+            progress.tell,
+            trace,
+            arguments.procedure,
         )
         if arguments.take is not None:
             return show(receiving.take(arguments.take), arguments.json)
@@ -84,4 +90,5 @@ def show(report: ReceivedReport, as_json: bool) -> int:
         hashed = f"\nmemory hash {report.hash}, the same on both sides" if report.hash else ""
         rate = report.parts["destination"].rate
         print(f"{frames_table(report.frames)}\n\n{gap}\n{pages}\n{rate:,.0f} frames/s here{hashed}")
+        print(procedures_line(report.procedure))
     return 0 if sound(report.frames, report.bad_pages) else 1

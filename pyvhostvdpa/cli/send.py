@@ -21,6 +21,7 @@ from .peer import (
     add_tls_options,
     frames_table,
     guest_options,
+    procedures_line,
     rounds_table,
     send_options,
     tls,
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _resume(arguments: argparse.Namespace, trace: Trace) -> int:
     progress = Progress(SENDING)
     receiving = Receiving(
-        arguments.devices, arguments.seconds, arguments.state, progress.phase, progress.tell, trace=trace
+        arguments.devices, arguments.seconds, arguments.state, progress.phase, progress.tell, trace, arguments.procedure
     )
     return show(receiving.take(arguments.resume), arguments.json)
 
@@ -83,6 +84,7 @@ def _send(arguments: argparse.Namespace, trace: Trace) -> int:
         observer=progress.phase,
         tell=progress.tell,
         trace=trace,
+        procedure=arguments.procedure,
     )
     try:
         report = sending.run()
@@ -108,4 +110,5 @@ def _summary(report: SentReport) -> str:
     )
     hashed = f"\nmemory hash {report.sent.hash}, the same on both sides" if report.sent.hash else ""
     rounds = rounds_table(report.sent.rounds)
-    return "\n\n".join([downtime, rounds, frames_table(report.frames), f"{report.outcome}{hashed}"])
+    outcome = f"{procedures_line(report.procedure)}\n{report.outcome}{hashed}"
+    return "\n\n".join([downtime, rounds, frames_table(report.frames), outcome])

@@ -27,8 +27,8 @@ from ..trace.recorder import DeviceTrace, Trace
 from ..virtqueue.layout import GuestQueue
 from ..virtqueue.shadow import RelayOptions, ShadowVirtqueue
 from .groups import probe_groups
+from .procedure import best
 from .procedure.base import OWN_ASID, Procedure, State, Target
-from .procedure.direct import Direct
 
 __all__ = ["State", "VdpaNetDevice"]
 
@@ -41,10 +41,14 @@ class VdpaNetDevice(Closing):
     ``use`` masks the backend features to acknowledge of those advertised,
     ``wanted`` the virtio features that the guest takes of those offered; a
     control queue only where it can be kept apart from the data queues.
-    ``procedure`` makes the way in which it is started and stopped.
+    ``procedure`` is the way in which it is started, switched and stopped: the
+    best that the device can do by default, one of
+    :data:`~pyvhostvdpa.device.procedure.best.NAMES` if it is to be forced, or a
+    function that makes one. Which it became is in :attr:`procedure`.
     Raises :class:`~pyvhostvdpa.DeviceBusy` naming the holder,
     :class:`~pyvhostvdpa.NotVhostVdpa`,
-    :class:`~pyvhostvdpa.MissingFeature` if it is not a net device.
+    :class:`~pyvhostvdpa.MissingFeature` if it is not a net device, or cannot do
+    the procedure that is asked for.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class VdpaNetDevice(Closing):
         trace: Trace | None = None,
         use: BackendFeature = ALL_BACKEND_FEATURES,
         wanted: Feature = SUPPORTED,
-        procedure: Callable[[Target], Procedure] = Direct,
+        procedure: str | Callable[[Target], Procedure] | None = None,
     ) -> None:
         try:
             self.chardev = VhostVdpa(path, trace)
@@ -63,7 +67,13 @@ class VdpaNetDevice(Closing):
         try:
             self._inspect(use, wanted)
             self.target = Target(self.chardev, self.iotlb, self.features, self.backend_features, self.groups)
-            self._procedure = procedure(self.target)
+            if procedure is None or isinstance(procedure, str):
+                self.procedure = best.choose(self.target, procedure)
+                self._procedure = best.make(self.procedure, self.target)
+            else:
+                self._procedure = procedure(self.target)
+                self.procedure = best.Choice(type(self._procedure).__name__)
+            log.info("%s: procedure %s", self.path, self.procedure)
         except BaseException:
             self.chardev.close()
             raise

@@ -75,12 +75,14 @@ class Destination:
         folder: Path = DEFAULT_FOLDER,
         observer: Observer = lambda phase: None,
         tell: Tell = lambda text: None,
+        procedure: str | None = None,
     ) -> None:
         self.paths = [os.fspath(path) for path in paths]
         self.channel = channel
         self.trace = trace or Trace()
         self._folder, self._cancel = folder, cancel
         self._observe, self._tell = observer, tell
+        self._procedure = procedure
         self._stack = ExitStack()
         self._devices: list[VdpaNetDevice] = []
         self._told = 0.0
@@ -154,7 +156,9 @@ class Destination:
     def _prepare(self, shape: GuestShape) -> None:
         for path, device_shape in zip(self.paths, shape.devices, strict=True):
             wanted = Feature(device_shape.features)
-            device = self._stack.enter_context(VdpaNetDevice(path, self.trace, wanted=wanted))
+            device = self._stack.enter_context(
+                VdpaNetDevice(path, self.trace, wanted=wanted, procedure=self._procedure)
+            )
             self._devices.append(device)
             _check_fit(device, device_shape)
         self._observe("map")
@@ -377,6 +381,7 @@ def take(
     paths: Sequence[str | os.PathLike[str]],
     trace: Trace | None = None,
     tell: Tell = lambda text: None,
+    procedure: str | None = None,
 ) -> Arrived:
     """Start the guest saved in a file on the devices at ``paths``, and remove the file once it runs.
 
@@ -391,7 +396,8 @@ def take(
             raise MigrationRefused(f"the guest in {path} has {len(saved.devices)} devices, {len(paths)} were given")
         devices = []
         for name, shape in zip(paths, saved.shape.devices, strict=True):
-            device = stack.enter_context(VdpaNetDevice(name, trace, wanted=Feature(shape.features)))
+            wanted = Feature(shape.features)
+            device = stack.enter_context(VdpaNetDevice(name, trace, wanted=wanted, procedure=procedure))
             devices.append(device)
             _check_fit(device, shape)
         for device in devices:

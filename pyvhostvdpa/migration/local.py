@@ -45,11 +45,15 @@ _TIME = re.compile(r"\[ *[0-9.]+ s\] ")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to migrate: the guest, and how it is sent. ``seconds`` of traffic, a third in each part."""
+    """How to migrate: the guest, and how it is sent. ``seconds`` of traffic, a third in each part.
+
+    ``procedure`` forces one on both devices; the best that each can do without.
+    """
 
     guest: GuestOptions = field(default_factory=GuestOptions)
     send: SendOptions = field(default_factory=SendOptions)
     seconds: float = 20.0
+    procedure: str | None = None
 
 
 def migrate(
@@ -74,9 +78,20 @@ def migrate(
     check_devices((source, destination))
     check_available(options.guest.memory, copies=2)
     third = options.seconds / 3
-    with _Destination(os.fspath(destination), third, options.send.folder, trace, tell) as other:
+    with _Destination(
+        os.fspath(destination), third, options.send.folder, trace, tell, procedure=options.procedure
+    ) as other:
         sending = Sending(
-            [source], other.connect, options.guest, options.send, third, third, observer, tell, trace or Trace()
+            [source],
+            other.connect,
+            options.guest,
+            options.send,
+            third,
+            third,
+            observer,
+            tell,
+            trace or Trace(),
+            options.procedure,
         )
         try:
             sent = sending.run()
@@ -94,9 +109,12 @@ class _Destination:
     It is started before the guest is: a guest with many queues leaves little of a small machine to others.
     """
 
-    def __init__(self, path: str, seconds: float, folder: Path, trace: Trace | None, tell: Tell) -> None:
+    def __init__(
+        self, path: str, seconds: float, folder: Path, trace: Trace | None, tell: Tell, procedure: str | None = None
+    ) -> None:
         self._argv = [sys.executable, "-m", "pyvhostvdpa", "receive", path, "--seconds", str(seconds), "--json"]
         self._argv += ["--state", str(folder)]
+        self._argv += ["--procedure", procedure] if procedure is not None else []
         self._trace, self._tell = trace, tell
         self._has_guest = False
         self._last_words = ""
@@ -198,6 +216,7 @@ def _stayed(sent: SentReport) -> Report:
         phases=sent.phases,
         drops={"source": _only(sent.drops)},
         environment=_with_roles(sent.environment, {"source": sent.environment}),
+        procedure={"source": _only(sent.procedure)},
     )
 
 
@@ -220,6 +239,7 @@ def _migrated(sent: SentReport, received: dict[str, Any]) -> Report:
         phases={name: both[name] for name in dict.fromkeys([*first, *both])},
         drops={"source": _only(sent.drops), "destination": _only(received["device_drops"])},
         environment=_with_roles(sent.environment, {"source": sent.environment, "destination": received["environment"]}),
+        procedure={"source": _only(sent.procedure), "destination": _only(received["procedure"])},
     )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -49,7 +49,8 @@ class Report:
 
     ``outcome`` is ``"migrated"`` or ``"stayed on source"``. ``bad_pages`` is
     what the guest's CPU found wrong in its memory at the destination;
-    ``drops`` are the devices' own counters, as far as they have any.
+    ``drops`` are the devices' own counters, as far as they have any;
+    ``procedure`` is by device, "source" and "destination".
     """
 
     outcome: str
@@ -64,6 +65,7 @@ class Report:
     phases: dict[str, PhaseCost]
     drops: dict[str, dict[str, int]]
     environment: dict[str, Any]
+    procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its JSON schema ``pyvhostvdpa/migrate/1`` has it."""
@@ -78,6 +80,7 @@ class Report:
             **self.sent.to_dict(),
             "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
             "device_drops": self.drops,
+            "procedure": self.procedure,
             "environment": self.environment,
         }
 
@@ -114,6 +117,11 @@ def downtimes(dt1_ms: dict[str, float], dt2_ms: dict[str, float]) -> dict[str, A
             "devices": [{"device": d, "ms": round(ms, 3)} for d, ms in dt2_ms.items()],
         },
     }
+
+
+def procedures(devices: Sequence[VdpaNetDevice]) -> dict[str, dict[str, Any]]:
+    """Return for JSON by which procedure each device was started and stopped, and why not by a better one."""
+    return {device.path: device.procedure.to_dict() for device in devices}
 
 
 def environment(devices: dict[str, VdpaNetDevice], memory: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .cancel import Cancel
 from .destination import Arrived, Destination, Stray, take
 from .dirty import probe_interface
 from .endpoint import Inherited, Listener, NoPeer
-from .report import Drops, Part, downtimes, environment
+from .report import Drops, Part, downtimes, environment, procedures
 from .saved import DEFAULT_FOLDER, check_room
 from .source import Observer, SendOptions, Sent, Source, Tell
 from .stream import Channel, Frame
@@ -56,6 +56,7 @@ class SentReport:
     phases: dict[str, PhaseCost]
     drops: dict[str, dict[str, int]]
     environment: dict[str, Any]
+    procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its JSON schema ``pyvhostvdpa/send/1`` has it."""
@@ -70,6 +71,7 @@ class SentReport:
             **self.sent.to_dict(),
             "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
             "device_drops": self.drops,
+            "procedure": self.procedure,
             "environment": self.environment,
         }
 
@@ -89,6 +91,7 @@ class ReceivedReport:
     phases: dict[str, PhaseCost]
     drops: dict[str, dict[str, int]]
     environment: dict[str, Any]
+    procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its JSON schema ``pyvhostvdpa/receive/1`` has it."""
@@ -104,6 +107,7 @@ class ReceivedReport:
             "note": self.note or None,
             "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
             "device_drops": self.drops,
+            "procedure": self.procedure,
             "environment": self.environment,
         }
 
@@ -145,7 +149,8 @@ class Sending:
     """A guest with traffic, started here, that is sent away.
 
     ``seconds`` of traffic before, and after if it stays; ``shadowed`` seconds
-    of it between the switch and the first round of memory.
+    of it between the switch and the first round of memory; ``procedure`` forces
+    one on the devices (:class:`~pyvhostvdpa.VdpaNetDevice`).
     """
 
     paths: Sequence[str | os.PathLike[str]]
@@ -157,6 +162,7 @@ class Sending:
     observer: Observer = lambda phase: None
     tell: Tell = lambda text: None
     trace: Trace = field(default_factory=Trace)
+    procedure: str | None = None
 
     def run(self) -> SentReport:
         """Start the guest, let it run, send it. What :meth:`Source.run` raises has a ``report`` if the guest stayed."""
@@ -172,7 +178,10 @@ class Sending:
         with ExitStack() as stack, Cancel() as cancel:
             self.observer("start")
             devices = [
-                stack.enter_context(VdpaNetDevice(path, self.trace, wanted=SUPPORTED | CONTROL)) for path in self.paths
+                stack.enter_context(
+                    VdpaNetDevice(path, self.trace, wanted=SUPPORTED | CONTROL, procedure=self.procedure)
+                )
+                for path in self.paths
             ]
             check_pairs(devices, self.guest_options.pairs)
             guest = self._guest(devices, stack)
@@ -276,12 +285,16 @@ class Sending:
             phases=_phases(self.trace),
             drops=self._lost,
             environment=environment({device.path: device for device in devices}, guest.memory.size),
+            procedure=procedures(devices),
         )
 
 
 @dataclass
 class Receiving:
-    """A guest that arrives, or is started from a file, and runs here for ``seconds``."""
+    """A guest that arrives, or is started from a file, and runs here for ``seconds``.
+
+    ``procedure`` forces one on the devices (:class:`~pyvhostvdpa.VdpaNetDevice`).
+    """
 
     paths: Sequence[str | os.PathLike[str]]
     seconds: float = 5.0
@@ -289,6 +302,7 @@ class Receiving:
     observer: Observer = lambda phase: None
     tell: Tell = lambda text: None
     trace: Trace = field(default_factory=Trace)
+    procedure: str | None = None
 
     def receive(self, listener: Listener | Inherited) -> ReceivedReport:
         """Wait for a source, receive its guest, let it run.
@@ -303,7 +317,14 @@ class Receiving:
                     channel = listener.accept(cancel.fileno())
                     with channel, cancel.on_signals():
                         arrived = Destination(
-                            self.paths, channel, cancel, self.trace, self.folder, self.observer, self.tell
+                            self.paths,
+                            channel,
+                            cancel,
+                            self.trace,
+                            self.folder,
+                            self.observer,
+                            self.tell,
+                            self.procedure,
                         ).run()
             except (NoPeer, Stray) as e:
                 self.tell(f"refused: {e}")
@@ -313,7 +334,7 @@ class Receiving:
     def take(self, path: Path) -> ReceivedReport:
         """Start the guest saved in a file, let it run."""
         check_devices(self.paths)
-        return self._live(take(path, self.paths, self.trace, self.tell))
+        return self._live(take(path, self.paths, self.trace, self.tell, self.procedure))
 
     def _live(self, arrived: Arrived) -> ReceivedReport:
         with arrived:
@@ -341,6 +362,7 @@ class Receiving:
                 phases=_phases(self.trace),
                 drops=lost,
                 environment=environment({device.path: device for device in devices}, guest.memory.size),
+                procedure=procedures(devices),
             )
 
 

@@ -159,7 +159,14 @@ class Source:
         finally:
             self._tracker.stop()
         self._hand_over()
+        self._let_go()
         return self.sent
+
+    def _let_go(self) -> None:
+        """Reset what the guest has left: a procedure may have kept it ready to go on."""
+        for device in self.devices:
+            with suppress(VhostVdpaError):
+                device.reset()
 
     # -- while the guest runs here -------------------------------------------------
 
@@ -184,13 +191,13 @@ class Source:
         for number, device in enumerate(self.devices):
             self._cancel.check()
             with device.trace.in_phase("dt1.stop"):
-                self._stop_device(number, device)
+                self._stop_device(number, device, State.SHADOW)
             with device.trace.in_phase("dt1.start"):
                 device.start_shadow(self.guest.nics[number].queues, self.guest.controls[number])
 
-    def _stop_device(self, number: int, device: VdpaNetDevice) -> None:
+    def _stop_device(self, number: int, device: VdpaNetDevice, then: State | None = None) -> None:
         try:
-            device.stop()
+            device.stop(then)
         except OutOfOrder:
             # it was resumed and goes on, or was reset
             raise

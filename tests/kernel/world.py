@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from pyvhostvdpa.migration.source import SendOptions
 
 MEMORY = 8 << 20
 OPTIONS = GuestOptions(memory=MEMORY, ring_size=64, frame_size=128, write_rate=1 << 20)
+PROCEDURES = (None, None, "direct")
+"""What each device is driven by, at random: the best that it can do, or what it could do without RESUME."""
 PERFECT = {"lost": 0, "duplicated": 0, "corrupted": 0, "reordered": 0, "bad_pages": 0}
 
 
@@ -27,6 +30,7 @@ class World:
         self.folder, self.options, self.downtime = folder, options, downtime
         self.paths = {"left": list(here), "right": list(there)}
         self._empty: dict[str, Any] = {}
+        self._random = random.Random(len(here))
         self.here, self.there = self.fork("left"), self.fork("right")
         self.start_anew()
 
@@ -43,7 +47,8 @@ class World:
             options = SendOptions(folder=self.folder, downtime=self.downtime, hashed=hashed, limit=limit)
             self.here.ask("send", options, phase if side == "source" else "", fd=left.fileno())
             at = phase if side == "destination" else ""
-            self.there.ask("receive", self.paths[self.there.name], at, fd=right.fileno())
+            procedure = self._random.choice(PROCEDURES)
+            self.there.ask("receive", self.paths[self.there.name], at, procedure, fd=right.fileno())
             right.close()
             yield left
         finally:
@@ -87,7 +92,7 @@ class World:
 
     def start_anew(self) -> None:
         """A new guest, because the last one died with its process."""
-        self.here.call("start", self.paths[self.here.name], self.options)
+        self.here.call("start", self.paths[self.here.name], self.options, self._random.choice(PROCEDURES))
 
     def close(self) -> None:
         for peer in (self.here, self.there):

@@ -74,11 +74,18 @@ class Target:
     @property
     def descriptors_apart(self) -> bool:
         """Whether shadow rings can lie in another address space than the buffers."""
-        return (
-            BackendFeature.DESC_ASID in self.backend_features
-            and self.groups.descriptors is not None
-            and self.iotlb.limits.as_num > OWN_ASID
-        )
+        return not self.why_not_apart
+
+    @property
+    def why_not_apart(self) -> str:
+        """Why shadow rings have to share the buffers' address space; "" if they need not."""
+        if BackendFeature.DESC_ASID not in self.backend_features:
+            return "DESC_ASID is not offered"
+        if self.groups.descriptors is None:
+            return "descriptors have no group of their own"
+        if self.iotlb.limits.as_num <= OWN_ASID:
+            return f"there are {self.iotlb.limits.as_num} address spaces, {OWN_ASID + 1} are needed"
+        return ""
 
     @property
     def control_apart(self) -> bool:

@@ -18,7 +18,7 @@ import errno
 from collections.abc import Iterator, Sequence
 
 from ...base.errors import KernelError, MissingFeature
-from ...base.uapi import Access, BackendFeature
+from ...base.uapi import Access, BackendFeature, names
 from ...memory.guest import PAGE_SIZE
 from ...net.control import ControlModel
 from ...net.control_queue import GuestControl
@@ -47,10 +47,10 @@ class InPlace(Direct):
     @staticmethod
     def lacks(target: Target) -> str:
         """Why a device cannot be switched in place; "" if it can."""
-        if _NEEDED not in target.backend_features:
-            return "it takes SUSPEND and RESUME"
+        if missing := _NEEDED & ~target.backend_features:
+            return f"it takes SUSPEND and RESUME, and {names(missing)} is not offered"
         if not target.descriptors_apart:
-            return "descriptors cannot lie in an address space of their own"
+            return f"descriptors cannot lie in an address space of their own: {target.why_not_apart}"
         return ""
 
     # -- start ------------------------------------------------------------------
