@@ -12,5 +12,6 @@
 #include "vring.h"
 #include "pages.h"
 #include "bench.h"
+#include "calls.h"
 
 #endif

@@ -17,6 +17,7 @@ from .peer import (
     add_options,
     add_sending_options,
     frames_table,
+    gap_lines,
     guest_options,
     procedures_line,
     rounds_table,
@@ -89,7 +90,14 @@ def _summary(report: Report) -> str:
         ["phase", "ms", "ioctls", "IOTLB messages"],
         [[name, f"{c.ms:.2f}", str(c.ioctls), str(c.iotlb_messages)] for name, c in report.phases.items()],
     )
-    tables = [downtime, frames_table(report.frames), parts, rounds_table(report.sent.rounds), phases]
+    tables = [
+        gap_lines(report.stopped, report.sent.last),
+        downtime,
+        frames_table(report.frames),
+        parts,
+        rounds_table(report.sent.rounds),
+        phases,
+    ]
     return "\n\n".join([*tables, "\n".join(_notes(report))])
 
 

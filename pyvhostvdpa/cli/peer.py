@@ -14,10 +14,12 @@ from ..base.errors import MigrationRefused
 from ..device.procedure.best import NAMES
 from ..guest.nic import MAX_FRAME, MIN_FRAME, FrameCounts
 from ..guest.synthetic import GuestOptions
+from ..memory.guest import GUEST_PAGE
 from ..migration.endpoint import Tls
 from ..migration.pages import RoundStatistics
 from ..migration.saved import DEFAULT_FOLDER
-from ..migration.source import SendOptions
+from ..migration.source import LastRound, SendOptions
+from ..trace.gap import StopToRun
 from .table import table
 from .units import count, size
 
@@ -122,6 +124,21 @@ def procedures_line(chosen: Mapping[str, Mapping[str, Any]]) -> str:
         for device, choice in chosen.items()
     ]
     return "procedure: " + ", ".join(each)
+
+
+def gap_lines(stopped: StopToRun | None, last: LastRound | None, title: str = "stop to run") -> str:
+    """Return how long the guest stood still and what for, as lines; the last round of memory on its own."""
+    if stopped is None:
+        return f"{title}: the guest stayed"
+    parts = ", ".join(f"{name} {ms:.2f}" for name, ms in stopped.by_phase().items())
+    lines = [f"{title}: {stopped.ms:.2f} ms ({parts})"]
+    if last is not None:
+        mib = last.pages * GUEST_PAGE / (1 << 20)
+        lines.append(
+            f"the last round of it: {last.pages:,} pages ({last.by_device:,} written by devices, "
+            f"{last.by_cpu:,} by the guest's CPU), {mib:,.1f} MiB, {last.ms:.2f} ms"
+        )
+    return "\n".join(lines)
 
 
 def tls(arguments: argparse.Namespace) -> Tls | None:

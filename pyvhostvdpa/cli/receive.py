@@ -10,8 +10,9 @@ from typing import Any
 
 from ..migration.endpoint import Address, Inherited, Listener, check_security
 from ..migration.session import ReceivedReport, Receiving
+from ..trace.gap import join
 from . import tracing
-from .peer import ADDRESS, Progress, add_options, add_tls_options, frames_table, procedures_line, sound, tls
+from .peer import ADDRESS, Progress, add_options, add_tls_options, frames_table, gap_lines, procedures_line, sound, tls
 from .units import seconds
 
 _PHASES = {
@@ -89,6 +90,7 @@ def show(report: ReceivedReport, as_json: bool) -> int:
         pages = f"pages that its CPU found wrong: {report.bad_pages}"
         hashed = f"\nmemory hash {report.hash}, the same on both sides" if report.hash else ""
         rate = report.parts["destination"].rate
+        print(gap_lines(join(report.steps), None, "the guest's stop, this side's part"), end="\n\n")
         print(f"{frames_table(report.frames)}\n\n{gap}\n{pages}\n{rate:,.0f} frames/s here{hashed}")
         print(procedures_line(report.procedure))
     return 0 if sound(report.frames, report.bad_pages) else 1

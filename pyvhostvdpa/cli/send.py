@@ -10,6 +10,7 @@ from typing import Any
 from ..base.errors import MigrationEnded
 from ..migration.endpoint import Address, check_security, connect
 from ..migration.session import Receiving, Sending, SentReport
+from ..trace import gap
 from ..trace.recorder import Trace
 from . import tracing
 from .peer import (
@@ -20,6 +21,7 @@ from .peer import (
     add_sending_options,
     add_tls_options,
     frames_table,
+    gap_lines,
     guest_options,
     procedures_line,
     rounds_table,
@@ -111,4 +113,5 @@ def _summary(report: SentReport) -> str:
     hashed = f"\nmemory hash {report.sent.hash}, the same on both sides" if report.sent.hash else ""
     rounds = rounds_table(report.sent.rounds)
     outcome = f"{procedures_line(report.procedure)}\n{report.outcome}{hashed}"
-    return "\n\n".join([downtime, rounds, frames_table(report.frames), outcome])
+    gap_here = gap_lines(gap.join(report.steps), report.sent.last, "the guest's stop, this side's part")
+    return "\n\n".join([gap_here, downtime, rounds, frames_table(report.frames), outcome])

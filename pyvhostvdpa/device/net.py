@@ -169,6 +169,16 @@ class VdpaNetDevice(Closing):
             log.info("%s", note)
         self.iotlb.notes.clear()
 
+    def stand_by(self, queues: Sequence[GuestQueue], control: GuestControl | None = None) -> str:
+        """Do what :meth:`start_passthrough` with these queues needs of the device, before the guest comes.
+
+        The device works on nothing of the guest before it is started. How far
+        this goes depends on what the device can do; the return value says it
+        in words. Raises what starting raises, with the device reset.
+        """
+        self._check_startable(queues, control)
+        return self._procedure.stand_by(queues, control)
+
     def start_passthrough(self, queues: Sequence[GuestQueue], control: GuestControl | None = None) -> None:
         """Let the device work on the guest's rings, each from its used index on.
 

@@ -45,14 +45,23 @@ class ControlDriver:
     def restore(cls, memory: GuestMemory, state: ControlDriverState) -> Self:
         """Go on where a driver was whose rings are in ``memory``; :class:`BadState` if they cannot be."""
         check_place(memory, state.ring)
-        if max(state.avail_idx, state.used_idx) > MAX_INDEX or 2 * state.open > state.ring.num:
-            raise BadState(f"control queue: indices {state.avail_idx} and {state.used_idx}, {state.open} commands open")
+        _check_indices(state)
         check_memory(memory, state.command, _BUFFER)
         check_memory(memory, state.answer, 1)
         driver = cls(memory, queue_of(state.ring), state.command, state.answer)
-        d = driver._driver
-        d.avail_idx, d.used_idx, d.open = state.avail_idx, state.used_idx, state.open
+        driver._load(state)
         return driver
+
+    def load(self, state: ControlDriverState) -> None:
+        """Take over what a driver knows whose places are these; :class:`BadState` if they are not."""
+        if (state.ring, state.command, state.answer) != (place_of(self.queue), self._command, self._answer):
+            raise BadState("control queue: it is not where it was said to be")
+        _check_indices(state)
+        self._load(state)
+
+    def _load(self, state: ControlDriverState) -> None:
+        d = self._driver
+        d.avail_idx, d.used_idx, d.open = state.avail_idx, state.used_idx, state.open
 
     def state(self) -> ControlDriverState:
         """Return what this driver knows; nobody may be sending."""
@@ -83,3 +92,8 @@ class ControlDriver:
         """Close the eventfds."""
         os.close(self.queue.kick)
         os.close(self.queue.call)
+
+
+def _check_indices(state: ControlDriverState) -> None:
+    if max(state.avail_idx, state.used_idx) > MAX_INDEX or 2 * state.open > state.ring.num:
+        raise BadState(f"control queue: indices {state.avail_idx} and {state.used_idx}, {state.open} commands open")

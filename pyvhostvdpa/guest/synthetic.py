@@ -7,6 +7,7 @@ it stood still for a moment.
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
@@ -150,11 +151,7 @@ class Guest:
                 nic = GuestNic.restore(memory, device.nic)
                 guest.add(nic, device.nic.model)
                 _compare(nic, device.queues, memory)
-            if state.writer_pages:
-                check_memory(memory, state.writer_gpa, state.writer_pages * PAGE_SIZE)
-                guest.writer = GuestWriter(
-                    memory, state.writer_gpa, state.writer_pages, state.writer_rate, state.writer_written
-                )
+            guest._load_writer(state)
         except BadState as e:
             guest.let_go()
             raise StreamCorrupt(f"state of the guest: {e}") from e
@@ -163,7 +160,63 @@ class Guest:
             raise
         return guest
 
+    @classmethod
+    def expect(cls, memory: GuestMemory, devices: Sequence[DeviceState]) -> Guest:
+        """Return the guest that is to come into this memory, which it takes over, from its :meth:`outline`.
+
+        It cannot run before it was given its state (:meth:`load`). Raises
+        :class:`~pyvhostvdpa.StreamCorrupt` for what no guest in this memory can be.
+        """
+        guest = cls(memory)
+        try:
+            for device in devices:
+                guest.add(GuestNic.restore(memory, device.nic), device.nic.model)
+        except BadState as e:
+            guest.let_go()
+            raise StreamCorrupt(f"outline of the guest: {e}") from e
+        except BaseException:
+            guest.let_go()
+            raise
+        return guest
+
+    def load(self, state: GuestState, devices: Sequence[DeviceState]) -> None:
+        """Give a guest that was expected its state, as :meth:`restore` does; its memory must be there.
+
+        Raises :class:`~pyvhostvdpa.StreamCorrupt` if they are not of one guest.
+        """
+        try:
+            if len(devices) != len(self.nics):
+                raise BadState(f"{len(devices)} devices, {len(self.nics)} were told of before")
+            for number, device in enumerate(devices):
+                self._load_device(number, device)
+            self._load_writer(state)
+        except BadState as e:
+            raise StreamCorrupt(f"state of the guest: {e}") from e
+
+    def _load_device(self, number: int, device: DeviceState) -> None:
+        nic, control = self.nics[number], self.controls[number]
+        nic.load(device.nic)
+        _compare(nic, device.queues, self.memory)
+        model = device.nic.model
+        if (control is None) != (nic.control is None or model is None):
+            raise BadState("what its control queue has set is not what was told of before")
+        if control is not None and model is not None:
+            # the same object: a device that stands by knows it
+            vars(control.model).update(vars(model))
+
+    def _load_writer(self, state: GuestState) -> None:
+        if state.writer_pages:
+            check_memory(self.memory, state.writer_gpa, state.writer_pages * PAGE_SIZE)
+            self.writer = GuestWriter(
+                self.memory, state.writer_gpa, state.writer_pages, state.writer_rate, state.writer_written
+            )
+
     # -- running ---------------------------------------------------------------
+
+    def stand_by(self, number: int, device: VdpaNetDevice) -> str:
+        """Let a device stand ready for this guest's NIC of that number; how far it got, in words."""
+        device.guest_config = self.nics[number].config
+        return device.stand_by(self.nics[number].queues, self.controls[number])
 
     def start(self, number: int, device: VdpaNetDevice) -> None:
         """Start a device in passthrough with this guest's NIC of that number."""
@@ -194,6 +247,9 @@ class Guest:
 
     def pause(self) -> None:
         """Stop the guest where it is. Twice is no error."""
+        # all CPUs are told before the first is waited for
+        for traffic in self.traffic:
+            traffic.tell_to_pause()
         for traffic in self.traffic:
             traffic.pause()
         if self.writer is not None:
@@ -248,6 +304,20 @@ class Guest:
             for nic, control in zip(self.nics, self.controls, strict=True)
         ]
         return own, devices
+
+    def outline(self) -> list[DeviceState]:
+        """Return what can be known of each device's NIC before the guest is stopped: it may run.
+
+        Where its rings and buffers are, and what its control queue has set
+        so far; of its rings nothing.
+        """
+        return [
+            DeviceState(
+                tuple(QueueState(queue.index, 0, 0, ()) for queue in nic.queues),
+                nic.outline(copy.deepcopy(control.model) if control is not None else None),
+            )
+            for nic, control in zip(self.nics, self.controls, strict=True)
+        ]
 
     def shift_clock(self, ns: int) -> None:
         """Move the times that the guest remembers to another host's clock."""

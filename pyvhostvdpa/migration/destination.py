@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..base.closing import Closing
@@ -27,10 +28,12 @@ from ..base.errors import (
 from ..base.uapi import names
 from ..device.net import VdpaNetDevice
 from ..device.procedure.base import GUEST_ASID
+from ..device.together import together
 from ..guest.state import DeviceShape, DeviceState, GuestShape, GuestState
 from ..guest.synthetic import Guest
 from ..memory.guest import PAGE_SIZE, GuestMemory, IovaAllocator, SharedMemory
 from ..net.features import Feature
+from ..trace import gap
 from ..trace.recorder import Trace
 from .cancel import Cancel
 from .pages import PAGES, ZERO, PageReceiver
@@ -89,6 +92,8 @@ class Destination:
         self._hash = b""
         self._guest_state: GuestState | None = None
         self._device_states: list[DeviceState] = []
+        self._outline: list[DeviceState] = []
+        self._expected: Guest | None = None
 
     def run(self) -> Arrived:
         """Receive a guest and return it running.
@@ -198,15 +203,36 @@ class Destination:
         self._tell(f"{receiver.pages:,} pages and {receiver.zero_pages:,} of zeros arrived")
         self._observe("load")
         self._cancel.check()
-        guest = Guest.restore(self._memory, self._complete(), self._device_states)
-        self._stack.callback(guest.close)
-        for device in self._devices:
-            self._stack.callback(device.close)
+        with gap.step(self._devices[0].trace, gap.LOAD):
+            guest = self._load()
         if guest.shapes() != shape.devices:
             raise StreamCorrupt("the guest's state is not of the shape that was told first")
         if shape.hashed:
             self._hash = hash_bytes(self._memory)
         return guest
+
+    def _load(self) -> Guest:
+        if self._expected is not None:
+            self._expected.load(self._complete(), self._device_states)
+            return self._expected
+        return self._keep(Guest.restore(self._memory, self._complete(), self._device_states))
+
+    def _keep(self, guest: Guest) -> Guest:
+        """End the guest with this side, unless it arrives; its devices first."""
+        self._stack.callback(guest.close)
+        for device in self._devices:
+            self._stack.callback(device.close)
+        return guest
+
+    def _stand_by(self, outline: Sequence[DeviceState]) -> None:
+        """Let the devices stand ready for the guest that is to come, while it still runs on the source."""
+        guest = self._expected = self._keep(Guest.expect(self._memory, outline))
+        together([partial(self._stand_ready, guest, number) for number in range(len(self._devices))])
+
+    def _stand_ready(self, guest: Guest, number: int) -> None:
+        device = self._devices[number]
+        with device.trace.in_phase("dest.stand_by"):
+            self._tell(f"{device.path}: {guest.stand_by(number, device)}")
 
     def _progress(self, receiver: PageReceiver) -> None:
         now = time.monotonic()
@@ -227,6 +253,10 @@ class Destination:
             self._guest_state = GuestState.decode(payload)
         elif header.type == Frame.DEVICE and header.count == len(self._device_states) < len(shape.devices):
             self._device_states.append(DeviceState.decode(payload))
+        elif header.type == Frame.STAND_BY and header.count == len(self._outline) < len(shape.devices):
+            self._outline.append(DeviceState.decode(payload))
+            if len(self._outline) == len(shape.devices):
+                self._stand_by(self._outline)
         elif header.type == Frame.FINAL:
             return True
         else:
@@ -245,8 +275,9 @@ class Destination:
         try:
             self._observe("ready")
             self._cancel.check()
-            self.channel.send_frame(Frame.READY, self._hash)
-            kind, payload = self.channel.expect(Frame.GO, Frame.CANCEL, seconds=patience(shape))
+            with gap.step(self._devices[0].trace, gap.HAND_OVER):
+                self.channel.send_frame(Frame.READY, self._hash)
+                kind, payload = self.channel.expect(Frame.GO, Frame.CANCEL, seconds=patience(shape))
         except (StreamBroken, StreamCorrupt) as e:
             said = self.channel.last_words()
             if said:
@@ -349,15 +380,18 @@ def _map(device: VdpaNetDevice, memory: GuestMemory) -> None:
 def _start_devices(guest: Guest, devices: Sequence[VdpaNetDevice]) -> None:
     """Start every device and let the guest run; on a failure all are reset."""
     try:
-        for number, device in enumerate(devices):
-            with device.trace.in_phase("dest.start"):
-                guest.start(number, device)
+        together([partial(_start_device, guest, number, device) for number, device in enumerate(devices)])
     except BaseException:
         for device in devices:
             with suppress(VhostVdpaError):
                 device.reset()
         raise
     guest.run()
+
+
+def _start_device(guest: Guest, number: int, device: VdpaNetDevice) -> None:
+    with device.trace.in_phase(gap.START):
+        guest.start(number, device)
 
 
 @contextmanager

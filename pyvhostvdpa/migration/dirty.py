@@ -167,6 +167,8 @@ class DirtyTracker:
 
     def __init__(self, memory: GuestMemory, interface: Interface | None = None) -> None:
         self.interface = interface or probe_interface()
+        self.written_by_devices = PageSet(memory)
+        """Of what the last :meth:`collect` returned, the pages that devices were seen to write."""
         self._memory = memory
         self._uffd = -1
         self._pagemap: int | None = None
@@ -211,8 +213,9 @@ class DirtyTracker:
         if self._pagemap is None:
             raise VhostVdpaError("the dirty tracker was not started")
         pages = PageSet(self._memory)
-        for bits, log in zip(pages.bits, self._memory.dirty_log, strict=True):
+        for bits, log, seen in zip(pages.bits, self._memory.dirty_log, self.written_by_devices.bits, strict=True):
             lib.pages_take(bits, log, len(bits))
+            ffi.memmove(seen, bits, ffi.sizeof(bits))
         _check("membarrier", lib.pages_barrier())
         for region, bits in zip(self._memory.regions, pages.bits, strict=True):
             if self.interface is Interface.PAGEMAP_SCAN:

@@ -27,7 +27,7 @@ from ..base.errors import MigrationEnded, MigrationFailed
 from ..guest.nic import FrameCounts
 from ..guest.synthetic import GuestOptions
 from ..memory.guest import check_available
-from ..trace import records
+from ..trace import gap, records
 from ..trace.downtime import PhaseCost
 from ..trace.recorder import Trace
 from .cancel import Cancel
@@ -239,6 +239,7 @@ def _migrated(sent: SentReport, received: dict[str, Any]) -> Report:
         phases={name: both[name] for name in dict.fromkeys([*first, *both])},
         drops={"source": _only(sent.drops), "destination": _only(received["device_drops"])},
         environment=_with_roles(sent.environment, {"source": sent.environment, "destination": received["environment"]}),
+        stopped=gap.stop_to_run([*sent.steps, *gap.from_numbers(received["stop_to_run_steps_ns"])]),
         procedure={"source": _only(sent.procedure), "destination": _only(received["procedure"])},
     )
 

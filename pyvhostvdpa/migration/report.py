@@ -15,6 +15,7 @@ from ..base.uapi import names
 from ..device.net import VdpaNetDevice
 from ..guest.nic import FrameCounts
 from ..host import mgmt
+from ..trace import gap
 from ..trace.downtime import PhaseCost
 from ..virtqueue.layout import GuestQueue
 from .source import Sent
@@ -50,7 +51,8 @@ class Report:
     ``outcome`` is ``"migrated"`` or ``"stayed on source"``. ``bad_pages`` is
     what the guest's CPU found wrong in its memory at the destination;
     ``drops`` are the devices' own counters, as far as they have any;
-    ``procedure`` is by device, "source" and "destination".
+    ``procedure`` is by device, "source" and "destination"; ``stopped`` is stop
+    to run, None if the guest stayed.
     """
 
     outcome: str
@@ -66,6 +68,7 @@ class Report:
     drops: dict[str, dict[str, int]]
     environment: dict[str, Any]
     procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stopped: gap.StopToRun | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its JSON schema ``pyvhostvdpa/migrate/1`` has it."""
@@ -75,6 +78,7 @@ class Report:
             "frames": self.frames.to_dict(),
             "bad_pages": self.bad_pages,
             "parts": {name: part.to_dict() for name, part in self.parts.items()},
+            **gap.to_dict(self.stopped),
             **downtimes(self.dt1_ms, self.dt2_ms),
             "guest_gap_ms": {"switch": round(self.gap_switch_ms, 3), "move": round(self.gap_move_ms, 3)},
             **self.sent.to_dict(),

@@ -19,6 +19,7 @@ from ..guest.synthetic import Guest, GuestOptions
 from ..host import mgmt
 from ..memory.guest import Progress, check_available
 from ..net.features import CONTROL, SUPPORTED
+from ..trace import gap
 from ..trace.downtime import DT1, DT2, PHASES, PhaseCost, cost, interval, milliseconds
 from ..trace.recorder import Trace
 from .cancel import Cancel
@@ -57,6 +58,8 @@ class SentReport:
     drops: dict[str, dict[str, int]]
     environment: dict[str, Any]
     procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steps: list[gap.Piece] = field(default_factory=list)
+    """Of the time in which the guest stood still, those of this side."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its JSON schema ``pyvhostvdpa/send/1`` has it."""
@@ -67,6 +70,7 @@ class SentReport:
             "frames": self.frames.to_dict(),
             "parts": {name: part.to_dict() for name, part in self.parts.items()},
             **downtimes(self.dt1_ms, self.dt2_ms),
+            **gap.to_dict(gap.join(self.steps)),
             "guest_gap_ms": {"switch": round(self.gap_switch_ms, 3)},
             **self.sent.to_dict(),
             "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
@@ -92,6 +96,8 @@ class ReceivedReport:
     drops: dict[str, dict[str, int]]
     environment: dict[str, Any]
     procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steps: list[gap.Piece] = field(default_factory=list)
+    """Of the time in which the guest stood still, those of this side."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its JSON schema ``pyvhostvdpa/receive/1`` has it."""
@@ -102,6 +108,8 @@ class ReceivedReport:
             "frames": self.frames.to_dict(),
             "bad_pages": self.bad_pages,
             "parts": {name: part.to_dict() for name, part in self.parts.items()},
+            **gap.to_dict(gap.join(self.steps)),
+            "stop_to_run_steps_ns": gap.to_numbers(self.steps),
             "guest_gap_ms": {"move": round(self.gap_move_ms, 3)},
             "memory_hash": self.hash or None,
             "note": self.note or None,
@@ -286,6 +294,7 @@ class Sending:
             drops=self._lost,
             environment=environment({device.path: device for device in devices}, guest.memory.size),
             procedure=procedures(devices),
+            steps=gap.steps(self.trace.events) if sent.stopped else [],
         )
 
 
@@ -363,6 +372,7 @@ class Receiving:
                 drops=lost,
                 environment=environment({device.path: device for device in devices}, guest.memory.size),
                 procedure=procedures(devices),
+                steps=gap.steps(self.trace.events),
             )
 
 

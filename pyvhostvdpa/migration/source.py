@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from ..base.errors import (
 )
 from ..base.uapi import BackendFeature, names
 from ..device.net import State, VdpaNetDevice
+from ..device.together import together
 from ..guest.state import ID_BYTES, GuestShape
 from ..guest.synthetic import Guest
-from ..memory.guest import GuestMemory
+from ..memory.guest import GUEST_PAGE, GuestMemory
+from ..trace import gap
 from .cancel import Cancel
 from .convergence import Convergence
 from .dirty import DirtyTracker, PageSet
@@ -77,14 +80,43 @@ class SendOptions:
     folder: Path = DEFAULT_FOLDER
 
 
+@dataclass(frozen=True, slots=True)
+class LastRound:
+    """The round of memory that was sent while the guest stood still.
+
+    Of its ``pages`` the devices were seen to write ``by_device``, and the
+    guest's CPU alone ``by_cpu``. ``ms`` is what sending took.
+    """
+
+    pages: int
+    by_device: int
+    by_cpu: int
+    ms: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return {
+            "pages": self.pages,
+            "by_device": self.by_device,
+            "by_cpu": self.by_cpu,
+            "mib": round(self.pages * GUEST_PAGE / (1 << 20), 3),
+            "ms": round(self.ms, 3),
+        }
+
+
 @dataclass(slots=True)
 class Sent:
-    """What sending took. ``hash`` is "" unless it was asked for; ``stopped`` is when, CLOCK_MONOTONIC ns."""
+    """What sending took.
+
+    ``hash`` is "" unless it was asked for; ``stopped`` is when the guest was
+    paused, CLOCK_MONOTONIC ns; ``last`` is the round that it stood still for.
+    """
 
     id: str = ""
     rounds: list[RoundStatistics] = field(default_factory=list)
     hash: str = ""
     stopped: int = 0
+    last: LastRound | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON."""
@@ -93,6 +125,7 @@ class Sent:
                 {"pages": r.pages, "zero_pages": r.zero_pages, "bytes": r.bytes, "seconds": round(r.seconds, 6)}
                 for r in self.rounds
             ],
+            "last_round": None if self.last is None else self.last.to_dict(),
             "memory_hash": self.hash or None,
         }
 
@@ -120,6 +153,7 @@ class Source:
         self._observe, self._tell = observer, tell
         self._tracker = DirtyTracker(guest.memory)
         self._left = PageSet(guest.memory)
+        self._left_by_devices = PageSet(guest.memory)
         self._sender = PageSender(guest.memory, channel, self.options.limit, self._progress)
         self._shape = GuestShape(
             id=os.urandom(ID_BYTES),
@@ -156,11 +190,22 @@ class Source:
             self._cancel.check()
         except VhostVdpaError as e:
             raise self._stay(e) from e
-        finally:
+        except BaseException:
             self._tracker.stop()
-        self._hand_over()
+            raise
+        try:
+            self._hand_over()
+        finally:
+            # it takes longer the more memory there is, and nobody waits for it now
+            self._tracker.stop()
         self._let_go()
+        self._account()
         return self.sent
+
+    def _account(self) -> None:
+        """Count what the last round moved, now that nobody waits."""
+        pages, by_devices = self._left.count, self._left_by_devices.count
+        self.sent.last = LastRound(pages, by_devices, pages - by_devices, self.sent.rounds[-1].seconds * 1000)
 
     def _let_go(self) -> None:
         """Reset what the guest has left: a procedure may have kept it ready to go on."""
@@ -206,6 +251,8 @@ class Source:
             raise
 
     def _precopy(self) -> None:
+        for number, device in enumerate(self.guest.outline()):
+            self.channel.send_frame(Frame.STAND_BY, device.encode(), number)
         # all of memory goes after this, so what was written before is no matter
         self._tracker.start()
         converging = Convergence(self.options.downtime)
@@ -220,6 +267,7 @@ class Source:
             )
             if converging.done(pages, self._sender.bandwidth):
                 self._left = pages
+                self._left_by_devices.update(self._tracker.written_by_devices)
                 return
             if converging.gave_up(pages):
                 raise MigrationFailed(
@@ -266,21 +314,32 @@ class Source:
 
     def _stop(self) -> None:
         self.sent.stopped = time.monotonic_ns()
-        self.guest.pause()
-        for number, device in enumerate(self.devices):
-            with device.trace.in_phase("dt2.stop"):
-                self._stop_device(number, device)
-        self._left |= self._tracker.collect()
-        self._tracker.stop()
+        with self._step(gap.PAUSE):
+            self.guest.pause()
+        together([partial(self._stop_for_good, number, device) for number, device in enumerate(self.devices)])
+        with self._step(gap.COLLECT):
+            collected = self._tracker.collect()
+            self._left.update(collected)
+            self._left_by_devices.update(self._tracker.written_by_devices)
+
+    def _step(self, phase: str) -> AbstractContextManager[None]:
+        """Record a step of the time in which the guest stands still."""
+        return gap.step(self.devices[0].trace, phase)
+
+    def _stop_for_good(self, number: int, device: VdpaNetDevice) -> None:
+        with device.trace.in_phase("dt2.stop"):
+            self._stop_device(number, device)
 
     def _send_state(self) -> None:
         self._sender.limit = None
-        self._send_round(self._left)
-        guest, devices = self.guest.state()
-        self.channel.send_frame(Frame.GUEST, guest.encode())
-        for number, device in enumerate(devices):
-            self.channel.send_frame(Frame.DEVICE, device.encode(), number)
-        self.channel.send_frame(Frame.FINAL)
+        with self._step(gap.LAST_ROUND):
+            self._send_round(self._left)
+        with self._step(gap.STATE):
+            guest, devices = self.guest.state()
+            self.channel.send_frame(Frame.GUEST, guest.encode())
+            for number, device in enumerate(devices):
+                self.channel.send_frame(Frame.DEVICE, device.encode(), number)
+            self.channel.send_frame(Frame.FINAL)
 
     def _await_ready(self) -> None:
         ours = hash_bytes(self.guest.memory) if self.options.hashed else b""
@@ -338,8 +397,10 @@ class Source:
     def _stay(self, error: VhostVdpaError) -> VhostVdpaError:
         """Let the guest go on in passthrough here; the error that tells so, or what state is left."""
         self._observe("back to source")
-        self._tracker.stop()
-        stranded = self._go_on()
+        try:
+            stranded = self._go_on()
+        finally:
+            self._tracker.stop()
         said = self._part(error)
         what = f"{error}; the destination says: {said}" if said else str(error)
         if stranded is not None:

@@ -25,6 +25,7 @@ from ...net.control_queue import DEFAULT_DEADLINE, ControlArea, ControlOptions, 
 from ...net.features import Feature, ring_bits
 from ...net.guest_config import GuestConfig
 from ...virtqueue.layout import GuestQueue, in_order, indices, ring_layout
+from ...virtqueue.rings import GuestRings
 from ...virtqueue.shadow import RelayOptions, Relays, ShadowVirtqueue
 from ...virtqueue.stall import Progress
 from ..groups import Groups
@@ -109,6 +110,8 @@ class Procedure(ABC):
         self.target = target
         self.state = State.RESET
         self.shadows: list[ShadowVirtqueue] = []
+        self._placed = 0
+        """Bytes of our memory that the shadow rings take."""
         self.relay_options = RelayOptions()
         self.control_deadline = DEFAULT_DEADLINE
         self.guest_config: GuestConfig | None = None
@@ -116,6 +119,7 @@ class Procedure(ABC):
         self._control: ControlQueue | None = None
         self._memories: Memories | None = None
         self._queues: tuple[GuestQueue, ...] = ()
+        self._guest_rings: GuestRings | None = None
         self._progress: Progress | None = None
         self._started_at: dict[int, int] = {}
         """Used index of each guest ring when passthrough started, by queue index."""
@@ -172,11 +176,31 @@ class Procedure(ABC):
             raise MissingFeature(f"{self.target.path}: attach() guest memory first")
         return self._memories
 
+    def stand_by(self, queues: Sequence[GuestQueue], control: GuestControl | None) -> str:
+        """Do what a start in passthrough needs of the device before the guest comes, as far as that can be.
+
+        Returns how far the device got, in words; a failure leaves it reset.
+        """
+        self._take(queues)
+        try:
+            return self._stand_by(control)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _stand_by(self, control: GuestControl | None) -> str:
+        return "guest memory is mapped; the rest comes at the start"
+
+    def _take(self, queues: Sequence[GuestQueue]) -> None:
+        self._queues = tuple(queues)
+        if self._guest_rings is None or self._guest_rings.queues != self._queues:
+            self._guest_rings = GuestRings(self._queues, self.memories.guest)
+            self._progress = Progress(queues, self.memories.guest)
+
     def start(self, mode: State, queues: Sequence[GuestQueue], control: GuestControl | None) -> None:
         """Start the device in ``mode`` on a guest's queues; a failure leaves it reset."""
-        self._queues = tuple(queues)
+        self._take(queues)
         self._note_shadowed(mode, control)
-        self._progress = Progress(queues, self.memories.guest)
         try:
             self._start(mode, control)
         except BaseException:
@@ -205,10 +229,13 @@ class Procedure(ABC):
         if self._control is not None:
             self._control.stop()
         try:
-            self.target.chardev.suspend()
+            self._suspend()
         except BaseException:
             self._serve_control()
             raise
+
+    def _suspend(self) -> None:
+        self.target.chardev.suspend()
 
     def resume(self) -> None:
         """Let a suspended device go on; MissingFeature without the RESUME backend feature."""
@@ -223,6 +250,7 @@ class Procedure(ABC):
 
     def stop(self, then: State | None = None) -> None:
         """Suspend, take the queues over, reset; see :meth:`pyvhostvdpa.device.net.VdpaNetDevice.stop`."""
+        self._prepare_stop(then)
         self.suspend()
         try:
             if self.state is not State.SHADOW:
@@ -237,6 +265,9 @@ class Procedure(ABC):
         except BaseException:
             self.abandon()
             raise
+
+    def _prepare_stop(self, then: State | None) -> None:  # noqa: B027
+        """Make what a stop, and a start in ``then`` behind it, will need, while the device still runs."""
 
     def reset(self) -> None:
         """Reset the device. Guest rings stand as they are."""
@@ -336,11 +367,12 @@ class Procedure(ABC):
     def _shadow(self, queue: GuestQueue, translation: Translation | None = None) -> ShadowVirtqueue:
         """Make the shadow of a guest's queue, its ring behind those that there are."""
         own = self.memories.own
-        at = own.hva + sum(shadow.layout.size for shadow in self.shadows)
+        at = own.hva + self._placed
         layout = ring_layout(queue.num)
         if at + layout.size > own.hva + own.size - CONTROL_ROOM:
             raise MissingFeature(f"{self.target.path}: the shadow rings do not fit {own.size - CONTROL_ROOM} bytes")
         shadow = ShadowVirtqueue(queue, self.memories.guest, at, ring_bits(self.target.features), translation)
+        self._placed += layout.size
         self.shadows.append(shadow)
         return shadow
 
@@ -394,6 +426,13 @@ class Procedure(ABC):
         if self.guest_config is not None:
             self.guest_config.connect(self, None if self._control is None else self._control.model)
 
+    def _used_indices(self) -> list[int]:
+        """Return from where a device is to go on in each of the guest's rings, and remember it."""
+        assert self._guest_rings is not None
+        used = self._guest_rings.used()
+        self._started_at = {queue.index: at for queue, at in zip(self._queues, used, strict=True)}
+        return used
+
     def _used_index(self, queue: GuestQueue) -> int:
         """Return from where a device is to go on in a guest's ring, and remember it."""
         _, used = indices(queue, self.memories.guest)
@@ -415,6 +454,11 @@ class Procedure(ABC):
             raise first
 
     def _check_order(self) -> None:
+        rings, started = self._guest_rings, self._started_at
+        known = rings is not None and all(queue.index in started for queue in rings.queues)
+        if known and rings is not None and rings.in_order([started[queue.index] for queue in rings.queues]):
+            return
+        # one of them is not: which, and whether it still is not, tells this
         for queue in self._queues:
             _, used = indices(queue, self.memories.guest)
             if not in_order(queue, self.memories.guest, self._started_at.get(queue.index, used)):
@@ -450,9 +494,12 @@ class Procedure(ABC):
         self.state = State.RESET
 
     def _close_queues(self) -> None:
-        shadows, self.shadows = self.shadows, []
-        for shadow in shadows:
-            shadow.close()
+        self._close_shadows()
         if self._control is not None:
             self._control.close()
             self._control = None
+
+    def _close_shadows(self) -> None:
+        shadows, self.shadows, self._placed = self.shadows, [], 0
+        for shadow in shadows:
+            shadow.close()
