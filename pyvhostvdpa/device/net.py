@@ -73,7 +73,7 @@ class VdpaNetDevice(Closing):
             else:
                 self._procedure = procedure(self.target)
                 self.procedure = best.Choice(type(self._procedure).__name__)
-            log.info("%s: procedure %s", self.path, self.procedure)
+            log.debug("%s: procedure %s", self.path, self.procedure)
         except BaseException:
             self.chardev.close()
             raise
