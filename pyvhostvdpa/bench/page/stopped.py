@@ -44,8 +44,8 @@ def section(rows: Sequence[Row]) -> list[str]:
         heading("Stop to run"),
         paragraph(
             "From the guest's pause to its last data queue running at the destination, over all devices: what the "
-            "guest feels. The floor is what the devices take to stop their queues and let them go, side by side, whatever is "
-            "done. No memory moves here: the last round of a migration comes on top."
+            "guest feels. The floor is what the devices take to stop their queues and let them go, side by side, "
+            "whatever is done. No memory moves here: the last round of a migration comes on top."
         ),
         _table(rows),
         _legend(bars),
