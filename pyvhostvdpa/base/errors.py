@@ -125,5 +125,9 @@ class DeviceNeedsReset(VhostVdpaError):
     """A device gave up and asks to be reset (VIRTIO_CONFIG_S_NEEDS_RESET); nothing goes through it any more."""
 
 
+class NotProved(VhostVdpaError):
+    """The device did something else than the feature under test says."""
+
+
 class OutOfOrder(VhostVdpaError):
     """A device in passthrough uses descriptors out of order: it cannot be taken over. It goes on as before."""

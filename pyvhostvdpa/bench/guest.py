@@ -9,14 +9,13 @@ from contextlib import ExitStack
 
 from .._cdefs import lib
 from ..base.closing import Closing
-from ..base.errors import MissingFeature
+from ..base.errors import MissingFeature, NotProved
 from ..device.net import State, VdpaNetDevice
 from ..guest.nic import GuestNic, NicOptions
 from ..memory.guest import DEFAULT_GPA, GuestMemory
 from ..net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
 from ..net.control_queue import GuestControl
 from ..net.features import CONTROL, SUPPORTED
-from ..probe.proofs import NotProved
 from ..trace.recorder import Trace
 from ..virtqueue.layout import indices
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from ..base.errors import MissingFeature
+from ..base.errors import MissingFeature, NotProved
 from ..base.uapi import IotlbType
 from ..chardev.burst import Burst
 from ..chardev.door import IotlbMessage, IotlbWriteError
@@ -24,7 +24,6 @@ from ..chardev.iotlb import Limits
 from ..chardev.rejection import likely_cause
 from ..device.net import VdpaNetDevice
 from ..memory.guest import PAGE_SIZE
-from ..probe.proofs import NotProved
 from .memory import Backing, BenchMemory
 from .plan import (
     Mode,

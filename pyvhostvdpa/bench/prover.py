@@ -18,12 +18,11 @@ from contextlib import ExitStack
 from typing import Any
 
 from .._cdefs import ffi, lib
-from ..base.errors import KernelError, MissingFeature
+from ..base.errors import KernelError, MissingFeature, NotProved
 from ..base.uapi import Access, BackendFeature, Status, names
 from ..device.net import VdpaNetDevice
 from ..host import mgmt
 from ..memory.guest import HUGE_PAGE, PAGE_SIZE, SharedMemory
-from ..probe.proofs import NotProved
 from ..virtqueue.layout import SplitLayout, fill_vring
 
 SIZE = HUGE_PAGE

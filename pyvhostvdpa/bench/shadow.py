@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._cdefs import ffi, lib
+from ..base.errors import NotProved
 from ..device.net import State
 from ..guest.arena import GuestArena, place_queue
 from ..guest.traffic import Traffic
 from ..memory.guest import PAGE_SIZE
-from ..probe.proofs import NotProved
 from ..virtqueue.layout import map_queue
 from .guest import BenchGuest
 from .report import place

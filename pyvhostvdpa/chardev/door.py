@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from .._cdefs import ffi, lib
 from ..base.closing import Closing
-from ..base.errors import DeviceBusy, DeviceClosed, KernelError, NotVhostVdpa
+from ..base.errors import DeviceBusy, DeviceClosed, KernelError, NotVhostVdpa, VhostVdpaError
 from ..base.uapi import (
     IOCTLS,
     MESSAGE_SIZE,
@@ -84,6 +84,21 @@ def check_path(path: str | os.PathLike[str]) -> None:
         raise NotVhostVdpa(
             f"{text}: not a vhost-vdpa character device", hint="vhost-vdpa list shows the devices of this machine"
         )
+
+
+def can_be_opened(path: str | os.PathLike[str]) -> bool:
+    """Return whether a device is free, by opening and closing it, which resets it.
+
+    Only a device in use counts as not free. A missing node or permission does
+    not: the next call on the device reports those.
+    """
+    try:
+        VhostVdpa(path).close()
+    except DeviceBusy:
+        return False
+    except VhostVdpaError:
+        return True
+    return True
 
 
 class VhostVdpa(Closing):

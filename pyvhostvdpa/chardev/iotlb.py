@@ -104,13 +104,7 @@ class Iotlb:
         meet its old self.
         """
         for space in self._spaces.values():
-            kept = space.mappings
-            if kept:
-                with space.batch() as batch:
-                    for m in kept:
-                        batch.unmap(m.iova, m.size)
-                    for m in kept:
-                        batch.put_back(m)
+            space.map_again()
 
 
 class AddressSpace:
@@ -121,6 +115,8 @@ class AddressSpace:
         self.asid = asid
         self.layout = Layout.NONE
         self._maps: list[Mapping] = []
+        self._to_restore: tuple[Mapping, ...] = ()
+        """What :meth:`map_again` has not mapped yet: a second try must not forget what the first one unmapped."""
 
     @property
     def mappings(self) -> tuple[Mapping, ...]:
@@ -149,6 +145,18 @@ class AddressSpace:
         self._iotlb.write(self.asid, change.messages)
         self._maps = change.planned
 
+    def map_again(self) -> None:
+        """Unmap and map everything again, in one batch. After a failure it can be called again and loses nothing."""
+        self._to_restore = self._to_restore or self.mappings
+        if not self._to_restore:
+            return
+        with self.batch() as batch:
+            for m in self.mappings:
+                batch.unmap(m.iova, m.size)
+            for m in self._to_restore:
+                batch.put_back(m)
+        self._to_restore = ()
+
     @contextmanager
     def batch(self) -> Iterator[Batch]:
         """Collect maps and unmaps, then send them between BATCH_BEGIN and BATCH_END in one burst.
@@ -172,7 +180,12 @@ class AddressSpace:
         try:
             yield
         finally:
-            self._iotlb.write(self.asid, [IotlbMessage(IotlbType.BATCH_END, self.asid)])
+            end = IotlbMessage(IotlbType.BATCH_END, self.asid)
+            try:
+                self._iotlb.write(self.asid, [end])
+            except IotlbWriteError:
+                self._end_batch()
+                raise
 
     def _send(self, batch: Batch) -> None:
         begin = IotlbMessage(IotlbType.BATCH_BEGIN, self.asid)
@@ -181,12 +194,15 @@ class AddressSpace:
         try:
             self._iotlb.write(self.asid, [begin, *batch.messages, end])
         except IotlbWriteError as e:
-            if 0 < e.applied <= len(batch.messages):
-                # an open batch survives everything but close()
-                self._iotlb.chardev.write_iotlb([end])
+            if e.applied:
                 self._maps = batch.after(e.applied - 1)
+                self._end_batch()
             raise
         self._maps = batch.planned
+
+    def _end_batch(self) -> None:
+        """End the batch after an error, also after a BATCH_END that failed: nothing but close() would end it later."""
+        self._iotlb.chardev.write_iotlb([IotlbMessage(IotlbType.BATCH_END, self.asid)])
 
 
 class Batch:

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from ..base.errors import MissingFeature
+from ..chardev.door import can_be_opened
 from ..host import mgmt
 from ..host.machine import gather
 from .table import table
@@ -48,7 +49,7 @@ def _add(arguments: argparse.Namespace) -> int:
 
 
 def _delete(arguments: argparse.Namespace) -> int:
-    mgmt.delete_device(arguments.name)
+    mgmt.delete_device(arguments.name, can_be_opened)
     return 0
 
 

@@ -14,13 +14,12 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base.errors import DeviceBusy, ManagementFailed, MissingFeature, VhostVdpaError
-from ..chardev.door import VhostVdpa
+from ..base.errors import DeviceBusy, ManagementFailed, MissingFeature
 
 SYSFS_DEVICES = Path("/sys/bus/vdpa/devices")
 _VDPA_TIMEOUT = 10.0
@@ -152,35 +151,25 @@ def add_device(name: str, mgmtdev: str, *attributes: str) -> None:
     _vdpa("dev", "add", "name", name, "mgmtdev", mgmtdev, *attributes)
 
 
-def delete_device(name: str) -> None:
-    """Delete a device that nobody has open.
+def delete_device(name: str, can_be_opened: Callable[[str], bool]) -> None:
+    """Delete a device that no process has open.
 
     Deleting an open one would not fail but wait in the kernel, unkillable and
     with a lock that every other ``vdpa`` command needs
     (drivers/vhost/vdpa.c:vhost_vdpa_remove). So its holder is looked up, and
-    the chardev is opened to see whether somebody out of sight has it: that
-    resets the device, which is to go anyway. Raises
-    :class:`~pyvhostvdpa.DeviceBusy`,
-    :class:`~pyvhostvdpa.ManagementFailed`.
+    ``can_be_opened`` is asked about the chardev, to notice a holder that is
+    not visible from here (:func:`pyvhostvdpa.chardev.door.can_be_opened`
+    opens it, which resets the device).
+
+    Raises :class:`~pyvhostvdpa.DeviceBusy`, :class:`~pyvhostvdpa.ManagementFailed`.
     """
     chardev = _chardev((SYSFS_DEVICES / name).resolve())
-    if chardev is not None and (holders(chardev) or not _can_be_opened(chardev)):
+    if chardev is not None and (holders(chardev) or not can_be_opened(chardev)):
         raise busy(
             chardev,
             f"end that process, then delete {name}: deleting an open device hangs every 'vdpa' command until then",
         )
     _vdpa("dev", "del", name)
-
-
-def _can_be_opened(chardev: str) -> bool:
-    try:
-        VhostVdpa(chardev).close()
-    except DeviceBusy:
-        return False
-    except VhostVdpaError:
-        # no node, no permission: the kernel will have the last word
-        return True
-    return True
 
 
 def device_number(path: str | os.PathLike[str]) -> int | None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._cdefs import ffi, lib
-from ..base.errors import MissingFeature, VhostVdpaError
+from ..base.errors import MissingFeature, NotProved, VhostVdpaError
 from ..base.uapi import BackendFeature, Status, names
 from ..chardev.door import VhostVdpa
 from ..chardev.iotlb import Iotlb, Limits
@@ -63,10 +63,6 @@ class Subject:
     data_groups: frozenset[int]
     desc_groups: frozenset[int]
     ring_size: int
-
-
-class NotProved(VhostVdpaError):
-    """The device did something else than the feature says."""
 
 
 class Guest:

@@ -12,11 +12,11 @@ import pytest
 from hwsim import MakeSim
 
 from pyvhostvdpa import MissingFeature, NotVhostVdpa, VhostVdpa
+from pyvhostvdpa.base.errors import NotProved
 from pyvhostvdpa.base.uapi import Status
 from pyvhostvdpa.bench.map import run
 from pyvhostvdpa.bench.memory import Backing, Layout, Page
 from pyvhostvdpa.bench.plan import Mode, Options
-from pyvhostvdpa.probe.proofs import NotProved
 
 KIB = 1 << 10
 SMALL = Options(memory=(64 * KIB, 256 * KIB), regions=(4,), repeat=2)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ...base.errors import MigrationRefused
-from ...chardev.door import check_path
+from ...chardev.door import can_be_opened, check_path
 from ...device.procedure.series import Optimization
 from ...host import mgmt
 from .. import hwsim
@@ -80,7 +80,7 @@ class Simulated:
         try:
             yield mgmt.wait_for_chardev(name)
         finally:
-            mgmt.delete_device(name)
+            mgmt.delete_device(name, can_be_opened)
 
 
 class Given:
