@@ -10,24 +10,34 @@ and the same record as :class:`~pyvhostvdpa.VhostVdpa`'s methods.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from .._cdefs import ffi, lib
 from ..base.errors import KernelError
 from ..base.uapi import IOCTLS, Status, VringAddr, VringFile
-from ..trace.recorder import describe
-from .door import VhostVdpa
+from ..trace.recorder import DeviceTrace, describe
+
+
+class Opened(Protocol):
+    """What a list needs of an opened device."""
+
+    trace: DeviceTrace
+
+    def fileno(self) -> int:
+        """Return the descriptor that the requests are made on; raises once it is closed."""
 
 
 class PreparedCalls:
     """A list of requests to one device, in order; it can be run any number of times.
+
+    :meth:`VhostVdpa.prepare <pyvhostvdpa.VhostVdpa.prepare>` makes one.
 
     The methods that add a request are named as those of
     :class:`~pyvhostvdpa.VhostVdpa`. Those of a queue's state return the
     request's place in the list, for :meth:`put` and :meth:`got`.
     """
 
-    def __init__(self, chardev: VhostVdpa) -> None:
+    def __init__(self, chardev: Opened) -> None:
         self._chardev = chardev
         self._names: list[str] = []
         self._fields: list[dict[str, int | str]] = []

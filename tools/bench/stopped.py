@@ -2,9 +2,8 @@
 
 python3 tools/bench/stopped.py [GIB …]
 
-Memory is allocated as a guest's is, watched, and a few pages of it are written. Then the steps of the stopped phase that look
-at all of memory are timed, the shortest of some runs of each. Sending the pages that were found is not among them, since it
-depends on the pages and not on the memory. What follows the hand-over is printed beside it.
+Memory is allocated as a guest's is, watched, and a few pages of it are written. Then the steps of the stopped phase
+that look at all of memory are timed, the shortest of some runs of each. What follows the hand-over is printed too.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Direct(Procedure):
             self._set_up_guest_queues()
 
     def _set_up_guest_queues(self) -> None:
-        calls = PreparedCalls(self.target.chardev)
+        calls = self.target.chardev.prepare()
         for queue, used in zip(self._queues, self._used_indices(), strict=True):
             set_ring(calls, queue.index, queue.num, used, (queue.desc, queue.avail, queue.used))
             set_eventfds(calls, queue.index, queue.kick, queue.call)
@@ -83,7 +83,7 @@ class Direct(Procedure):
 
     def _set_bases(self) -> None:
         """Tell the device from where to go on in rings that it has."""
-        calls = PreparedCalls(self.target.chardev)
+        calls = self.target.chardev.prepare()
         for queue, used in zip(self._queues, self._used_indices(), strict=True):
             calls.set_vring_base(queue.index, used)
         calls.run()
@@ -129,7 +129,7 @@ class Direct(Procedure):
             self._enable_data_queues()
 
     def _enable_data_queues(self) -> None:
-        calls = PreparedCalls(self.target.chardev)
+        calls = self.target.chardev.prepare()
         for queue in self._queues:
             calls.set_vring_enable(queue.index, True)
         calls.run()
@@ -145,14 +145,14 @@ class Direct(Procedure):
         self.target.iotlb.space(OWN_ASID).map(area.iova, area.hva, area.size)
         index, desc = control.queue.index, area.iova
         addresses = (desc, desc + area.layout.avail_offset, desc + area.device_area)
-        calls = PreparedCalls(self.target.chardev)
+        calls = self.target.chardev.prepare()
         set_ring(calls, index, area.layout.num, 0, addresses)
         set_eventfds(calls, index, control.kick, control.call)
         calls.run()
 
     def _set_up_shadows(self) -> None:
         placed = self._map_shadow_rings()
-        calls = PreparedCalls(self.target.chardev)
+        calls = self.target.chardev.prepare()
         for shadow in self.shadows:
             desc, used = placed[shadow.queue.index]
             addresses = (desc, desc + shadow.layout.avail_offset, used)
@@ -189,7 +189,7 @@ class Direct(Procedure):
             self._check_guest_queues()
 
     def _check_guest_queues(self) -> None:
-        calls = PreparedCalls(self.target.chardev)
+        calls = self.target.chardev.prepare()
         places = [calls.get_vring_base(queue.index) for queue in self._queues]
         calls.run()
         self._check_bases([calls.got(place) for place in places])

@@ -132,7 +132,7 @@ class InPlace(Direct):
         return "it stands suspended with its queues and the control queue's state; rings and RESUME come at the start"
 
     def _set_up_empty_rings(self) -> None:
-        calls = PreparedCalls(self.target.chardev)
+        calls = self.target.chardev.prepare()
         for queue in self._queues:
             layout, at, _ = self._places[queue.index]
             ffi.memmove(ffi.cast("char *", at), bytes(layout.size), layout.size)
@@ -214,7 +214,7 @@ class InPlace(Direct):
 
     def _prepare_move(self, mode: State) -> _Move:
         """Put into a list what gives a suspended device its queues' other rings and lets it go on."""
-        calls = PreparedCalls(self.target.chardev)
+        calls = self.target.chardev.prepare()
         bases: list[int] = []
         faces: Sequence[GuestQueue | ShadowVirtqueue] = self._spare if mode is State.SHADOW else self._queues
         given: dict[int, Face] = {}
@@ -259,7 +259,7 @@ class InPlace(Direct):
     # -- stop -------------------------------------------------------------------
 
     def _prepare_stop(self, then: State | None) -> None:
-        calls = PreparedCalls(self.target.chardev)
+        calls = self.target.chardev.prepare()
         calls.suspend()
         passthrough = self.state is State.PASSTHROUGH
         self._bases = [calls.get_vring_base(queue.index) for queue in self._queues] if passthrough else []
