@@ -364,7 +364,7 @@ def _queue_state(queue: GuestQueue, memory: GuestMemory) -> QueueState:
     count: int = lib.vring_open_heads(ring, heads)
     if count < 0:
         raise MissingFeature(f"virtqueue {queue.index}: avail {avail[0]} and used {used[0]} are more than a ring apart")
-    return QueueState(queue.index, int(used[0]), int(avail[0]), tuple(heads[0:count]))
+    return QueueState(queue.index, int(used[0]), int(avail[0]), tuple(ffi.unpack(heads, count)))
 
 
 def _compare(nic: GuestNic, queues: Sequence[QueueState], memory: GuestMemory) -> None:

@@ -257,6 +257,7 @@ class Source:
         self._tracker.start()
         converging = Convergence(self.options.downtime)
         pages = PageSet.all(self.guest.memory)
+        short = False
         while True:
             self._send_round(pages)
             pages = self._collect()
@@ -265,6 +266,10 @@ class Source:
                 f"round {len(self.sent.rounds)}: {_speed(self.sent.rounds[-1])}; "
                 f"{pages.bytes >> 10:,} KiB written since, {(seconds or 0) * 1000:.0f} ms to send"
             )
+            if converging.done(pages, self._sender.bandwidth) and pages.count and not short:
+                # this round is known to be short: the guest runs for it, and stands still for what it writes meanwhile
+                short = True
+                continue
             if converging.done(pages, self._sender.bandwidth):
                 self._left = pages
                 self._left_by_devices.update(self._tracker.written_by_devices)

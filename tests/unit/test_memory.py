@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvhostvdpa.base.errors import DeviceClosed, MapRejected, MissingFeature
-from pyvhostvdpa.memory import hugepages
+from pyvhostvdpa.memory import guest, hugepages
 from pyvhostvdpa.memory.guest import HUGE_PAGE, PAGE_SIZE, Gpa, GuestMemory, IovaAllocator, SharedMemory
 from pyvhostvdpa.virtqueue.layout import SplitLayout
 
@@ -116,3 +117,23 @@ def test_ring_sizes_are_powers_of_two(num: int) -> None:
 
 def test_page_size_is_the_systems() -> None:
     assert PAGE_SIZE == mmap.PAGESIZE
+
+
+def test_physical_runs_are_counted_in_parts_as_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    with SharedMemory("test", 64 * PAGE_SIZE) as memory:
+        whole = memory.runs()
+        for pages in (1, 2, 3, 64, 100):
+            monkeypatch.setattr(guest, "_ENTRIES", pages)
+            assert memory.runs() == whole
+            assert memory.runs(PAGE_SIZE, 5 * PAGE_SIZE) <= 5
+
+
+def test_counting_physical_runs_takes_no_memory_by_size() -> None:
+    with SharedMemory("test", 512 << 20) as memory:
+        tracemalloc.start()
+        try:
+            memory.runs()
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert most < 768 << 10
