@@ -32,3 +32,14 @@ def test_one_alone_needs_no_thread() -> None:
     names: list[str] = []
     together([lambda: names.append(threading.current_thread().name)])
     assert names == [threading.current_thread().name]
+
+
+def test_no_more_threads_than_allowed_do_all_of_it() -> None:
+    done: list[tuple[int, str]] = []
+
+    def act(number: int) -> None:
+        done.append((number, threading.current_thread().name))
+
+    together([lambda number=number: act(number) for number in range(7)], at_most=2)  # type: ignore[misc]
+    assert sorted(number for number, _ in done) == list(range(7))
+    assert len({name for _, name in done}) == 2
