@@ -86,6 +86,14 @@ def test_what_the_control_queue_set_meanwhile_is_known_to_the_device(make: Calla
     rig.settle()
 
 
+def test_a_request_to_announce_is_no_matter_of_the_devices(make: Callable[..., Rig]) -> None:
+    rig = make()
+    rig.control.model.announce = True
+    stand_by(rig)
+    rig.control.model.announce = False
+    assert "RESUME" in rig.calls(lambda: rig.device.start_passthrough(rig.nic.queues, rig.control))
+
+
 @pytest.mark.parametrize("plan", [BEYOND, OURS], ids=lambda plan: plan.row)
 def test_other_queues_than_those_it_stands_ready_for_are_started_by_a_reset(
     make: Callable[..., Rig], plan: Plan

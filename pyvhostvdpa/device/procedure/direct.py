@@ -52,7 +52,8 @@ class Direct(Procedure):
         """Whether :meth:`stand_by` has set up these queues; what it set up for others is reset."""
         if self._set_up_for is None:
             return False
-        if self._set_up_for == (self._queues, control):
+        set_up, known = self._set_up_for
+        if set_up == self._queues and known is control:
             return True
         queues = self._queues
         self.reset()

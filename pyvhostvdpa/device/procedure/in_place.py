@@ -14,6 +14,7 @@ either; the reset comes with the next start or with close().
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -105,8 +106,9 @@ class InPlace(Direct):
 
     def _stands_for(self, control: GuestControl | None) -> bool:
         """Whether the device stands suspended with these queues, and knows what their control queue has set."""
-        model = None if control is None else control.model
-        return self._standing and control is self._guest_control and self._known == (self._queues, model)
+        queues, model = self._known
+        same = control is self._guest_control and queues == self._queues
+        return self._standing and same and _same(model, control)
 
     def _stand_by(self, control: GuestControl | None) -> str:
         """Start the device on empty rings of ours and suspend it: ring addresses, bases and RESUME are left.
@@ -297,9 +299,8 @@ class InPlace(Direct):
         if self.guest_config is not None:
             self.guest_config.disconnect()
         self._close_shadows()
-        control = self._guest_control
-        if control is not None and control.model != self._known[1]:
-            self._known = self._queues, _copy(control)
+        if not _same(self._known[1], self._guest_control):
+            self._known = self._queues, _copy(self._guest_control)
         self._standing = True
         self.state = State.RESET
 
@@ -335,3 +336,10 @@ class _Move:
 def _copy(control: GuestControl | None) -> ControlModel | None:
     """Return what the guest's control queue has set so far; it may go on changing on another device."""
     return None if control is None else copy.deepcopy(control.model)
+
+
+def _same(known: ControlModel | None, control: GuestControl | None) -> bool:
+    """Whether a device that knows this knows what the guest has set. A request to announce is no matter of its."""
+    if known is None or control is None:
+        return known is None and control is None
+    return dataclasses.replace(known, announce=False) == dataclasses.replace(control.model, announce=False)
