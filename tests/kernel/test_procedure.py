@@ -40,6 +40,26 @@ def test_a_device_that_cannot_gets_the_next_best_and_says_why(make_sim: MakeSim,
         assert f"{without.name} is not offered" in device.procedure.why_not_better
 
 
+@pytest.mark.parametrize(
+    ("parameters", "why"),
+    [
+        ({"nas": 1}, "there are 1 address spaces, 2 are needed"),
+        ({"desc_asid": "N"}, "DESC_ASID is not offered"),
+        ({"resume": "N"}, "RESUME is not offered"),
+    ],
+    ids=["one address space", "no descriptor group", "no RESUME"],
+)
+def test_what_a_device_lacks_decides_and_is_said(make_sim: MakeSim, parameters: dict[str, object], why: str) -> None:
+    with VdpaNetDevice(make_sim(**parameters).chardev) as device:
+        assert device.procedure.name == "direct"
+        assert why in device.procedure.why_not_better
+
+
+def test_a_device_without_descriptor_groups_is_started_directly(devices: tuple[str, str]) -> None:
+    with VdpaNetDevice(devices[0]) as device:
+        assert str(device.procedure).startswith("direct (in-place is not possible: ")
+
+
 def test_a_procedure_that_a_device_cannot_do_is_refused_with_the_reason(make_sim: MakeSim) -> None:
     sim = make_sim()
     use = ALL_BACKEND_FEATURES & ~BackendFeature.RESUME
