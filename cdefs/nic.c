@@ -56,6 +56,17 @@ static void build_frame(struct nic_pair *p, uint8_t *buffer, uint64_t seq)
 	memcpy(f + sum_at, &word, 8);
 }
 
+static void note_in_window(struct nic_window *w, struct nic_gap gap)
+{
+	/* pairs with nic_begin_window(): begin is stored last */
+	int64_t begin = __atomic_load_n(&w->begin, __ATOMIC_ACQUIRE);
+	int64_t end = __atomic_load_n(&w->end, __ATOMIC_RELAXED);
+
+	if (begin && gap.end >= begin && (!end || gap.begin <= end) &&
+	    gap.end - gap.begin > w->longest.end - w->longest.begin)
+		w->longest = gap;
+}
+
 static void record_gap(struct nic_pair *p, int64_t now)
 {
 	struct nic_gap *shortest = &p->gaps[0];
@@ -63,6 +74,8 @@ static void record_gap(struct nic_pair *p, int64_t now)
 
 	if (!p->last_rx)
 		return;
+	for (i = 0; i < NIC_WINDOWS; i++)
+		note_in_window(&p->windows[i], (struct nic_gap){ p->last_rx, now });
 	for (i = 1; i < NIC_GAPS; i++)
 		if (p->gaps[i].end - p->gaps[i].begin <
 		    shortest->end - shortest->begin)
@@ -275,6 +288,21 @@ void nic_kick(const struct nic_pair *p)
 void nic_clear_gaps(struct nic_pair *p)
 {
 	memset(p->gaps, 0, sizeof(p->gaps));
+}
+
+void nic_begin_window(struct nic_pair *p, uint32_t number, int64_t now)
+{
+	struct nic_window *w = &p->windows[number];
+
+	__atomic_store_n(&w->begin, 0, __ATOMIC_RELEASE);
+	w->longest = (struct nic_gap){ 0, 0 };
+	w->end = 0;
+	__atomic_store_n(&w->begin, now, __ATOMIC_RELEASE);
+}
+
+void nic_end_window(struct nic_pair *p, uint32_t number, int64_t now)
+{
+	__atomic_store_n(&p->windows[number].end, now, __ATOMIC_RELAXED);
 }
 
 static uint32_t nic_round(struct nic_pair *p)

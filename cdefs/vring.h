@@ -225,6 +225,17 @@ struct nic_gap {
 	int64_t end;
 };
 
+/*
+ * A time of interest, and the longest gap that touches it: among the longest
+ * of all there may be none that does.
+ */
+#define NIC_WINDOWS 2
+struct nic_window {
+	int64_t begin;			/* 0: not watched */
+	int64_t end;			/* 0: not over yet */
+	struct nic_gap longest;		/* all 0: none has ended yet */
+};
+
 struct nic_pair {
 	struct vring rx, tx;
 	uint16_t rx_avail, rx_used, tx_avail, tx_used;
@@ -251,6 +262,7 @@ struct nic_pair {
 	int64_t last_rx;		/* ns, 0 before the first frame */
 	uint64_t seen[1024];		/* NIC_WINDOW bits */
 	struct nic_gap gaps[64];	/* the NIC_GAPS longest */
+	struct nic_window windows[2];	/* NIC_WINDOWS of them */
 };
 
 /* Fill the rings: descriptor tables, RX buffers posted; nothing sent yet. */
@@ -261,6 +273,12 @@ void nic_kick(const struct nic_pair *p);
 void nic_run(struct nic_pair *p, int64_t deadline);
 /* Start the count of gaps anew. */
 void nic_clear_gaps(struct nic_pair *p);
+/*
+ * Begin and end a window, at this time (CLOCK_MONOTONIC, ns), while nic_run()
+ * may run in another thread. Beginning one again forgets what it held.
+ */
+void nic_begin_window(struct nic_pair *p, uint32_t number, int64_t now);
+void nic_end_window(struct nic_pair *p, uint32_t number, int64_t now);
 
 /* ---------------------------------------------------------------------- */
 /* Memory                                                                  */

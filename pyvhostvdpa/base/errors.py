@@ -130,4 +130,8 @@ class NotProved(VhostVdpaError):
 
 
 class OutOfOrder(VhostVdpaError):
-    """A device in passthrough uses descriptors out of order: it cannot be taken over. It goes on as before."""
+    """A device in passthrough uses descriptors out of order, so it cannot be taken over.
+
+    With the RESUME backend feature it continues in passthrough. Without it the
+    device was reset, since nothing else ends a suspension; the message says so.
+    """

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..base.errors import MigrationEnded
 from ..migration.local import Options, migrate
-from ..migration.report import Report
+from ..migration.report import STAYED, Report
 from ..trace.recorder import Trace
 from . import tracing
 from .peer import (
@@ -19,6 +19,7 @@ from .peer import (
     frames_table,
     gap_lines,
     guest_options,
+    milliseconds,
     procedures_line,
     rounds_table,
     send_options,
@@ -75,37 +76,43 @@ def _print(report: Report, arguments: argparse.Namespace, trace: Trace) -> None:
 
 
 def _summary(report: Report) -> str:
-    downtime = table(
-        ["", "downtime ms", "guest's longest gap ms"],
-        [
-            ["DT1, switch to shadow virtqueues", f"{max(report.dt1_ms.values()):.2f}", f"{report.gap_switch_ms:.2f}"],
-            ["DT2, stop on the source", f"{sum(report.dt2_ms.values()):.2f}", f"{report.gap_move_ms:.2f}"],
-        ],
-    )
-    parts = table(
-        ["traffic", "received", "frames/s"],
-        [[name, f"{part.received:,}", f"{part.rate:,.0f}"] for name, part in report.parts.items()],
-    )
-    phases = table(
-        ["phase", "ms", "ioctls", "IOTLB messages"],
-        [[name, f"{c.ms:.2f}", str(c.ioctls), str(c.iotlb_messages)] for name, c in report.phases.items()],
-    )
-    tables = [
-        gap_lines(report.stopped, report.sent.last),
-        downtime,
-        frames_table(report.frames),
-        parts,
-        rounds_table(report.sent.rounds),
-        phases,
-    ]
+    tables = [gap_lines(report.stopped, report.sent.last)]
+    if report.sent.switched:
+        back = [] if report.outcome != STAYED else [["back to passthrough", "", milliseconds(report.gap_back_ms)]]
+        rows = [
+            [
+                "DT1, switch to shadow virtqueues",
+                milliseconds(report.downtimes.dt1),
+                milliseconds(report.gap_switch_ms),
+            ],
+            ["DT2, stop on the source", milliseconds(report.downtimes.dt2), milliseconds(report.gap_move_ms)],
+            *back,
+        ]
+        tables.append(table(["", "downtime ms", "guest's longest gap ms"], rows))
+    tables.append(frames_table(report.frames.to_dict()))
+    rows = [[name, f"{part.received:,}", f"{part.rate:,.0f}"] for name, part in report.parts.items()]
+    tables.append(table(["traffic", "received", "frames/s"], rows))
+    if report.sent.rounds:
+        tables.append(rounds_table(report.sent.rounds))
+    if report.phases:
+        rows = [[name, f"{c.ms:.2f}", str(c.ioctls), str(c.iotlb_messages)] for name, c in report.phases.items()]
+        tables.append(table(["phase", "ms", "ioctls", "IOTLB messages"], rows))
     return "\n\n".join([*tables, "\n".join(_notes(report))])
 
 
 def _notes(report: Report) -> list[str]:
-    dropped = [f"{role} {name} {value}" for role, each in report.drops.items() for name, value in each.items() if value]
-    told = "device drop counters: " + (", ".join(dropped) or "all 0" if any(report.drops.values()) else "none offered")
     place = report.environment
     where = f"{report.outcome}; kernel {place['kernel']}, {place['cpus']} CPUs, {place['accelerator']}"
     hashed = [f"memory hash {report.sent.hash}, the same on both sides"] if report.sent.hash else []
     wrong = [f"pages that the guest's CPU found wrong: {report.bad_pages}"] if report.bad_pages else []
-    return [procedures_line(report.procedure), told, *hashed, *wrong, where]
+    return [procedures_line(report.procedure), _drops(report), *hashed, *wrong, *report.warnings, where]
+
+
+def _drops(report: Report) -> str:
+    told = []
+    for role, counters in report.drops.items():
+        if counters is None:
+            told.append(f"{role} unknown")
+        else:
+            told += [f"{role} {name} {value}" for name, value in counters.items() if value]
+    return "device drop counters: " + (", ".join(told) or ("all 0" if any(report.drops.values()) else "none offered"))

@@ -170,9 +170,15 @@ class Progress:
         print(f"[{time.monotonic() - self._start:6.2f} s] {text}\n", end="", file=sys.stderr, flush=True)
 
 
-def frames_table(frames: FrameCounts) -> str:
-    """Return the account of frames as a table."""
-    return table(["frames", *frames.to_dict()], [["", *(f"{value:,}" for value in frames.to_dict().values())]])
+def frames_table(frames: Mapping[str, int | None]) -> str:
+    """Return the counts of frames as a table."""
+    cells = ("unknown" if value is None else f"{value:,}" for value in frames.values())
+    return table(["frames", *frames], [["", *cells]])
+
+
+def milliseconds(ms: float | None) -> str:
+    """Return a time for a table."""
+    return "unknown" if ms is None else f"{ms:.2f}"
 
 
 def rounds_table(rounds: Sequence[RoundStatistics]) -> str:
@@ -186,6 +192,6 @@ def rounds_table(rounds: Sequence[RoundStatistics]) -> str:
     )
 
 
-def sound(frames: FrameCounts, bad_pages: int = 0) -> bool:
+def sound(frames: FrameCounts, bad_pages: int | None = 0) -> bool:
     """Whether nothing was lost, duplicated or corrupted."""
     return not (frames.lost or frames.duplicated or frames.corrupted or bad_pages)

@@ -9,10 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from ..migration.endpoint import Address, Inherited, Listener, check_security
-from ..migration.session import ReceivedReport, Receiving
+from ..migration.report import ReceivedReport
+from ..migration.session import Receiving
 from ..trace.gap import join
 from . import tracing
-from .peer import ADDRESS, Progress, add_options, add_tls_options, frames_table, gap_lines, procedures_line, sound, tls
+from .peer import (
+    ADDRESS,
+    Progress,
+    add_options,
+    add_tls_options,
+    frames_table,
+    gap_lines,
+    milliseconds,
+    procedures_line,
+    sound,
+    tls,
+)
 from .units import seconds
 
 _PHASES = {
@@ -86,11 +98,13 @@ def show(report: ReceivedReport, as_json: bool) -> int:
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
-        gap = f"the guest's longest gap at the move: {report.gap_move_ms:.2f} ms"
+        gap = f"the guest's longest gap at the move, ms: {milliseconds(report.gap_move_ms)}"
         pages = f"pages that its CPU found wrong: {report.bad_pages}"
         hashed = f"\nmemory hash {report.hash}, the same on both sides" if report.hash else ""
         rate = report.parts["destination"].rate
         print(gap_lines(join(report.steps), None, "the guest's stop, this side's part"), end="\n\n")
-        print(f"{frames_table(report.frames)}\n\n{gap}\n{pages}\n{rate:,.0f} frames/s here{hashed}")
+        frames = frames_table(report.frames.to_dict())
+        warnings = "".join(f"\n{warning}" for warning in report.warnings)
+        print(f"{frames}\n\n{gap}\n{pages}\n{rate:,.0f} frames/s here{hashed}{warnings}")
         print(procedures_line(report.procedure))
     return 0 if sound(report.frames, report.bad_pages) else 1

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..base.errors import MigrationEnded
 from ..migration.endpoint import Address, check_security, connect
-from ..migration.session import Receiving, Sending, SentReport
+from ..migration.report import SentReport, frames_when
+from ..migration.session import Receiving, Sending
 from ..trace import gap
 from ..trace.recorder import Trace
 from . import tracing
@@ -23,6 +24,7 @@ from .peer import (
     frames_table,
     gap_lines,
     guest_options,
+    milliseconds,
     procedures_line,
     rounds_table,
     send_options,
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _resume(arguments: argparse.Namespace, trace: Trace) -> int:
-    progress = Progress(SENDING)
+    progress = Progress(SENDING | {"destination": "traffic in passthrough"})
     receiving = Receiving(
         arguments.devices, arguments.seconds, arguments.state, progress.phase, progress.tell, trace, arguments.procedure
     )
@@ -103,15 +105,21 @@ def _print(report: SentReport, arguments: argparse.Namespace, trace: Trace) -> N
 
 
 def _summary(report: SentReport) -> str:
-    downtime = table(
-        ["", "downtime ms"],
-        [
-            ["DT1, switch to shadow virtqueues", f"{max(report.dt1_ms.values(), default=0):.2f}"],
-            ["DT2, stop on the source", f"{sum(report.dt2_ms.values()):.2f}"],
-        ],
+    tables = [gap_lines(gap.join(report.steps), report.sent.last, "the guest's stop, this side's part")]
+    if report.sent.switched:
+        tables.append(
+            table(
+                ["", "downtime ms"],
+                [
+                    ["DT1, switch to shadow virtqueues", milliseconds(report.downtimes.dt1)],
+                    ["DT2, stop on the source", milliseconds(report.downtimes.dt2)],
+                ],
+            )
+        )
+    if report.sent.rounds:
+        tables.append(rounds_table(report.sent.rounds))
+    frames = frames_table(frames_when(report.outcome, report.frames))
+    hashed = [f"memory hash {report.sent.hash}, the same on both sides"] if report.sent.hash else []
+    return "\n\n".join(
+        [*tables, frames, "\n".join([procedures_line(report.procedure), report.outcome, *hashed, *report.warnings])]
     )
-    hashed = f"\nmemory hash {report.sent.hash}, the same on both sides" if report.sent.hash else ""
-    rounds = rounds_table(report.sent.rounds)
-    outcome = f"{procedures_line(report.procedure)}\n{report.outcome}{hashed}"
-    gap_here = gap_lines(gap.join(report.steps), report.sent.last, "the guest's stop, this side's part")
-    return "\n\n".join([gap_here, downtime, rounds, frames_table(report.frames), outcome])

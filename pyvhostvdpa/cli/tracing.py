@@ -86,7 +86,8 @@ def _save(arguments: argparse.Namespace, trace: Trace) -> None:
     chosen = arguments.trace_format or ("events" if arguments.trace.endswith(".jsonl") else "perfetto")
     _write(arguments.trace, lambda file: _FORMATS[chosen](trace, file))
     if chosen != "records":
-        print(f"trace of {len(trace.events)} events: {arguments.trace} ({chosen})", file=sys.stderr)
+        dropped = f", {trace.dropped} older ones were dropped" if trace.dropped else ""
+        print(f"trace of {len(trace.events)} events{dropped}: {arguments.trace} ({chosen})", file=sys.stderr)
 
 
 def _write(path: str, content: Callable[[TextIO], None]) -> None:

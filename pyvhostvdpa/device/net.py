@@ -227,8 +227,10 @@ class VdpaNetDevice(Closing):
         Afterwards each guest ring stands as a device finds it that starts at
         the ring's used index. ``then`` is the state in which the device is to
         be started next, if it is known: a procedure may keep what that needs.
-        Raises :class:`OutOfOrder`, with the device going on, if a passthrough
-        device finishes out of order; :class:`QueueBroken`, with the device
+        Raises :class:`OutOfOrder` if a passthrough device finishes out of
+        order, which is known only once it is suspended: with the RESUME
+        backend feature it then continues, without it is reset, and
+        :attr:`state` tells which. Raises :class:`QueueBroken`, with the device
         reset, if a ring holds nonsense.
         """
         self._procedure.stop(then)
@@ -244,7 +246,11 @@ class VdpaNetDevice(Closing):
         self._procedure.halt()
 
     def resume(self) -> None:
-        """Let a suspended device go on; :class:`MissingFeature` without the RESUME backend feature."""
+        """Let a suspended device continue, and notify it of its queues once.
+
+        A notification that was raised while it was suspended may be lost.
+        Raises :class:`MissingFeature` without the RESUME backend feature.
+        """
         self._procedure.resume()
 
     def reset(self) -> None:

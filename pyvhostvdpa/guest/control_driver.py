@@ -11,14 +11,29 @@ from .._cdefs import ffi, lib
 from ..memory.guest import GuestMemory
 from ..net.control import ERR
 from ..net.features import Feature, ring_bits
-from ..virtqueue.layout import GuestQueue, map_queue
+from ..virtqueue.layout import GuestQueue, indices, map_queue
 from .arena import GuestArena, place_queue
-from .nic_state import MAX_INDEX, BadState, ControlDriverState, check_memory, check_place, place_of, queue_of
+from .nic_state import (
+    DESCRIPTOR,
+    MAX_INDEX,
+    BadState,
+    ControlDriverState,
+    Extent,
+    check_memory,
+    check_place,
+    extents_of,
+    place_of,
+    queue_at_rest,
+    queue_of,
+)
 
 CONTROL_RING = 64
 _BUFFER = 1 << 16
-_TABLES_AT = _BUFFER - (1 << 12)
+_TABLES = 1 << 12
+TABLES_AT = _BUFFER - _TABLES
 """Where in the buffer indirect tables begin, behind the longest command that a device of ours takes."""
+_MIN_RING = 2
+"""Descriptors that a command takes."""
 
 
 class ControlDriver:
@@ -42,21 +57,18 @@ class ControlDriver:
         return driver
 
     @classmethod
-    def restore(cls, memory: GuestMemory, state: ControlDriverState) -> Self:
+    def restore(cls, memory: GuestMemory, state: ControlDriverState, features: Feature) -> Self:
         """Go on where a driver was whose rings are in ``memory``; :class:`BadState` if they cannot be."""
-        check_place(memory, state.ring)
-        _check_indices(state)
-        check_memory(memory, state.command, _BUFFER)
-        check_memory(memory, state.answer, 1)
+        check_driver(memory, state, features)
         driver = cls(memory, queue_of(state.ring), state.command, state.answer)
         driver._load(state)
+        driver.use_ring_features(memory, features)
         return driver
 
     def load(self, state: ControlDriverState) -> None:
-        """Take over what a driver knows whose places are these; :class:`BadState` if they are not."""
+        """Take over what a driver knows that :func:`check_driver` has found right; :class:`BadState` if elsewhere."""
         if (state.ring, state.command, state.answer) != (place_of(self.queue), self._command, self._answer):
             raise BadState("control queue: it is not where it was said to be")
-        _check_indices(state)
         self._load(state)
 
     def _load(self, state: ControlDriverState) -> None:
@@ -74,15 +86,22 @@ class ControlDriver:
         """Use the ring as negotiated: indirect tables, notifications by index."""
         self._driver.features = ring_bits(features)
         if Feature.INDIRECT_DESC in features:
-            at = self._command + _TABLES_AT
+            at = self._command + TABLES_AT
             self._driver.tables_gpa = at
-            self._driver.tables = ffi.cast("struct vring_desc *", memory.hva(at, _BUFFER - _TABLES_AT))
+            self._driver.tables = ffi.cast("struct vring_desc *", memory.hva(at, _TABLES))
 
     def send(self, data: bytes, seconds: float = 10.0) -> int:
-        """Send a command and return its answer; TimeoutError if there is none within ``seconds``."""
+        """Send a command and return its answer; TimeoutError if there is none within ``seconds``.
+
+        The same if the ring is full of commands without an answer, ValueError
+        for a command longer than the buffer.
+        """
+        if len(data) > TABLES_AT:
+            raise ValueError(f"a control command of {len(data)} bytes; the buffer takes {TABLES_AT}")
         self._bytes[: len(data)] = data
         self._ack[:] = bytes([ERR + 1])
-        lib.ctrl_driver_add(self._driver, self._command, len(data), self._answer)
+        if lib.ctrl_driver_add(self._driver, self._command, len(data), self._answer) < 0:
+            raise TimeoutError("no room in the control queue: earlier commands have no answer yet")
         lib.ctrl_driver_kick(self._driver)
         if lib.ctrl_driver_wait(self._driver, time.monotonic_ns() + int(seconds * 1e9)):
             raise TimeoutError(f"no answer to a control command within {seconds} s")
@@ -94,6 +113,35 @@ class ControlDriver:
         os.close(self.queue.call)
 
 
-def _check_indices(state: ControlDriverState) -> None:
-    if max(state.avail_idx, state.used_idx) > MAX_INDEX or 2 * state.open > state.ring.num:
-        raise BadState(f"control queue: indices {state.avail_idx} and {state.used_idx}, {state.open} commands open")
+def check_driver(memory: GuestMemory, state: ControlDriverState, features: Feature) -> None:
+    """Raise :class:`BadState` unless a driver with these ring features can go on from this state."""
+    ring, name = state.ring, "control queue:"
+    if Feature.CTRL_VQ not in features:
+        raise BadState(f"{name} its driver has state, but {Feature.CTRL_VQ.name} was not negotiated")
+    check_place(memory, ring)
+    if ring.num < _MIN_RING:
+        raise BadState(f"{name} num {ring.num}: a command takes {_MIN_RING} descriptors")
+    if Feature.INDIRECT_DESC in features and DESCRIPTOR * ring.num > _TABLES:
+        raise BadState(f"{name} num {ring.num}: its indirect tables have room for {_TABLES // DESCRIPTOR} descriptors")
+    if state.command % DESCRIPTOR:
+        raise BadState(f"{name} command {state.command:#x} is not aligned to {DESCRIPTOR} bytes")
+    for field, gpa, size in driver_extents(state):
+        check_memory(memory, field, gpa, size)
+    between = (state.avail_idx - state.used_idx) & MAX_INDEX
+    if max(state.avail_idx, state.used_idx) > MAX_INDEX or between != state.open or 2 * state.open > ring.num:
+        raise BadState(f"{name} avail_idx {state.avail_idx}, used_idx {state.used_idx}, open {state.open}")
+    avail, used = indices(queue_at_rest(ring), memory)
+    if avail != state.avail_idx or (used - state.used_idx) & MAX_INDEX > state.open:
+        raise BadState(
+            f"{name} avail_idx {state.avail_idx}, used_idx {state.used_idx}, open {state.open}; "
+            f"its ring in memory has avail {avail}, used {used}"
+        )
+
+
+def driver_extents(state: ControlDriverState) -> list[Extent]:
+    """Return the memory that a control queue's driver uses."""
+    return [
+        *extents_of(state.ring),
+        ("control queue: command", state.command, _BUFFER),
+        ("control queue: answer", state.answer, 1),
+    ]

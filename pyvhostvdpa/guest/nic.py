@@ -8,8 +8,10 @@ are shadowed, nor which device it is on.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import os
 import struct
+import time
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,8 +22,23 @@ from ..net.features import Feature, offered_to_guest, ring_bits
 from ..net.guest_config import GuestConfig
 from ..virtqueue.layout import GuestQueue, map_queue
 from .arena import GuestArena, place_queue
-from .control_driver import ControlDriver
-from .nic_state import SEEN_BYTES, BadState, NicState, PairState, check_memory, check_place, place_of, queue_of
+from .control_driver import ControlDriver, check_driver, driver_extents
+from .nic_state import (
+    MAX_INDEX,
+    MAX_TIME,
+    SEEN_BYTES,
+    BadState,
+    Extent,
+    NicState,
+    PairState,
+    check_apart,
+    check_memory,
+    check_model,
+    check_place,
+    extents_of,
+    place_of,
+    queue_of,
+)
 
 BUFFER_SIZE = 2048
 """Bytes per frame buffer, virtio_net_hdr included."""
@@ -31,6 +48,7 @@ _BROADCAST = b"\xff" * 6
 _SOURCE = b"\x52\x54\x91\x76\x64\x01"
 TABLE_SIZE = 32
 """Bytes of an indirect table of two descriptors."""
+_MAX_COUNT = (1 << 63) - 1
 
 _GAP = struct.Struct("=qq")
 """``struct nic_gap``: begin and end."""
@@ -39,6 +57,15 @@ _COPIED = (
     *("duplicated", "corrupted", "reordered", "highest", "ring_errors", "last_rx"),
 )
 """What the C structure and :class:`PairState` have alike."""
+
+
+class Window(enum.IntEnum):
+    """Times whose longest gap is always known, however many longer ones there are elsewhere."""
+
+    SWITCH = 0
+    """The switch of the device to shadow virtqueues."""
+    START = 1
+    """The start in passthrough that ends a migration: on the destination, or again on the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +170,7 @@ class NicPair:
 
     @classmethod
     def restore(cls, memory: GuestMemory, state: PairState, features: Feature) -> Self:
-        """Go on where a driver was whose rings and buffers are in ``memory``; :class:`BadState` if they cannot be."""
-        _check_pair(memory, state, features)
+        """Go on where a driver was whose state :func:`check_nic` has found right."""
         pair = cls(memory, queue_of(state.rx), queue_of(state.tx))
         pair._load(state, features)
         return pair
@@ -169,13 +195,12 @@ class NicPair:
         )
 
     def load(self, state: PairState, features: Feature) -> None:
-        """Take over what the driver knows that was restored from its :meth:`outline`.
+        """Take over what the driver of an :meth:`outline` knows, once :func:`check_nic` has found it right.
 
         Raises :class:`BadState` if it is not that driver.
         """
         if (state.rx, state.tx) != (place_of(self.rx), place_of(self.tx)):
             raise BadState(f"pair of flow {state.flow}: its rings are not where they were said to be")
-        _check_pair(self._memory, state, features)
         self._load(state, features)
 
     def _load(self, state: PairState, features: Feature) -> None:
@@ -212,12 +237,15 @@ class NicPair:
         )
 
     def shift_clock(self, ns: int) -> None:
-        """Move every time of the account: the clock goes on at another host's count."""
+        """Move every time of the account by any ``ns``: the clock goes on at another host's count.
+
+        Raises nothing: the other host's clock comes with GO, when it is too late to refuse it.
+        """
         p = self.c
-        p.last_rx = p.last_rx + ns if p.last_rx else 0
+        p.last_rx = _shifted(p.last_rx, ns) if p.last_rx else 0
         for gap in p.gaps:
             if gap.end:
-                gap.begin, gap.end = gap.begin + ns, gap.end + ns
+                gap.begin, gap.end = _shifted(gap.begin, ns), _shifted(gap.end, ns)
 
     @property
     def queues(self) -> tuple[GuestQueue, GuestQueue]:
@@ -240,27 +268,112 @@ class NicPair:
         """Return the longest times without a frame as (begin, end), CLOCK_MONOTONIC ns."""
         return [(begin, end) for begin, end in _GAP.iter_unpack(ffi.buffer(self.c.gaps)) if end]
 
+    def begin_window(self, window: Window) -> None:
+        """Remember, from now on, the longest time without a frame that touches the window."""
+        lib.nic_begin_window(self.c, window, time.monotonic_ns())
+
+    def end_window(self, window: Window) -> None:
+        """End the window now; a gap that began within it counts whenever it ends."""
+        lib.nic_end_window(self.c, window, time.monotonic_ns())
+
+    def window_gap(self, window: Window) -> float | None:
+        """Return the longest time without a frame that touches the window, in ms; None if no such gap has ended."""
+        longest = self.c.windows[window].longest
+        return (longest.end - longest.begin) / 1e6 if longest.end else None
+
     def close(self) -> None:
         """Close the eventfds."""
         for fd in (self.rx.kick, self.rx.call, self.tx.kick, self.tx.call, self.wake):
             os.close(fd)
 
 
-def _check_pair(memory: GuestMemory, state: PairState, features: Feature) -> None:
+def _shifted(time: int, ns: int) -> int:
+    """Return a time on another clock; what no clock can show becomes the nearest time that one can."""
+    return max(-MAX_TIME, min(MAX_TIME, time + ns))
+
+
+def check_nic(memory: GuestMemory, state: NicState) -> list[Extent]:
+    """Raise :class:`BadState` unless a driver can go on from this state: it reaches guest memory and nothing else.
+
+    The message names the field. Returns the guest memory that the driver uses.
+    """
+    features = Feature(state.features)
+    if not state.pairs:
+        raise BadState("pairs: a NIC has at least one")
+    if (state.control is None) != (state.model is None):
+        raise BadState("control driver and control model: one without the other")
+    extents = []
+    for number, pair in enumerate(state.pairs):
+        _check_pair(memory, number, pair, features)
+        extents += _pair_extents(number, pair, features)
+    if state.control is not None and state.model is not None:
+        if state.control.ring.index < 2 * len(state.pairs):
+            raise BadState(f"control queue: index {state.control.ring.index} is a data queue's")
+        check_driver(memory, state.control, features)
+        check_model(state.model, features, len(state.pairs))
+        extents += driver_extents(state.control)
+    check_apart(extents)
+    return extents
+
+
+def _pair_extents(number: int, state: PairState, features: Feature) -> list[Extent]:
+    extents = [
+        *extents_of(state.rx),
+        *extents_of(state.tx),
+        (f"pair {number}: rx_gpa", state.rx_gpa, state.rx.num * BUFFER_SIZE),
+        (f"pair {number}: tx_gpa", state.tx_gpa, state.tx.num * BUFFER_SIZE),
+    ]
+    if Feature.INDIRECT_DESC in features:
+        extents.append((f"pair {number}: tx_table_gpa", state.tx_table_gpa, state.tx.num * TABLE_SIZE))
+    return extents
+
+
+def _check_pair(memory: GuestMemory, number: int, state: PairState, features: Feature) -> None:
+    if (state.rx.index, state.tx.index) != (2 * number, 2 * number + 1):
+        raise BadState(f"pair {number} has virtqueues {state.rx.index} and {state.tx.index}")
     check_place(memory, state.rx)
     check_place(memory, state.tx)
-    check_memory(memory, state.rx_gpa, state.rx.num * BUFFER_SIZE)
-    check_memory(memory, state.tx_gpa, state.tx.num * BUFFER_SIZE)
-    if Feature.INDIRECT_DESC in features:
-        check_memory(memory, state.tx_table_gpa, state.tx.num * TABLE_SIZE)
-    step, num = state.tx_descs, state.tx.num
-    if step not in (1, 2) or step > num or not MIN_FRAME <= state.frame_size <= MAX_FRAME:
-        raise BadState(f"pair of flow {state.flow}: {step} descriptors a frame of {state.frame_size} bytes")
-    free = state.tx_free
+    for field, gpa, size in _pair_extents(number, state, features):
+        check_memory(memory, field, gpa, size)
+    name = f"pair {number}:"
+    if not MIN_FRAME <= state.frame_size <= MAX_FRAME:
+        raise BadState(f"{name} frame_size {state.frame_size} is not within {MIN_FRAME}..{MAX_FRAME}")
+    if state.window > lib.NIC_WINDOW:
+        raise BadState(f"{name} window {state.window}, at most {lib.NIC_WINDOW} frames are told apart")
+    _check_slots(name, state, features)
+    _check_counters(name, state)
+
+
+def _check_slots(name: str, state: PairState, features: Feature) -> None:
+    step, num, free = state.tx_descs, state.tx.num, state.tx_free
+    if step not in (1, 2) or step > num or (step > 1 and Feature.INDIRECT_DESC in features):
+        raise BadState(f"{name} tx_descs {step} in a ring of {num}")
     if len(set(free)) != len(free) or any(slot % step or slot + step > num for slot in free):
-        raise BadState(f"pair of flow {state.flow}: its free TX slots are not slots of its ring")
+        raise BadState(f"{name} tx_free: its free TX slots are not slots of its ring")
+    received = (state.rx_avail - state.rx_used) & MAX_INDEX
+    sent = (state.tx_avail - state.tx_used) & MAX_INDEX
+    if received > state.rx.num:
+        raise BadState(f"{name} rx_avail {state.rx_avail}, rx_used {state.rx_used}: more than a ring apart")
+    if len(free) + sent > num // step:
+        raise BadState(
+            f"{name} tx_avail {state.tx_avail}, tx_used {state.tx_used}, tx_free {len(free)}: "
+            f"more slots than the {num // step} of its ring"
+        )
+
+
+def _check_counters(name: str, state: PairState) -> None:
+    if max(state.received, state.highest) > state.sent:
+        raise BadState(f"{name} received {state.received}, highest {state.highest}, but sent {state.sent}")
+    for field in ("sent", "duplicated", "corrupted", "reordered", "ring_errors"):
+        if getattr(state, field) > _MAX_COUNT:
+            raise BadState(f"{name} {field} {getattr(state, field)} cannot have been counted")
+    if not -MAX_TIME <= state.last_rx <= MAX_TIME:
+        raise BadState(f"{name} last_rx {state.last_rx} is not a time")
     if len(state.seen) != SEEN_BYTES or len(state.gaps) > lib.NIC_GAPS:
-        raise BadState(f"pair of flow {state.flow}: its account has the wrong size")
+        raise BadState(f"{name} seen of {len(state.seen)} bytes, {len(state.gaps)} gaps")
+    for begin, end in state.gaps:
+        if not -MAX_TIME <= begin <= end <= MAX_TIME:
+            raise BadState(f"{name} gaps: {begin} to {end} is not a time")
 
 
 class GuestNic:
@@ -283,17 +396,15 @@ class GuestNic:
     @classmethod
     def restore(cls, memory: GuestMemory, state: NicState) -> Self:
         """Go on where a NIC was whose rings and buffers are in ``memory``; :class:`BadState` if they cannot be."""
+        check_nic(memory, state)
         nic = cls.__new__(cls)
         nic.memory, nic.features = memory, Feature(state.features)
         nic.pairs, nic.control = [], None
         nic.config = GuestConfig(offered_to_guest(nic.features))
         try:
             if state.control is not None:
-                nic.control = ControlDriver.restore(memory, state.control)
-                nic.control.use_ring_features(memory, nic.features)
-            for number, pair in enumerate(state.pairs):
-                if (pair.rx.index, pair.tx.index) != (2 * number, 2 * number + 1):
-                    raise BadState(f"pair {number} has virtqueues {pair.rx.index} and {pair.tx.index}")
+                nic.control = ControlDriver.restore(memory, state.control, nic.features)
+            for pair in state.pairs:
                 nic.pairs.append(NicPair.restore(memory, pair, nic.features))
         except BaseException:
             nic.close()

@@ -9,6 +9,7 @@ decoder takes nothing for granted: it raises
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,7 +18,7 @@ from ..net.control import MAX_VLAN, RSS_KEY_MAX, ControlModel, Rx
 from ..net.features import Feature
 from ..virtqueue.layout import MAX_NUM
 from .codec import Reader, Writer
-from .nic_state import SEEN_BYTES, ControlDriverState, NicState, PairState, RingPlace
+from .nic_state import SEEN_BYTES, BadState, ControlDriverState, NicState, PairState, RingPlace
 
 VERSION = 1
 """Of every section. One that is not known is refused: there is no guessing at a guest's state."""
@@ -162,6 +163,15 @@ class DeviceState:
     queues: tuple[QueueState, ...]
     nic: NicState
 
+    @property
+    def shape(self) -> DeviceShape:
+        """What a device must be like to go on from this state; BadState without a pair."""
+        rings = [place.num for pair in self.nic.pairs for place in (pair.rx, pair.tx)]
+        if not rings:
+            raise BadState("pairs: a NIC has at least one")
+        control = self.nic.control
+        return DeviceShape(self.nic.features, len(self.nic.pairs), max(rings), control.ring.index if control else None)
+
     def encode(self) -> bytes:
         """Return the section."""
         w = Writer()
@@ -187,8 +197,28 @@ class DeviceState:
             control=_get_driver(r) if r.flag("control driver") else None,
             model=_get_model(r) if r.flag("control model") else None,
         )
+        if not nic.pairs:
+            raise r.bad("pairs: a NIC has at least one")
         r.end()
         return cls(queues, nic)
+
+
+def check_shapes(found: Sequence[DeviceShape], promised: Sequence[DeviceShape]) -> None:
+    """Raise BadState naming the field if devices are not like those of a SHAPE section."""
+    if len(found) != len(promised):
+        raise BadState(f"{len(found)} devices, the SHAPE section has {len(promised)}")
+    for number, (device, shape) in enumerate(zip(found, promised, strict=True)):
+        for field in DeviceShape.__slots__:
+            here, there = getattr(device, field), getattr(shape, field)
+            if here != there:
+                raise BadState(
+                    f"device {number} does not match the SHAPE section: {field} {_shown(here)} here, "
+                    f"{_shown(there)} there"
+                )
+
+
+def _shown(value: int | None) -> str:
+    return "none" if value is None else hex(value) if value > MAX_NUM else str(value)
 
 
 def _put_queue(w: Writer, q: QueueState) -> None:

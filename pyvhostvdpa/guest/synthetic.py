@@ -11,7 +11,8 @@ import copy
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +25,16 @@ from ..net.control_queue import GuestControl
 from ..virtqueue.layout import GuestQueue, map_queue
 from .arena import GuestArena
 from .control_driver import ControlDriver
-from .nic import FrameCounts, GuestNic, NicOptions
-from .nic_state import BadState, check_memory
-from .state import DeviceShape, DeviceState, GuestState, QueueState
+from .nic import FrameCounts, GuestNic, NicOptions, Window, check_nic
+from .nic_state import MAX_INDEX, BadState, Extent, check_apart, check_memory, queue_at_rest
+from .state import DeviceShape, DeviceState, GuestState, QueueState, check_shapes
 from .traffic import Traffic
 
 _SLICE_NS = 200_000_000
 _WRITER_SHARE = 4
 """The guest's CPU writes the last quarter of memory; NICs have the rest."""
+MAX_WRITER_RATE = 1 << 32
+"""Pages a second: more than memory takes, and what is owed of them in a slice still fits 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,7 @@ class Guest:
             )
             self.add(GuestNic(self.memory, nic, arena), ControlModel(device.features, mac=device.mac))
         if share:
-            rate = max(1, options.write_rate // PAGE_SIZE)
+            rate = min(max(1, options.write_rate // PAGE_SIZE), MAX_WRITER_RATE)
             self.writer = GuestWriter(self.memory, region.end - share, share // PAGE_SIZE, rate)
 
     def add(self, nic: GuestNic, model: ControlModel | None) -> None:
@@ -139,77 +142,77 @@ class Guest:
         self.controls.append(GuestControl(nic.control.queue, model) if with_control else None)  # type: ignore[union-attr,arg-type]
 
     @classmethod
-    def restore(cls, memory: GuestMemory, state: GuestState, devices: Sequence[DeviceState]) -> Guest:
+    def restore(
+        cls,
+        memory: GuestMemory,
+        state: GuestState,
+        devices: Sequence[DeviceState],
+        shapes: Sequence[DeviceShape] | None = None,
+    ) -> Guest:
         """Return the guest whose memory this is, which it takes over.
 
-        Raises :class:`~pyvhostvdpa.StreamCorrupt` if memory and state
-        are not of one guest; the memory stays its owner's then.
+        Raises :class:`~pyvhostvdpa.StreamCorrupt` naming the field if memory
+        and state are not of one guest, if a driver would reach beyond its
+        memory, or if the devices are not those of ``shapes``;
+        :class:`~pyvhostvdpa.MissingFeature` if this process may open no more
+        descriptors. The memory stays its owner's then. Everything is checked
+        here, so that nothing is left to be refused when the guest starts.
         """
+        _check(memory, state, devices, shapes)
         guest = cls(memory)
         try:
             for device in devices:
-                nic = GuestNic.restore(memory, device.nic)
-                guest.add(nic, device.nic.model)
-                _compare(nic, device.queues, memory)
+                guest.add(GuestNic.restore(memory, device.nic), device.nic.model)
             guest._load_writer(state)
-        except BadState as e:
+        except OSError as e:
             guest.let_go()
-            raise StreamCorrupt(f"state of the guest: {e}") from e
+            raise _no_eventfds(e) from e
         except BaseException:
             guest.let_go()
             raise
         return guest
 
     @classmethod
-    def expect(cls, memory: GuestMemory, devices: Sequence[DeviceState]) -> Guest:
+    def expect(
+        cls, memory: GuestMemory, devices: Sequence[DeviceState], shapes: Sequence[DeviceShape] | None = None
+    ) -> Guest:
         """Return the guest that is to come into this memory, which it takes over, from its :meth:`outline`.
 
         It cannot run before it was given its state (:meth:`load`). Raises
-        :class:`~pyvhostvdpa.StreamCorrupt` for what no guest in this memory can be.
+        what :meth:`restore` raises; memory must be as it was allocated, all zeros.
         """
-        guest = cls(memory)
-        try:
-            for device in devices:
-                guest.add(GuestNic.restore(memory, device.nic), device.nic.model)
-        except BadState as e:
-            guest.let_go()
-            raise StreamCorrupt(f"outline of the guest: {e}") from e
-        except BaseException:
-            guest.let_go()
-            raise
-        return guest
+        return cls.restore(memory, _NO_STATE, devices, shapes)
 
-    def load(self, state: GuestState, devices: Sequence[DeviceState]) -> None:
-        """Give a guest that was expected its state, as :meth:`restore` does; its memory must be there.
-
-        Raises :class:`~pyvhostvdpa.StreamCorrupt` if they are not of one guest.
-        """
+    def load(
+        self, state: GuestState, devices: Sequence[DeviceState], shapes: Sequence[DeviceShape] | None = None
+    ) -> None:
+        """Give a guest that was expected its state; its memory must be there. Checks and raises as :meth:`restore`."""
+        _check(self.memory, state, devices, shapes)
         try:
             if len(devices) != len(self.nics):
                 raise BadState(f"{len(devices)} devices, {len(self.nics)} were told of before")
             for number, device in enumerate(devices):
                 self._load_device(number, device)
-            self._load_writer(state)
         except BadState as e:
             raise StreamCorrupt(f"state of the guest: {e}") from e
+        self._load_writer(state)
 
     def _load_device(self, number: int, device: DeviceState) -> None:
         nic, control = self.nics[number], self.controls[number]
         nic.load(device.nic)
-        _compare(nic, device.queues, self.memory)
-        model = device.nic.model
-        if (control is None) != (nic.control is None or model is None):
-            raise BadState("what its control queue has set is not what was told of before")
-        if control is not None and model is not None:
+        if control is not None and device.nic.model is not None:
             # the same object: a device that stands by knows it
-            vars(control.model).update(vars(model))
+            vars(control.model).update(vars(device.nic.model))
 
     def _load_writer(self, state: GuestState) -> None:
-        if state.writer_pages:
-            check_memory(self.memory, state.writer_gpa, state.writer_pages * PAGE_SIZE)
+        if not state.writer_pages:
+            return
+        try:
             self.writer = GuestWriter(
                 self.memory, state.writer_gpa, state.writer_pages, state.writer_rate, state.writer_written
             )
+        except OSError as e:
+            raise _no_eventfds(e) from e
 
     # -- running ---------------------------------------------------------------
 
@@ -268,9 +271,33 @@ class Guest:
         each = [nic.counts() for nic in self.nics]
         return FrameCounts(*(sum(getattr(c, field) for c in each) for field in FrameCounts.__slots__))
 
-    def longest_gap(self, begin: int, end: int) -> float:
-        """Return the longest time without a frame, in ms, of those that touch begin..end (CLOCK_MONOTONIC ns)."""
-        return max(traffic.longest_gap(begin, end) for traffic in self.traffic)
+    @contextmanager
+    def watching(self, window: Window, number: int | None = None) -> Iterator[None]:
+        """Take the block's time as a window of one device's NIC, or of all; see :meth:`window_gap`."""
+        chosen = self.traffic if number is None else [self.traffic[number]]
+        with ExitStack() as stack:
+            for traffic in chosen:
+                stack.enter_context(traffic.watching(window))
+            yield
+
+    def window_gap(self, window: Window) -> float | None:
+        """Return the longest time without a frame that touches a window, in ms, of the worst NIC.
+
+        None if that is not known of every NIC: it was not watched, or no
+        frame has ended the gap yet.
+        """
+        gaps = [traffic.window_gap(window) for traffic in self.traffic]
+        known = [gap for gap in gaps if gap is not None]
+        return max(known) if known and len(known) == len(gaps) else None
+
+    def longest_gap(self, begin: int, end: int) -> float | None:
+        """Return the longest time without a frame, in ms, of those that touch begin..end (CLOCK_MONOTONIC ns).
+
+        None if that is not known: each queue pair keeps only its longest of
+        all; :meth:`watching` is for a time that matters.
+        """
+        known = [gap for traffic in self.traffic if (gap := traffic.longest_gap(begin, end)) is not None]
+        return max(known, default=None)
 
     # -- as data -----------------------------------------------------------------
 
@@ -320,7 +347,7 @@ class Guest:
         ]
 
     def shift_clock(self, ns: int) -> None:
-        """Move the times that the guest remembers to another host's clock."""
+        """Move the times that the guest remembers to another host's clock, by any ``ns``; raises nothing."""
         for nic in self.nics:
             for pair in nic.pairs:
                 pair.shift_clock(ns)
@@ -349,6 +376,16 @@ class Guest:
         self.memory.close()
 
 
+_NO_STATE = GuestState(clock=0, writer_gpa=0, writer_pages=0, writer_rate=0, writer_written=0)
+"""Of a guest of which only the outline is known."""
+
+
+def _no_eventfds(error: OSError) -> MissingFeature:
+    return MissingFeature(
+        f"cannot open the guest's eventfds: {error.strerror}", hint="allow more open files: ulimit -n"
+    )
+
+
 def _answer(driver: ControlDriver, data: bytes) -> int:
     try:
         return driver.send(data)
@@ -367,18 +404,63 @@ def _queue_state(queue: GuestQueue, memory: GuestMemory) -> QueueState:
     return QueueState(queue.index, int(used[0]), int(avail[0]), tuple(ffi.unpack(heads, count)))
 
 
-def _compare(nic: GuestNic, queues: Sequence[QueueState], memory: GuestMemory) -> None:
+def _check(
+    memory: GuestMemory, state: GuestState, devices: Sequence[DeviceState], shapes: Sequence[DeviceShape] | None
+) -> None:
+    """Raise :class:`~pyvhostvdpa.StreamCorrupt` unless this is the state of a guest in ``memory``."""
+    what = "state of the guest"
+    extents: list[Extent] = []
+    try:
+        if shapes is not None:
+            check_shapes([device.shape for device in devices], shapes)
+        for number, device in enumerate(devices):
+            what = f"state of device {number}"
+            extents += check_nic(memory, device.nic)
+            _compare(device, memory)
+        what = "state of the guest"
+        if state.writer_pages:
+            extents.append(_check_writer(memory, state))
+        check_apart(extents)
+    except BadState as e:
+        raise StreamCorrupt(f"{what}: {e}") from e
+
+
+def _check_writer(memory: GuestMemory, state: GuestState) -> Extent:
+    area = ("writer_gpa", state.writer_gpa, state.writer_pages * PAGE_SIZE)
+    check_memory(memory, *area)
+    if state.writer_gpa % PAGE_SIZE:
+        raise BadState(f"writer_gpa {state.writer_gpa:#x} is not the start of a page")
+    if state.writer_rate > MAX_WRITER_RATE:
+        raise BadState(f"writer_rate {state.writer_rate} pages per second, at most {MAX_WRITER_RATE} are possible")
+    return area
+
+
+def _compare(device: DeviceState, memory: GuestMemory) -> None:
     """Raise if rings in memory and what was said of them differ."""
-    if [queue.index for queue in queues] != [queue.index for queue in nic.queues]:
-        raise BadState("its queues are not those of its NIC")
-    for told, queue in zip(queues, nic.queues, strict=True):
+    places = [place for pair in device.nic.pairs for place in (pair.rx, pair.tx)]
+    if [queue.index for queue in device.queues] != [place.index for place in places]:
+        raise BadState("queues: they are not those of its NIC")
+    for told, place in zip(device.queues, places, strict=True):
         try:
-            found = _queue_state(queue, memory)
+            found = _queue_state(queue_at_rest(place), memory)
         except MissingFeature as e:
             raise BadState(str(e)) from e
         if found != told:
             differs = "" if found.heads == told.heads else " and other heads"
             raise BadState(
-                f"virtqueue {queue.index} has used {found.used}, avail {found.avail} in memory; "
+                f"virtqueue {place.index} has used {found.used}, avail {found.avail} in memory; "
                 f"the source left used {told.used}, avail {told.avail}{differs}"
             )
+    for pair, rx, tx in zip(device.nic.pairs, device.queues[::2], device.queues[1::2], strict=True):
+        _compare_driver("rx", rx, pair.rx_avail, pair.rx_used)
+        _compare_driver("tx", tx, pair.tx_avail, pair.tx_used)
+
+
+def _compare_driver(side: str, ring: QueueState, avail: int, used: int) -> None:
+    """Raise unless a driver with these indices has published what it has added, and its device used no more."""
+    done, added = (ring.used - used) & MAX_INDEX, (avail - used) & MAX_INDEX
+    if avail != ring.avail or done > added:
+        raise BadState(
+            f"virtqueue {ring.index} has used {ring.used}, avail {ring.avail}; "
+            f"its driver has {side}_used {used}, {side}_avail {avail}"
+        )

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .._cdefs import lib
-from .nic import GuestNic, NicPair
+from .nic import GuestNic, NicPair, Window
 
 _SLICE_NS = 200_000_000
 
@@ -69,15 +71,36 @@ class Traffic:
             time.sleep(0.01)
         return False
 
-    def longest_gap(self, begin: int, end: int) -> float:
-        """Return the longest time without a frame, in ms, of those that touch begin..end (CLOCK_MONOTONIC ns)."""
+    @contextmanager
+    def watching(self, window: Window) -> Iterator[None]:
+        """Take the block's time as a window; see :meth:`window_gap`."""
+        for pair in self._nic.pairs:
+            pair.begin_window(window)
+        try:
+            yield
+        finally:
+            for pair in self._nic.pairs:
+                pair.end_window(window)
+
+    def window_gap(self, window: Window) -> float | None:
+        """Return the longest time without a frame that touches a window, in ms; None if a pair has none yet."""
+        gaps = [pair.window_gap(window) for pair in self._nic.pairs]
+        known = [gap for gap in gaps if gap is not None]
+        return max(known) if known and len(known) == len(gaps) else None
+
+    def longest_gap(self, begin: int, end: int) -> float | None:
+        """Return the longest time without a frame, in ms, of those that touch begin..end (CLOCK_MONOTONIC ns).
+
+        None if that is not known: only the longest of all are kept. A time
+        that matters is watched beforehand, see :meth:`watching`.
+        """
         touching = [
             gap_end - gap_begin
             for pair in self._nic.pairs
             for gap_begin, gap_end in pair.gaps()
             if gap_begin <= end and gap_end >= begin
         ]
-        return max(touching, default=0) / 1e6
+        return max(touching) / 1e6 if touching else None
 
 
 def _serve(pair: NicPair) -> None:

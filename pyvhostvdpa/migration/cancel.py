@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import select
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 from ..base.closing import Closing
 from ..base.errors import MigrationCancelled
@@ -22,10 +24,56 @@ def check_cancelled(fd: int) -> None:
         raise MigrationCancelled("cancelled")
 
 
-def _is_set(fd: int) -> bool:
+def _is_set(fd: int, seconds: float = 0.0) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(seconds * 1000))
+
+
+@contextmanager
+def _hearing(first: Callable[[], None], keep: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Call ``first`` on SIGINT and SIGTERM; a second one has its former effect, unless ``keep`` says otherwise.
+
+    Only the main thread may handle signals. In another one the block runs
+    without, and whoever owns the main thread decides what a signal does.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[signal.Signals, Any] = {}
+    heard = False
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        nonlocal heard
+        if heard and not keep():
+            restore()
+            signal.raise_signal(number)
+            return
+        heard = True
+        first()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            # None is one that was not set from Python, and could not be set again
+            if handler is not None:
+                before[number] = handler
+                signal.signal(number, hear)
+        yield
+    finally:
+        restore()
+
+
+@contextmanager
+def ending_early() -> Iterator[threading.Event]:
+    """Set the event that is given out on SIGINT and SIGTERM; a second one has its former effect. It opens nothing."""
+    wanted = threading.Event()
+    with _hearing(wanted.set):
+        yield wanted
 
 
 class Cancel(Closing):
@@ -33,6 +81,7 @@ class Cancel(Closing):
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._too_late = False
 
     def fileno(self) -> int:
         """Return the descriptor, for :attr:`pyvhostvdpa.migration.stream.Channel.cancel`."""
@@ -47,29 +96,33 @@ class Cancel(Closing):
         """Whether the user cancelled."""
         return _is_set(self._fd)
 
+    def forget(self) -> None:
+        """Take back what was wanted so far."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the user cancels, for ``seconds`` at most; whether that was so."""
+        return _is_set(self._fd, seconds)
+
     def check(self) -> None:
         """Raise :class:`~pyvhostvdpa.MigrationCancelled` if the user cancelled."""
         check_cancelled(self._fd)
 
+    def too_late(self) -> None:
+        """From now on signals only set it, the second one too: the guest is being handed over, or was."""
+        self._too_late = True
+
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM cancel inside the block; a second one ends the program as ever."""
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        """Let SIGINT and SIGTERM cancel inside the block.
 
-        def cancel(number: int, frame: FrameType | None) -> None:
-            restore()
-            self.set()
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        for number in _SIGNALS:
-            signal.signal(number, cancel)
-        try:
+        A second one has its former effect, so it ends the program, until
+        :meth:`too_late`. In a thread other than the main one the block runs
+        without: there :meth:`set` is the way to cancel.
+        """
+        with _hearing(self.set, lambda: self._too_late):
             yield
-        finally:
-            restore()
 
     def close(self) -> None:
         """Close the eventfd. Twice is no error."""

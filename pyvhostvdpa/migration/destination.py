@@ -9,9 +9,10 @@ and GO this side cannot know who owns the guest: it then saves it, stopped.
 from __future__ import annotations
 
 import os
+import shlex
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,16 +30,22 @@ from ..base.uapi import names
 from ..device.net import VdpaNetDevice
 from ..device.procedure.base import GUEST_ASID
 from ..device.together import together
+from ..guest.nic import Window
 from ..guest.state import DeviceShape, DeviceState, GuestShape, GuestState
 from ..guest.synthetic import Guest
 from ..memory.guest import PAGE_SIZE, GuestMemory, IovaAllocator, SharedMemory
 from ..net.features import Feature
 from ..trace import gap
+from ..trace.phases import DEST_PREMAP, DEST_STAND_BY, DEST_START
 from ..trace.recorder import Trace
+from .alive import AliveLimit
 from .cancel import Cancel
+from .common import PATIENCE, Observer, Tell, harmless, hash_bytes, patience, words_of
+from .fence import Fence, hold, needs_holding
+from .folder import Claim
 from .pages import PAGES, ZERO, PageReceiver
-from .saved import DEFAULT_FOLDER, SavedGuest, check_room, load, save
-from .source import PATIENCE, Observer, Tell, hash_bytes, patience
+from .rescue import rescue
+from .saved import DEFAULT_FOLDER, SavedGuest, check_room, load_claimed, save_held
 from .stream import Channel, Frame, Header, words
 
 PHASES = ("handshake", "map", "memory", "load", "ready", "start", "running")
@@ -78,17 +85,21 @@ class Destination:
         folder: Path = DEFAULT_FOLDER,
         observer: Observer = lambda phase: None,
         tell: Tell = lambda text: None,
+        shape: GuestShape | None = None,
         procedure: str | None = None,
     ) -> None:
+        """``shape`` if it was received already (:func:`receive_shape`); ``procedure`` to force one on the devices."""
+        self._procedure = procedure
         self.paths = [os.fspath(path) for path in paths]
+        self._shape = shape
         self.channel = channel
         self.trace = trace or Trace()
         self._folder, self._cancel = folder, cancel
-        self._observe, self._tell = observer, tell
-        self._procedure = procedure
+        self._observe, self._tell = harmless(observer), harmless(tell)
         self._stack = ExitStack()
         self._devices: list[VdpaNetDevice] = []
         self._told = 0.0
+        self._alive_frames = AliveLimit()
         self._hash = b""
         self._guest_state: GuestState | None = None
         self._device_states: list[DeviceState] = []
@@ -106,7 +117,8 @@ class Destination:
         """
         with self._stack:
             self._observe("handshake")
-            shape = self._shape()
+            shape = self._shape or receive_shape(self.channel)
+            self._tell(f"{shape.source}: {len(shape.devices)} devices, {sum(s for _, s in shape.memory) >> 20} MiB")
             try:
                 self._cancel.check()
                 self._check_shape(shape)
@@ -124,30 +136,9 @@ class Destination:
             return self._start(shape, guest)
 
     def _say(self, kind: Frame, error: VhostVdpaError) -> None:
-        """Tell the source why this side gives up, as far as there still is one."""
-        self.channel.cancel = -1
-        if isinstance(error, StreamBroken | _SourceCancelled):
-            return
-        with suppress(StreamBroken):
-            self.channel.send_text(kind, str(error) + (f" (next: {error.hint})" if error.hint else ""))
-            self.channel.finish()
+        say(self.channel, kind, error)
 
     # -- before anything is touched --------------------------------------------------
-
-    def _shape(self) -> GuestShape:
-        try:
-            kind, payload = self.channel.expect(Frame.SHAPE, Frame.CANCEL)
-            if kind is Frame.CANCEL:
-                raise _SourceCancelled(f"the source says: {words(payload)}")
-            shape = GuestShape.decode(payload)
-        except (StreamBroken, StreamCorrupt, _SourceCancelled) as e:
-            self._say(Frame.REFUSE, e)
-            raise _elsewhere(e, Stray) from e
-        except VhostVdpaError as e:
-            self._say(Frame.REFUSE, e)
-            raise _elsewhere(e) from e
-        self._tell(f"{shape.source}: {len(shape.devices)} devices, {sum(s for _, s in shape.memory) >> 20} MiB")
-        return shape
 
     def _check_shape(self, shape: GuestShape) -> None:
         if len(shape.devices) != len(self.paths):
@@ -197,6 +188,7 @@ class Destination:
             header = self.channel.receive_header(PATIENCE)
             if header.type in (PAGES, ZERO):
                 receiver.receive(header)
+                self._alive_frames.progress()
                 self._progress(receiver)
             elif self._control(header, shape):
                 break
@@ -204,18 +196,16 @@ class Destination:
         self._observe("load")
         self._cancel.check()
         with gap.step(self._devices[0].trace, gap.LOAD):
-            guest = self._load()
-        if guest.shapes() != shape.devices:
-            raise StreamCorrupt("the guest's state is not of the shape that was told first")
+            guest = self._load(shape)
         if shape.hashed:
             self._hash = hash_bytes(self._memory)
         return guest
 
-    def _load(self) -> Guest:
+    def _load(self, shape: GuestShape) -> Guest:
         if self._expected is not None:
-            self._expected.load(self._complete(), self._device_states)
+            self._expected.load(self._complete(), self._device_states, shape.devices)
             return self._expected
-        return self._keep(Guest.restore(self._memory, self._complete(), self._device_states))
+        return self._keep(Guest.restore(self._memory, self._complete(), self._device_states, shape.devices))
 
     def _keep(self, guest: Guest) -> Guest:
         """End the guest with this side, unless it arrives; its devices first."""
@@ -224,14 +214,14 @@ class Destination:
             self._stack.callback(device.close)
         return guest
 
-    def _stand_by(self, outline: Sequence[DeviceState]) -> None:
+    def _stand_by(self, outline: Sequence[DeviceState], shape: GuestShape) -> None:
         """Let the devices stand ready for the guest that is to come, while it still runs on the source."""
-        guest = self._expected = self._keep(Guest.expect(self._memory, outline))
+        guest = self._expected = self._keep(Guest.expect(self._memory, outline, shape.devices))
         together([partial(self._stand_ready, guest, number) for number in range(len(self._devices))])
 
     def _stand_ready(self, guest: Guest, number: int) -> None:
         device = self._devices[number]
-        with device.trace.in_phase("dest.stand_by"):
+        with device.trace.in_phase(DEST_STAND_BY):
             self._tell(f"{device.path}: {guest.stand_by(number, device)}")
 
     def _progress(self, receiver: PageReceiver) -> None:
@@ -245,9 +235,12 @@ class Destination:
         payload = self.channel.receive_payload(header)
         if header.type == Frame.CANCEL:
             raise _SourceCancelled(f"the source says: {words(payload)}")
+        if header.type != Frame.ALIVE:
+            self._alive_frames.progress()
         if header.type == Frame.ROUND and len(payload) == 8:
             self._tell(f"round {header.count}: {int.from_bytes(payload, 'little') >> 10:,} KiB")
         elif header.type == Frame.ALIVE:
+            self._alive_frames.count()
             self._tell(f"source: {words(payload)}")
         elif header.type == Frame.GUEST:
             self._guest_state = GuestState.decode(payload)
@@ -256,7 +249,7 @@ class Destination:
         elif header.type == Frame.STAND_BY and header.count == len(self._outline) < len(shape.devices):
             self._outline.append(DeviceState.decode(payload))
             if len(self._outline) == len(shape.devices):
-                self._stand_by(self._outline)
+                self._stand_by(self._outline, shape)
         elif header.type == Frame.FINAL:
             return True
         else:
@@ -275,14 +268,16 @@ class Destination:
         try:
             self._observe("ready")
             self._cancel.check()
+            # before READY is sent: the source's time to hold its file begins when it arrives
+            self._fence = Fence(patience(shape), 2)
             with gap.step(self._devices[0].trace, gap.HAND_OVER):
                 self.channel.send_frame(Frame.READY, self._hash)
-                kind, payload = self.channel.expect(Frame.GO, Frame.CANCEL, seconds=patience(shape))
+                kind, payload = self.channel.expect(Frame.GO, Frame.CANCEL, seconds=self._fence.left)
         except (StreamBroken, StreamCorrupt) as e:
             said = self.channel.last_words()
             if said:
                 raise _elsewhere(_SourceCancelled(f"the source says: {said}")) from e
-            raise self._unknown(shape, guest, e) from e
+            raise self._unknown(shape, guest, e, "before the source gave the guest away") from e
         except VhostVdpaError as e:
             # the source learns from this that the guest is not here
             self._say(Frame.FAILED, e)
@@ -292,37 +287,85 @@ class Destination:
         clock = int.from_bytes(payload[:8], "little", signed=True)
         guest.shift_clock(time.monotonic_ns() - clock)
 
-    def _unknown(self, shape: GuestShape, guest: Guest, error: VhostVdpaError) -> MigrationFailed:
-        happened = f"{error}, after this side was ready and before the source gave the guest away"
+    def _unknown(self, shape: GuestShape, guest: Guest, error: VhostVdpaError, when: str) -> MigrationFailed:
+        """Save the guest; hold the file until the source cannot go on by itself any more. The error that tells so."""
+        happened = f"{words_of(error)}, after this side was ready and {when}"
         state = SavedGuest(shape, self._complete(), tuple(self._device_states))
-        try:
-            path = save(self._folder, "destination", state, guest.memory)
-        except VhostVdpaError as worse:
-            return MigrationFailed(f"{happened}. The guest does not run here, and {worse}")
+        # the source learns at once that nothing follows from here
+        self.channel.close()
+        # a signal that raised here would end the guest
+        self._cancel.too_late()
+        size = guest.memory.size
+        with rescue(lambda: save_held(self._folder, "destination", state, guest.memory), self._folder, size) as held:
+            if needs_holding(self.channel, error):
+                hold(self._fence, held.path, "source", self._cancel, self._tell)
+            path = held.path
+        quoted = shlex.quote(str(path))
         return MigrationFailed(
-            f"{happened}. It is stopped here and saved in {path}; the source may have let it go on",
-            hint=f"if it runs on the source: rm {path}\n"
-            f"  if it does not: vhost-vdpa receive --take {path} {' '.join(self.paths)}",
+            f"{happened}. It is stopped here and saved in {path}; the source may have let it go on: it must run on one "
+            "side only",
+            hint=f"if it runs on the source: rm {quoted}\n"
+            f"  if it does not: {shlex.join(['vhost-vdpa', 'receive', '--take', str(path), *self.paths])}",
         )
 
     def _start(self, shape: GuestShape, guest: Guest) -> Arrived:
+        self._cancel.too_late()
         self.channel.cancel = -1
         self._observe("start")
         try:
-            _start_devices(guest, self._devices)
-        except VhostVdpaError as e:
-            self._say(Frame.FAILED, e)
-            raise MigrationFailed(
-                f"the guest could not be started: {e}; it does not run here, the source has it", hint=e.hint
-            ) from e
+            _start_devices(guest, self._devices, self._check_fence)
+        except _TooLate as e:
+            raise self._unknown(shape, guest, e, "so late that the source may have been started again") from e
+        except Exception as e:
+            # whatever it is, the source is told and has the guest
+            failed = MigrationFailed(
+                f"the guest could not be started: {words_of(e)}; it does not run here, the source has it",
+                hint=getattr(e, "hint", ""),
+            )
+            self._say(Frame.FAILED, e if isinstance(e, VhostVdpaError) else failed)
+            raise failed from e
         self._observe("running")
         note = ""
         try:
             self.channel.send_frame(Frame.RUNNING)
-        except StreamBroken as e:
-            note = f"the guest runs here, but the source could not be told ({e}): it stays stopped there"
+        except Exception as e:
+            # whatever it is, the guest runs
+            note = f"the guest runs here, but the source could not be told ({words_of(e)}): it stays stopped there"
         resources = self._stack.pop_all()
         return Arrived(shape.id.hex(), shape.source, guest, self._devices, self._hash.hex(), note, resources)
+
+    def _check_fence(self) -> None:
+        if self._fence.passed:
+            raise _TooLate("this process was stopped for too long")
+
+
+class _TooLate(VhostVdpaError):
+    """The time in which this side may start the guest by itself is over."""
+
+
+def receive_shape(channel: Channel) -> GuestShape:
+    """Return what the guest at the other end needs; :class:`Stray`, told there too, if that makes no sense."""
+    try:
+        kind, payload = channel.expect(Frame.SHAPE, Frame.CANCEL)
+        if kind is Frame.CANCEL:
+            raise _SourceCancelled(f"the source says: {words(payload)}")
+        return GuestShape.decode(payload)
+    except (StreamBroken, StreamCorrupt, _SourceCancelled) as e:
+        say(channel, Frame.REFUSE, e)
+        raise _elsewhere(e, Stray) from e
+    except VhostVdpaError as e:
+        say(channel, Frame.REFUSE, e)
+        raise _elsewhere(e) from e
+
+
+def say(channel: Channel, kind: Frame, error: VhostVdpaError) -> None:
+    """Tell the source why this side gives up, as far as there still is one."""
+    channel.cancel = -1
+    if isinstance(error, StreamBroken | _SourceCancelled):
+        return
+    with suppress(StreamBroken):
+        channel.send_text(kind, str(error) + (f" (next: {error.hint})" if error.hint else ""))
+        channel.finish()
 
 
 class Stray(MigrationRefused):
@@ -368,7 +411,7 @@ def _map(device: VdpaNetDevice, memory: GuestMemory) -> None:
     (drivers/vhost/vdpa.c:vhost_vdpa_process_iotlb_msg), but a map outside one
     has an answer, and a set_map parent installs the whole table with it.
     """
-    with device.trace.in_phase("dest.premap"), SharedMemory("proof", PAGE_SIZE) as page:
+    with device.trace.in_phase(DEST_PREMAP), SharedMemory("proof", PAGE_SIZE) as page:
         device.attach(memory)
         limits, space = device.iotlb.limits, device.iotlb.space(GUEST_ASID)
         holes = IovaAllocator(limits.first, limits.last, [(m.iova, m.size) for m in space.mappings])
@@ -377,37 +420,25 @@ def _map(device: VdpaNetDevice, memory: GuestMemory) -> None:
         space.unmap(iova, PAGE_SIZE)
 
 
-def _start_devices(guest: Guest, devices: Sequence[VdpaNetDevice]) -> None:
-    """Start every device and let the guest run; on a failure all are reset."""
+def _start_devices(guest: Guest, devices: Sequence[VdpaNetDevice], check: Callable[[], None] = lambda: None) -> None:
+    """Start every device and let the guest run; on a failure, also of ``check``, all are reset."""
     try:
-        together([partial(_start_device, guest, number, device) for number, device in enumerate(devices)])
+        check()
+        with guest.watching(Window.START):
+            together([partial(_start_device, guest, number, device) for number, device in enumerate(devices)])
+        check()
+        guest.run()
     except BaseException:
+        guest.pause()
         for device in devices:
             with suppress(VhostVdpaError):
                 device.reset()
         raise
-    guest.run()
 
 
 def _start_device(guest: Guest, number: int, device: VdpaNetDevice) -> None:
-    with device.trace.in_phase(gap.START):
+    with device.trace.in_phase(DEST_START):
         guest.start(number, device)
-
-
-@contextmanager
-def _claimed(path: Path) -> Iterator[None]:
-    """Have a file out of everybody's reach while its guest is started: nobody starts it twice. Then remove it."""
-    claimed = path.with_suffix(".taken")
-    try:
-        path.rename(claimed)
-    except OSError as e:
-        raise MigrationRefused(f"{path}: {e.strerror}: somebody else has taken it") from e
-    try:
-        yield
-    except BaseException:
-        claimed.rename(path)
-        raise
-    claimed.unlink()
 
 
 def take(
@@ -419,12 +450,15 @@ def take(
 ) -> Arrived:
     """Start the guest saved in a file on the devices at ``paths``, and remove the file once it runs.
 
-    Raises what loading, opening, mapping and starting raise; the file stays then.
+    The file is claimed (:class:`~pyvhostvdpa.migration.folder.Claim`) before it is read, and until it is removed.
+    Raises what claiming, loading, opening, mapping and starting raise; the
+    file stays then, and can be taken again.
     """
     trace = trace or Trace()
     with ExitStack() as stack:
         tell(f"loading {path}")
-        saved, memory = load(path)
+        claim = stack.enter_context(Claim(path))
+        saved, memory = load_claimed(claim)
         stack.callback(memory.close)
         if len(paths) != len(saved.devices):
             raise MigrationRefused(f"the guest in {path} has {len(saved.devices)} devices, {len(paths)} were given")
@@ -437,12 +471,26 @@ def take(
         for device in devices:
             tell(f"mapping memory in {device.path}")
             _map(device, memory)
-        guest = Guest.restore(memory, saved.guest, saved.devices)
+        guest = Guest.restore(memory, saved.guest, saved.devices, saved.shape.devices)
         stack.callback(guest.close)
         for device in devices:
             stack.callback(device.close)
         # how long it stood is no gap of a device's making
         guest.forget_clock()
-        with _claimed(path):
-            _start_devices(guest, devices)
-        return Arrived(saved.shape.id.hex(), saved.shape.source, guest, devices, resources=stack.pop_all())
+        _start_devices(guest, devices)
+        note = _removed(claim)
+        return Arrived(saved.shape.id.hex(), saved.shape.source, guest, devices, note=note, resources=stack.pop_all())
+
+
+def _removed(claim: Claim) -> str:
+    """Remove the file of a guest that runs; if that fails, what its owner has to do."""
+    try:
+        claim.remove()
+    except OSError as e:
+        # the claim is held as long as the guest runs: nobody starts it a second time
+        return (
+            f"the guest runs here, but its file could not be removed ({e.strerror}), and must not be started again: "
+            f"rm {shlex.quote(str(claim.path))}"
+        )
+    claim.close()
+    return ""

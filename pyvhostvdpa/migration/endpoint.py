@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import ssl
+import stat
+import struct
+import time
 from dataclasses import dataclass
 
 from ..base.closing import Closing
-from ..base.errors import MigrationRefused, StreamBroken
+from ..base.errors import MigrationCancelled, MigrationRefused, StreamBroken
 from .stream import HANDSHAKE_SECONDS, STALL_SECONDS, Channel, read_out, tls_trouble
 
 _TEXT = "unix:PATH or tcp:HOST:PORT"
 _INHERITED = "fd"
 _LEAVE_SECONDS = 1.0
 _NO_HURRY = 1e6
+_BACKLOG = 128
+_CREDENTIALS = struct.Struct("iII")
+"""struct ucred: process, user, group."""
 START_SECONDS = 120.0
 """How long a destination that is started for one migration may take until it speaks."""
 
@@ -90,18 +97,46 @@ def check_security(address: Address, tls: Tls | None, plain: bool) -> None:
         )
 
 
-def _secured(sock: socket.socket, tls: Tls | None, server: bool, name: str) -> socket.socket:
+def _check_peer(sock: socket.socket) -> None:
+    """Raise :class:`NoPeer` if the process at the other end of a Unix socket is another user's, and not root's.
+
+    unix(7), SO_PEERCRED: the user as of connect(2) or listen(2). A folder that everybody can write may hold a socket
+    of anybody.
+    """
+    if sock.family != socket.AF_UNIX:
+        return
+    pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    if uid not in (0, os.geteuid()):
+        raise NoPeer(
+            f"process {pid} at the other end belongs to user {uid}, this one to user {os.geteuid()}",
+            hint=f"ps -fp {pid}; and unix:PATH in a folder that only its owner can write, such as /run",
+        )
+
+
+def _secured(
+    sock: socket.socket, tls: Tls | None, server: bool, name: str, cancel: int = -1, deadline: float | None = None
+) -> socket.socket:
     """Return the socket, with TLS if wanted; closed on a failure, which is :class:`NoPeer` if it is the peer's."""
     try:
+        _check_peer(sock)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock if tls is None else _with_tls(sock, tls.context(server), server, name)
+        if tls is None:
+            return sock
+        end = time.monotonic() + HANDSHAKE_SECONDS
+        return _with_tls(sock, tls.context(server), server, name, cancel, end if deadline is None else deadline)
+    except OSError as e:
+        sock.close()
+        raise NoPeer(f"the other side has gone again: {e.strerror or e}") from e
     except BaseException:
         sock.close()
         raise
 
 
-def _with_tls(sock: socket.socket, context: ssl.SSLContext, server: bool, name: str) -> ssl.SSLSocket:
+def _with_tls(
+    sock: socket.socket, context: ssl.SSLContext, server: bool, name: str, cancel: int, deadline: float
+) -> ssl.SSLSocket:
+    began = time.monotonic()
     try:
         secured = context.wrap_socket(
             sock, server_side=server, server_hostname=None if server else name, do_handshake_on_connect=False
@@ -111,17 +146,39 @@ def _with_tls(sock: socket.socket, context: ssl.SSLContext, server: bool, name: 
         raise NoPeer(tls_trouble(e)) from e
     with contextlib.ExitStack() as unless_secured:
         unless_secured.callback(secured.close)
-        secured.settimeout(HANDSHAKE_SECONDS)
+        secured.setblocking(False)
         try:
-            secured.do_handshake()
+            _shake_hands(secured, cancel, deadline)
         except TimeoutError as e:
-            raise NoPeer(f"TLS: no answer within {HANDSHAKE_SECONDS:g} s") from e
+            raise NoPeer(f"TLS: no answer within {deadline - began:.0f} s") from e
         except OSError as e:
             # the other side gets to read why
             read_out(secured, _LEAVE_SECONDS)
             raise NoPeer(tls_trouble(e), hint="vhost-vdpa help migration") from e
         unless_secured.pop_all()
     return secured
+
+
+def _shake_hands(secured: ssl.SSLSocket, cancel: int, deadline: float) -> None:
+    """Do the handshake of TLS; TimeoutError at the deadline, however often the peer sends a byte."""
+    while True:
+        try:
+            secured.do_handshake()
+        except ssl.SSLWantReadError:
+            events = select.POLLIN
+        except ssl.SSLWantWriteError:
+            events = select.POLLOUT
+        else:
+            return
+        poll = select.poll()
+        poll.register(secured, events)
+        if cancel >= 0:
+            poll.register(cancel, select.POLLIN)
+        ready = [fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
+        if cancel in ready:
+            raise MigrationCancelled("cancelled")
+        if not ready or time.monotonic() > deadline:
+            raise TimeoutError
 
 
 def connect(address: Address, tls: Tls | None = None, cancel: int = -1, stall: float = STALL_SECONDS) -> Channel:
@@ -140,10 +197,11 @@ def connect(address: Address, tls: Tls | None = None, cancel: int = -1, stall: f
         raise MigrationRefused(
             f"{address}: {e.strerror or e}", hint=f"on the destination: vhost-vdpa receive DEV --listen {address}"
         ) from e
-    return _greeted(Channel(_secured(sock, tls, False, address.host or "localhost"), cancel, stall))
+    return _greeted(Channel(_secured(sock, tls, False, address.host or "localhost", cancel), cancel, stall))
 
 
-def _greeted(channel: Channel, seconds: float = HANDSHAKE_SECONDS) -> Channel:
+def _greeted(channel: Channel, seconds: float = HANDSHAKE_SECONDS, deadline: float | None = None) -> Channel:
+    channel.deadline = deadline
     try:
         channel.greet(seconds)
     except (StreamBroken, MigrationRefused) as e:
@@ -156,7 +214,13 @@ def _greeted(channel: Channel, seconds: float = HANDSHAKE_SECONDS) -> Channel:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove the socket of a listener that was killed."""
+    """Remove the socket of a listener that was killed, and nothing else."""
+    try:
+        # connect(2) answers ECONNREFUSED for any file that is not a socket
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return
+    except OSError:
+        return
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(HANDSHAKE_SECONDS)
         try:
@@ -224,6 +288,7 @@ class Listener(Closing):
             return socket.create_server(
                 (self.address.host, self.address.port),
                 family=socket.AF_INET6 if ":" in self.address.host else socket.AF_INET,
+                backlog=_BACKLOG,
             )
         sock = socket.socket(socket.AF_UNIX)
         _remove_stale(self.address.path)
@@ -233,25 +298,52 @@ class Listener(Closing):
                 sock.bind(self.address.path)
             finally:
                 os.umask(mask)
-            sock.listen(1)
+            self._made = os.lstat(self.address.path)
+            sock.listen(_BACKLOG)
         except BaseException:
             sock.close()
             raise
         return sock
 
-    def accept(self, cancel: int = -1, stall: float = STALL_SECONDS) -> Channel:
-        """Wait for a source and return a greeted channel to it.
+    def fileno(self) -> int:
+        """Return the listening socket's descriptor."""
+        return self._sock.fileno()
 
-        Raises :class:`NoPeer` for one that shows no right certificate or
-        speaks something else; the next may be accepted then.
-        """
+    def accept_socket(self) -> socket.socket:
+        """Return the next connection as it is, for :meth:`admit`; BlockingIOError if there is none yet, OSError."""
+        self._sock.setblocking(False)
         sock, _ = self._sock.accept()
-        return _greeted(Channel(_secured(sock, self._tls, True, ""), cancel, stall))
+        return sock
+
+    def admit(
+        self, sock: socket.socket, cancel: int = -1, stall: float = STALL_SECONDS, deadline: float | None = None
+    ) -> Channel:
+        """Return a greeted channel to who connected, with a ``deadline`` (time.monotonic()) for all of its handshake.
+
+        Raises :class:`NoPeer` for a process of another user, or one that
+        shows no right certificate or speaks something else; the socket is closed then.
+        """
+        secured = _secured(sock, self._tls, True, "", cancel, deadline)
+        return _greeted(Channel(secured, cancel, stall), deadline=deadline)
+
+    def accept(self, cancel: int = -1, stall: float = STALL_SECONDS) -> Channel:
+        """Wait for a source and return a greeted channel to it; raises what :meth:`admit` does.
+
+        It serves one connection at a time: :class:`~pyvhostvdpa.migration.reception.Reception` does many.
+        """
+        self._sock.setblocking(True)
+        sock, _ = self._sock.accept()
+        return self.admit(sock, cancel, stall)
 
     def close(self) -> None:
-        """Stop listening. Twice is no error."""
+        """Stop listening. Idempotent."""
         if self._sock.fileno() >= 0:
             self._sock.close()
             if self.address.local:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.address.path)
+                self._remove()
+
+    def _remove(self) -> None:
+        """Remove the socket, unless another listener has put its own there."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.lstat(self.address.path), self._made):
+                os.unlink(self.address.path)

@@ -11,49 +11,53 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from ..base.errors import MigrationEnded, MigrationFailed
+from ..base.errors import MigrationEnded, MigrationFailed, VhostVdpaError
 from ..guest.nic import FrameCounts
 from ..guest.synthetic import GuestOptions
 from ..memory.guest import check_available
 from ..trace import gap, records
 from ..trace.downtime import PhaseCost
+from ..trace.phases import DEST_PREMAP
 from ..trace.recorder import Trace
 from .cancel import Cancel
-from .endpoint import greet_started
-from .report import Part, Report
-from .session import Sending, SentReport, check_devices
-from .source import Observer, SendOptions, Tell
+from .common import Observer, Tell, harmless, warn
+from .endpoint import NoPeer, greet_started
+from .order import Order
+from .report import Part, Report, SentReport
+from .session import Sending, check_devices
+from .source import SendOptions
 from .stream import Channel
 
+_CHILD = "pyvhostvdpa.migration.child"
 _END_SECONDS = 30.0
 """How long a destination that has lost its source, or was told to end, may take."""
-
-_TIME = re.compile(r"\[ *[0-9.]+ s\] ")
+_LAST_WORDS_SECONDS = 5.0
+_LOOK_SECONDS = 0.05
+_REMIND_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to migrate: the guest, and how it is sent. ``seconds`` of traffic, a third in each part.
-
-    ``procedure`` forces one on both devices; the best that each can do without.
-    """
+    """How to migrate: the guest, and how it is sent. ``seconds`` of traffic, a third in each part."""
 
     guest: GuestOptions = field(default_factory=GuestOptions)
     send: SendOptions = field(default_factory=SendOptions)
     seconds: float = 20.0
     procedure: str | None = None
+    """Forced on both devices; the best that each can do without."""
 
 
 def migrate(
@@ -67,9 +71,12 @@ def migrate(
     """Migrate a guest with traffic from ``source`` to ``destination``; both are reset in the end.
 
     ``trace`` takes what passed the doors of both, also of a migration that failed; ``tell`` gets the
-    words of both.
+    words of both. What ``observer`` and ``tell`` raise is logged.
     SIGINT and SIGTERM cancel it from "connect" on until the guest is given
-    away. Raises :class:`~pyvhostvdpa.MigrationRefused` before anything
+    away; after that they end the traffic on the destination early, and the
+    report is that of a migration. In a thread other than the main one they do
+    what the program does with them. Raises
+    :class:`~pyvhostvdpa.MigrationRefused` before anything
     is touched, :class:`~pyvhostvdpa.MigrationFailed` or
     :class:`~pyvhostvdpa.MigrationCancelled` (with ``report``) if the
     guest stayed on the source, and whatever opening or mapping raises.
@@ -78,9 +85,15 @@ def migrate(
     check_devices((source, destination))
     check_available(options.guest.memory, copies=2)
     third = options.seconds / 3
+    observer = harmless(observer)
     with _Destination(
         os.fspath(destination), third, options.send.folder, trace, tell, procedure=options.procedure
     ) as other:
+
+        def afterwards(cancel: Cancel) -> None:
+            observer("destination")
+            other.await_result(cancel)
+
         sending = Sending(
             [source],
             other.connect,
@@ -90,8 +103,9 @@ def migrate(
             third,
             observer,
             tell,
-            trace or Trace(),
+            Trace() if trace is None else trace,
             options.procedure,
+            afterwards,
         )
         try:
             sent = sending.run()
@@ -99,12 +113,11 @@ def migrate(
             if e.report is not None:
                 e.report = _stayed(e.report)
             raise
-        observer("destination")
-        return _migrated(sent, other.result())
+        return _migrated(sent, other.result)
 
 
 class _Destination:
-    """``vhost-vdpa receive`` in a process of its own.
+    """The destination, :mod:`pyvhostvdpa.migration.child`, in a process of its own.
 
     It is started before the guest is: a guest with many queues leaves little of a small machine to others.
     """
@@ -112,12 +125,16 @@ class _Destination:
     def __init__(
         self, path: str, seconds: float, folder: Path, trace: Trace | None, tell: Tell, procedure: str | None = None
     ) -> None:
-        self._argv = [sys.executable, "-m", "pyvhostvdpa", "receive", path, "--seconds", str(seconds), "--json"]
-        self._argv += ["--state", str(folder)]
-        self._argv += ["--procedure", procedure] if procedure is not None else []
-        self._trace, self._tell = trace, tell
+        self._procedure = procedure
+        self._path, self._seconds, self._folder = path, seconds, folder
+        self._trace, self._tell = trace, harmless(tell)
         self._has_guest = False
-        self._last_words = ""
+        """Whether the guest was given to it: then it is not to be ended before its time."""
+        self._silent = False
+        """Whether it did not end although it was asked to."""
+        self._ended = threading.Event()
+        self._result: dict[str, Any] | None = None
+        self._error: VhostVdpaError | None = None
 
     def __enter__(self) -> Self:
         with ExitStack() as unless_started:
@@ -129,20 +146,19 @@ class _Destination:
                 self._process = self._start(far.fileno())
             self._near: socket.socket | None = near
             self._resources = unless_started.pop_all()
-        self._listener = threading.Thread(target=self._listen, args=(self._process.stderr,), name="destination-words")
+        self._listener = threading.Thread(target=self._listen, args=(self._process.stdout,), name="destination-words")
         self._listener.start()
         return self
 
     def _start(self, fd: int) -> subprocess.Popen[str]:
-        argv = [*self._argv, "--listen", f"fd:{fd}"]
+        order = Order([self._path], fd, self._seconds, str(self._folder), procedure=self._procedure)
         if self._trace is not None:
-            argv += ["--trace", str(self._records), "--trace-format", "records"]
+            order = replace(order, records=str(self._records), limit=self._trace.limit)
         # of a group of its own: Ctrl-C is for the source to act on, which tells it
         return subprocess.Popen(
-            argv,
+            [sys.executable, "-m", _CHILD, order.encode()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             pass_fds=[fd],
             process_group=0,
             text=True,
@@ -152,27 +168,72 @@ class _Destination:
         """Return the stream to it, which is the caller's then."""
         assert self._near is not None
         near, self._near = self._near, None
-        return greet_started(near, cancel.fileno())
-
-    def _listen(self, words: IO[str]) -> None:
-        """Tell what it says: of its progress the source tells until the guest is given away."""
-        for line in words:
-            said, progress = _TIME.subn("", line.strip(), count=1)
-            if self._has_guest or not progress:
-                self._last_words = said
-                self._tell(f"destination: {said}")
-
-    def result(self) -> dict[str, Any]:
-        """Wait until the guest has run there and return the report."""
-        assert self._process.stdout is not None
-        self._has_guest = True
-        said, status = self._process.stdout.read(), self._process.wait()
         try:
-            return dict(json.loads(said))
-        except ValueError as e:
+            return greet_started(near, cancel.fileno())
+        except NoPeer as e:
+            # its own words say why, if it had time for any
+            self._ended.wait(_LAST_WORDS_SECONDS)
+            raise NoPeer(f"{e}: {self._end()}", hint=self._error.hint if self._error else e.hint) from e
+
+    def _listen(self, lines: IO[str]) -> None:
+        """Take in what it says: of its phases the source tells until the guest is given away."""
+        try:
+            for line in lines:
+                self._hear(line)
+        finally:
+            self._ended.set()
+
+    def _hear(self, line: str) -> None:
+        try:
+            [(kind, content)] = json.loads(line).items()
+        except (ValueError, AttributeError):
+            warn(f"the process for the destination wrote {line!r}")
+            return
+        if kind == "result":
+            self._result = content
+        elif kind == "error":
+            self._error = VhostVdpaError(content["message"], content["hint"])
+        elif kind == "phase" and content == "running":
+            self._has_guest = True
+        elif kind == "log" or (kind == "tell" and self._has_guest):
+            self._tell(f"destination: {content}")
+
+    def await_result(self, cancel: Cancel) -> None:
+        """Wait until the guest has run there, or a signal asked to end that early."""
+        self._has_guest = True
+        reminded, end = 0.0, float("inf")
+        while not self._ended.wait(_LOOK_SECONDS) and (now := time.monotonic()) < end:
+            if cancel.wanted and now - reminded > _REMIND_SECONDS:
+                if not reminded:
+                    self._tell("the guest runs on the destination already: its traffic is ended early")
+                    end = now + _END_SECONDS
+                reminded = now
+                # heard once it lets the guest run, ignored before
+                self._process.send_signal(signal.SIGINT)
+        self._silent = not self._ended.is_set()
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The report of the guest that ran there; MigrationFailed says what happened to it if there is none."""
+        if self._result is None:
+            error = self._error
             raise MigrationFailed(
-                f"the guest was given to the destination, which then ended with status {status}: {self._last_words}"
-            ) from e
+                f"the guest was given to {self._path} and ran there: {self._end()}. It ended with that process; "
+                "nothing of it is left on the source",
+                hint=error.hint if error else "",
+            )
+        return self._result
+
+    def _end(self) -> str:
+        """How the process ended, in words; its own if it had any."""
+        try:
+            status = self._process.wait(_LAST_WORDS_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"the process for the destination ({self._path}) does not answer"
+        if self._error is not None:
+            return f"the destination ({self._path}) says: {self._error}"
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        return f"the process for the destination ({self._path}) {how}"
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
@@ -181,7 +242,9 @@ class _Destination:
             try:
                 if isinstance(value, KeyboardInterrupt) or self._near is not None:
                     process.terminate()
-                process.wait(_END_SECONDS)
+                # a guest that runs there is not ended by what failed here
+                lives = self._has_guest and not self._silent and isinstance(value, Exception | None)
+                process.wait(None if lives else _END_SECONDS)
             except BaseException as e:
                 process.kill()
                 if not isinstance(e, subprocess.TimeoutExpired):
@@ -194,11 +257,13 @@ class _Destination:
         """Take what it recorded into the trace, in order of time; nothing if it was ended before it wrote that."""
         if self._trace is None:
             return
-        with suppress(FileNotFoundError), open(self._records, encoding="utf-8") as file:
-            if file.seek(0, os.SEEK_END):
-                file.seek(0)
-                self._trace.events.extend(records.read(file))
-                self._trace.events.sort(key=lambda event: event.t_end)
+        try:
+            with suppress(FileNotFoundError), open(self._records, encoding="utf-8") as file:
+                if file.seek(0, os.SEEK_END):
+                    file.seek(0)
+                    self._trace.extend(*records.read_all(file))
+        except (OSError, VhostVdpaError) as e:
+            warn(f"what the destination recorded is missing from the trace: {e}")
 
 
 def _stayed(sent: SentReport) -> Report:
@@ -207,15 +272,16 @@ def _stayed(sent: SentReport) -> Report:
         outcome=sent.outcome,
         sent=sent.sent,
         frames=sent.frames,
-        bad_pages=0,
+        bad_pages=sent.bad_pages,
         parts=sent.parts,
-        dt1_ms=sent.dt1_ms,
-        dt2_ms=sent.dt2_ms,
+        downtimes=sent.downtimes,
         gap_switch_ms=sent.gap_switch_ms,
-        gap_move_ms=0.0,
+        gap_move_ms=None,
+        gap_back_ms=sent.gap_back_ms,
         phases=sent.phases,
         drops={"source": _only(sent.drops)},
         environment=_with_roles(sent.environment, {"source": sent.environment}),
+        warnings=sent.warnings,
         procedure={"source": _only(sent.procedure)},
     )
 
@@ -225,22 +291,23 @@ def _migrated(sent: SentReport, received: dict[str, Any]) -> Report:
     parts = {name: Part(part["received"], part["seconds"]) for name, part in received["parts"].items()}
     phases = {name: PhaseCost(**phase) for name, phase in received["phases"].items()}
     both = sent.phases | phases
-    first = [name for name in both if name == "dest.premap"]
+    first = [name for name in both if name == DEST_PREMAP]
     return Report(
         outcome="migrated",
         sent=sent.sent,
         frames=FrameCounts(**received["frames"]),
         bad_pages=received["bad_pages"],
         parts=sent.parts | parts,
-        dt1_ms=sent.dt1_ms,
-        dt2_ms=sent.dt2_ms,
+        downtimes=sent.downtimes,
         gap_switch_ms=sent.gap_switch_ms,
         gap_move_ms=received["guest_gap_ms"]["move"],
+        gap_back_ms=None,
         phases={name: both[name] for name in dict.fromkeys([*first, *both])},
         drops={"source": _only(sent.drops), "destination": _only(received["device_drops"])},
         environment=_with_roles(sent.environment, {"source": sent.environment, "destination": received["environment"]}),
-        stopped=gap.stop_to_run([*sent.steps, *gap.from_numbers(received["stop_to_run_steps_ns"])]),
+        warnings=[*sent.warnings, *received["warnings"]],
         procedure={"source": _only(sent.procedure), "destination": _only(received["procedure"])},
+        stopped=gap.stop_to_run([*sent.steps, *gap.from_numbers(received["stop_to_run_steps_ns"])]),
     )
 
 

@@ -1,26 +1,36 @@
 # SPDX-License-Identifier: MIT
-"""What a migration was: frames, downtimes, calls."""
+"""What a migration was: frames, downtimes, calls. What was not measured, or cannot be known, is None."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 
+from ..base.errors import VhostVdpaError
 from ..base.uapi import names
 from ..device.net import VdpaNetDevice
 from ..guest.nic import FrameCounts
 from ..host import mgmt
 from ..trace import gap
-from ..trace.downtime import PhaseCost
+from ..trace.downtime import PhaseCost, of_all, total, worst
 from ..virtqueue.layout import GuestQueue
+from .common import Tell, attempt
 from .source import Sent
 
 SCHEMA = "pyvhostvdpa/migrate/1"
+SENT_SCHEMA = "pyvhostvdpa/send/1"
+RECEIVED_SCHEMA = "pyvhostvdpa/receive/1"
+
+STAYED = "stayed on source"
+"""The outcome of a migration whose guest goes on where it was."""
+
+DropCounts = dict[str, dict[str, int] | None]
+"""Frames that each device lost, by counter: {} if its parent counts none, None if that is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,30 +55,181 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """The result of one migration. Times in milliseconds.
+class Downtimes:
+    """Milliseconds of both downtimes by device, as the series defines them; None for what was not measured."""
 
-    ``outcome`` is ``"migrated"`` or ``"stayed on source"``. ``bad_pages`` is
-    what the guest's CPU found wrong in its memory at the destination;
-    ``drops`` are the devices' own counters, as far as they have any;
-    ``procedure`` is by device, "source" and "destination"; ``stopped`` is stop
-    to run, None if the guest stayed.
+    dt1_ms: dict[str, float | None]
+    dt2_ms: dict[str, float | None]
+
+    @property
+    def dt1(self) -> float | None:
+        """The worst device's switch to shadow virtqueues."""
+        return of_all(worst, self.dt1_ms.values())
+
+    @property
+    def dt2(self) -> float | None:
+        """The sum of the devices' stops on the source."""
+        return of_all(total, self.dt2_ms.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return {
+            "dt1_ms": {"worst": _rounded(self.dt1), "devices": _by_device(self.dt1_ms)},
+            "dt2_ms": {"sum": _rounded(self.dt2), "devices": _by_device(self.dt2_ms)},
+        }
+
+
+def _by_device(ms: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    return [{"device": device, "ms": _rounded(each)} for device, each in ms.items()]
+
+
+def _rounded(ms: float | None) -> float | None:
+    return None if ms is None else round(ms, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class SentReport:
+    """What sending a guest was. ``outcome`` is "sent" or "stayed on source".
+
+    ``frames`` are counted when it left, or in the end if it stayed;
+    ``bad_pages``, what the guest's CPU found wrong, only in the end.
+    ``gap_back_ms`` is the longest time without a frame as it went back to
+    passthrough. ``warnings`` are sentences on what is wrong or unknown.
     """
 
     outcome: str
     sent: Sent
     frames: FrameCounts
+    bad_pages: int | None
+    parts: dict[str, Part]
+    downtimes: Downtimes
+    gap_switch_ms: float | None
+    gap_back_ms: float | None
+    phases: dict[str, PhaseCost]
+    drops: DropCounts
+    environment: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steps: list[gap.Piece] = field(default_factory=list)
+    """Of the time in which the guest stood still, those of this side."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as its JSON schema ``pyvhostvdpa/send/1`` has it."""
+        return {
+            "schema": SENT_SCHEMA,
+            "outcome": self.outcome,
+            "id": self.sent.id,
+            "frames": frames_when(self.outcome, self.frames),
+            "bad_pages": self.bad_pages,
+            "parts": {name: part.to_dict() for name, part in self.parts.items()},
+            **gap.to_dict(gap.join(self.steps)),
+            **self.downtimes.to_dict(),
+            "guest_gap_ms": {"switch": _rounded(self.gap_switch_ms), **_back(self.outcome, self.gap_back_ms)},
+            **self.sent.to_dict(),
+            "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
+            "device_drops": self.drops,
+            "procedure": self.procedure,
+            "warnings": self.warnings,
+            "environment": self.environment,
+        }
+
+
+def frames_when(outcome: str, frames: FrameCounts) -> dict[str, int | None]:
+    """Return the counts of frames for JSON.
+
+    A guest that left has frames in flight, and nobody here knows which of
+    them it will receive: what it lost is None then.
+    """
+    if outcome == STAYED:
+        return {**frames.to_dict(), "in_flight": 0}
+    return {**frames.to_dict(), "lost": None, "in_flight": frames.sent - frames.received}
+
+
+def _back(outcome: str, ms: float | None) -> dict[str, float | None]:
+    return {"back": _rounded(ms)} if outcome == STAYED else {}
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedReport:
+    """What receiving a guest was. ``frames`` are all since its first start, ``bad_pages`` what its CPU found wrong.
+
+    ``warnings`` are sentences on what is wrong or unknown.
+    """
+
+    id: str
+    source: str
+    frames: FrameCounts
     bad_pages: int
     parts: dict[str, Part]
-    dt1_ms: dict[str, float]
-    dt2_ms: dict[str, float]
-    gap_switch_ms: float
-    gap_move_ms: float
+    gap_move_ms: float | None
+    hash: str
+    note: str
     phases: dict[str, PhaseCost]
-    drops: dict[str, dict[str, int]]
+    drops: DropCounts
     environment: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steps: list[gap.Piece] = field(default_factory=list)
+    """Of the time in which the guest stood still, those of this side."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as its JSON schema ``pyvhostvdpa/receive/1`` has it."""
+        return {
+            "schema": RECEIVED_SCHEMA,
+            "id": self.id,
+            "source": self.source,
+            "frames": self.frames.to_dict(),
+            "bad_pages": self.bad_pages,
+            "parts": {name: part.to_dict() for name, part in self.parts.items()},
+            **gap.to_dict(gap.join(self.steps)),
+            "stop_to_run_steps_ns": gap.to_numbers(self.steps),
+            "guest_gap_ms": {"move": _rounded(self.gap_move_ms)},
+            "memory_hash": self.hash or None,
+            "note": self.note or None,
+            "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
+            "device_drops": self.drops,
+            "procedure": self.procedure,
+            "warnings": self.warnings,
+            "environment": self.environment,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The result of one migration. Times in milliseconds, None for what was not measured.
+
+    ``outcome`` is ``"migrated"`` or ``"stayed on source"``. ``bad_pages`` is
+    what the guest's CPU found wrong in its memory in the end; ``drops`` are
+    the devices' own counters, as far as they have any; ``warnings`` are
+    sentences on what is wrong or unknown; ``procedure`` is by device, "source"
+    and "destination"; ``stopped`` is stop to run, None if the guest stayed.
+    """
+
+    outcome: str
+    sent: Sent
+    frames: FrameCounts
+    bad_pages: int | None
+    parts: dict[str, Part]
+    downtimes: Downtimes
+    gap_switch_ms: float | None
+    gap_move_ms: float | None
+    gap_back_ms: float | None
+    phases: dict[str, PhaseCost]
+    drops: DropCounts
+    environment: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
     procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
     stopped: gap.StopToRun | None = None
+
+    @property
+    def dt1_ms(self) -> dict[str, float | None]:
+        """The devices' DT1."""
+        return self.downtimes.dt1_ms
+
+    @property
+    def dt2_ms(self) -> dict[str, float | None]:
+        """The devices' DT2."""
+        return self.downtimes.dt2_ms
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its JSON schema ``pyvhostvdpa/migrate/1`` has it."""
@@ -79,48 +240,53 @@ class Report:
             "bad_pages": self.bad_pages,
             "parts": {name: part.to_dict() for name, part in self.parts.items()},
             **gap.to_dict(self.stopped),
-            **downtimes(self.dt1_ms, self.dt2_ms),
-            "guest_gap_ms": {"switch": round(self.gap_switch_ms, 3), "move": round(self.gap_move_ms, 3)},
+            **self.downtimes.to_dict(),
+            "guest_gap_ms": {
+                "switch": _rounded(self.gap_switch_ms),
+                "move": _rounded(self.gap_move_ms),
+                **_back(self.outcome, self.gap_back_ms),
+            },
             **self.sent.to_dict(),
             "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
             "device_drops": self.drops,
             "procedure": self.procedure,
+            "warnings": self.warnings,
             "environment": self.environment,
         }
 
 
 class Drops:
-    """Frames that a device lost since this was made, by its parent's own counters, as far as it has any."""
+    """Frames that a device lost since this was made, by its parent's own counters, as far as it has any.
 
-    def __init__(self, path: str, queues: Sequence[GuestQueue]) -> None:
-        self._path, self._queues = path, [queue.index for queue in queues]
+    Asking takes a process of its own, which may fail. That is told, and
+    makes the counters unknown; the guest has nothing to do with it.
+    """
+
+    def __init__(self, path: str, queues: Sequence[GuestQueue], tell: Tell) -> None:
+        self._path, self._queues, self._tell = path, [queue.index for queue in queues], tell
         self._before = self._read()
 
-    def _read(self) -> dict[str, int]:
+    def _read(self) -> dict[str, int] | None:
+        told = attempt(
+            lambda: mgmt.vendor_statistics(self._path, self._queues),
+            f"the drop counters of {self._path} are unknown",
+            self._tell,
+        )
+        if told is None:
+            return None
         found: dict[str, int] = {}
-        told = mgmt.vendor_statistics(self._path, self._queues)
         for name, value in (each for counters in told.values() for each in counters.items()):
             if any(word in name for word in ("drop", "overrun", "error")):
                 found[name] = found.get(name, 0) + value
         return found
 
-    def now(self) -> dict[str, int]:
-        """Return the counters by name; the device must still run."""
-        return {name: value - self._before.get(name, 0) for name, value in self._read().items()}
-
-
-def downtimes(dt1_ms: dict[str, float], dt2_ms: dict[str, float]) -> dict[str, Any]:
-    """Return both downtimes for JSON, as the series defines them: DT1 is the worst device's, DT2 the sum."""
-    return {
-        "dt1_ms": {
-            "worst": round(max(dt1_ms.values(), default=0.0), 3),
-            "devices": [{"device": d, "ms": round(ms, 3)} for d, ms in dt1_ms.items()],
-        },
-        "dt2_ms": {
-            "sum": round(sum(dt2_ms.values()), 3),
-            "devices": [{"device": d, "ms": round(ms, 3)} for d, ms in dt2_ms.items()],
-        },
-    }
+    def now(self) -> dict[str, int] | None:
+        """Return the counters by name, None if they are unknown; the device must still run."""
+        before = self._before
+        found = None if before is None else self._read()
+        if before is None or found is None:
+            return None
+        return {name: value - before.get(name, 0) for name, value in found.items()}
 
 
 def procedures(devices: Sequence[VdpaNetDevice]) -> dict[str, dict[str, Any]]:
@@ -129,7 +295,7 @@ def procedures(devices: Sequence[VdpaNetDevice]) -> dict[str, dict[str, Any]]:
 
 
 def environment(devices: dict[str, VdpaNetDevice], memory: int) -> dict[str, Any]:
-    """Return what a reader needs to place the figures."""
+    """Return what a reader needs to place the figures; None for what cannot be found out."""
     return {
         "kernel": platform.release(),
         "python": platform.python_version(),
@@ -139,7 +305,7 @@ def environment(devices: dict[str, VdpaNetDevice], memory: int) -> dict[str, Any
         "devices": {
             role: {
                 "path": device.path,
-                "driver": mgmt.parent_of(device.path).module,
+                "driver": _driver(device.path),
                 "features": names(device.features),
                 "backend_features": names(device.backend_features),
                 "pinned": device.iotlb.limits.pinned,
@@ -148,3 +314,10 @@ def environment(devices: dict[str, VdpaNetDevice], memory: int) -> dict[str, Any
             for role, device in devices.items()
         },
     }
+
+
+def _driver(path: str) -> str | None:
+    try:
+        return mgmt.parent_of(path).module
+    except (VhostVdpaError, OSError):
+        return None

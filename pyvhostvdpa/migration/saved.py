@@ -8,24 +8,32 @@ it: a guest is started once.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from ..base.errors import MigrationFailed, MigrationRefused, StreamCorrupt
-from ..guest.state import MAX_DEVICES, DeviceState, GuestShape, GuestState
+from ..guest.nic_state import BadState
+from ..guest.state import MAX_DEVICES, DeviceState, GuestShape, GuestState, check_shapes
 from ..memory.guest import GuestMemory, Progress
-from .pages import memory_hash
+from .folder import SAVED, Claim, Draft, check_folder
+from .pages import memory_hash, stream_sum
 from .stream import MAX_CONTROL
+
+log = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = Path("/var/lib/pyvhostvdpa")
 MAGIC = b"vdpa-gst"
-VERSION = 1
+VERSION = 2
+"""Of the file. One of version 1 has no checksums but that of memory; it is read, with a warning."""
+UNCHECKED_VERSION = 1
 _HEAD = struct.Struct("<8sIIQ")
 _LENGTH = struct.Struct("<I")
+_SUM = struct.Struct("<Q")
 _CHUNK = 1 << 20
 
 
@@ -39,15 +47,8 @@ class SavedGuest:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Make ``folder`` and raise :class:`~pyvhostvdpa.MigrationRefused` if a guest of ``size`` does not fit."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        room = os.statvfs(folder)
-    except OSError as e:
-        raise MigrationRefused(
-            f"no place to save a guest: {folder}: {e.strerror}", hint="--state DIR names another"
-        ) from e
-    free = room.f_bavail * room.f_frsize
+    """Make ``folder`` and raise :class:`~pyvhostvdpa.MigrationRefused` if a guest of ``size`` bytes cannot be saved."""
+    free = check_folder(folder)
     if free < size:
         raise MigrationRefused(
             f"{folder} has {free >> 20} MiB free; a guest whose stream breaks at the hand-over is saved there, "
@@ -58,26 +59,31 @@ def check_room(folder: Path, size: int) -> None:
 
 def save(folder: Path, role: str, saved: SavedGuest, memory: GuestMemory) -> Path:
     """Write a stopped guest to a file in ``folder`` and return its path; MigrationFailed if that cannot be done."""
-    path = folder / f"guest-{saved.shape.id.hex()[:12]}-{role}.saved"
-    half = path.with_suffix(".half")
+    with save_held(folder, role, saved, memory) as held:
+        return held.path
+
+
+def save_held(folder: Path, role: str, saved: SavedGuest, memory: GuestMemory) -> Draft:
+    """Do what :func:`save` does, but keep the file: it has its name, and cannot be claimed before that is closed."""
+    # the number is the other side's choice: it names the file, and replaces none
+    stem = f"guest-{saved.shape.id.hex()[:12]}-{role}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            _write(file, saved, memory)
-            file.flush()
-            os.fsync(file.fileno())
-        half.rename(path)
+        with ExitStack() as unless_saved:
+            draft = unless_saved.enter_context(Draft(folder))
+            with open(os.dup(draft.fileno()), "wb") as file:
+                _write(file, saved, memory)
+            draft.publish(stem)
+            unless_saved.pop_all()
     except OSError as e:
-        with suppress(OSError):
-            half.unlink()
-        raise MigrationFailed(f"the guest could not be saved to {path}: {e.strerror}") from e
-    return path
+        raise MigrationFailed(f"the guest could not be saved to {folder / stem}{SAVED}: {e.strerror}") from e
+    return draft
 
 
 def _write(file: BinaryIO, saved: SavedGuest, memory: GuestMemory) -> None:
-    file.write(_HEAD.pack(MAGIC, VERSION, len(saved.devices), memory_hash(memory)))
+    _write_checked(file, _HEAD.pack(MAGIC, VERSION, len(saved.devices), memory_hash(memory)))
     for section in (saved.shape.encode(), saved.guest.encode(), *(device.encode() for device in saved.devices)):
-        file.write(_LENGTH.pack(len(section)) + section)
+        _write_checked(file, _LENGTH.pack(len(section)) + section)
     zeros = bytes(_CHUNK)
     for region in memory.regions:
         with region.memory.buffer as buffer:
@@ -97,32 +103,70 @@ def load(path: Path, progress: Progress = lambda done: None) -> tuple[SavedGuest
     Raises :class:`~pyvhostvdpa.MigrationRefused` if there is no such
     file, :class:`~pyvhostvdpa.StreamCorrupt` if it is none of ours or
     damaged, :class:`~pyvhostvdpa.MissingFeature` without the memory.
+    It claims nothing: who starts the guest uses :func:`load_claimed`.
     """
     try:
         with path.open("rb") as file:
             return _load(file, path, progress)
     except OSError as e:
-        raise MigrationRefused(f"{path}: {e.strerror}", hint="ls -l *.saved") from e
+        raise MigrationRefused(f"{path}: {e.strerror}", hint=f"ls -l {path.absolute().parent}") from e
+
+
+def load_claimed(claim: Claim, progress: Progress = lambda done: None) -> tuple[SavedGuest, GuestMemory]:
+    """Return the guest in a file that this process has claimed; raises what :func:`load` does."""
+    try:
+        with open(os.dup(claim.fileno()), "rb") as file:
+            return _load(file, claim.path, progress)
+    except OSError as e:
+        raise MigrationRefused(f"{claim.path}: {e.strerror}", hint=f"ls -l {claim.path.parent}") from e
+
+
+def _write_checked(file: BinaryIO, data: bytes) -> None:
+    file.write(data + _SUM.pack(stream_sum(data)))
 
 
 def _load(file: BinaryIO, path: Path, progress: Progress) -> tuple[SavedGuest, GuestMemory]:
-    magic, version, count, digest = _HEAD.unpack(_exactly(file, _HEAD.size, path))
-    if magic != MAGIC or version != VERSION or count > MAX_DEVICES:
-        raise StreamCorrupt(f"{path} is no saved guest of version {VERSION}")
-    shape = GuestShape.decode(_section(file, path))
-    guest = GuestState.decode(_section(file, path))
-    devices = tuple(DeviceState.decode(_section(file, path)) for _ in range(count))
-    if len(devices) != len(shape.devices):
-        raise StreamCorrupt(f"{path}: state of {len(devices)} devices, the guest has {len(shape.devices)}")
-    memory = GuestMemory(shape.memory, progress)  # type: ignore[arg-type]
+    saved, digest = read_sections(file, path)
+    memory = GuestMemory(saved.shape.memory, progress)  # type: ignore[arg-type]
     try:
         _fill(file, memory, path)
         if memory_hash(memory) != digest:
             raise StreamCorrupt(f"{path} is damaged: the hash of its memory differs")
+        if file.read(1):
+            raise StreamCorrupt(f"{path} is damaged: there are bytes after its memory")
     except BaseException:
         memory.close()
         raise
-    return SavedGuest(shape, guest, devices), memory
+    return saved, memory
+
+
+def read_sections(file: BinaryIO, path: Path) -> tuple[SavedGuest, int]:
+    """Return the guest without its memory, which follows in the file, and that memory's hash.
+
+    Raises :class:`~pyvhostvdpa.StreamCorrupt` if any bit of it was changed
+    since it was written; a file of version 1 cannot tell, and gets a warning.
+    """
+    head = _exactly(file, _HEAD.size, path)
+    magic, version, count, digest = _HEAD.unpack(head)
+    if magic != MAGIC or version not in (UNCHECKED_VERSION, VERSION):
+        raise StreamCorrupt(f"{path} is not a saved guest of version {UNCHECKED_VERSION} or {VERSION}")
+    checked = version == VERSION
+    if checked:
+        _check_sum(file, head, path)
+    else:
+        log.warning(
+            "%s has format version %d: apart from its memory it is unchecked, damage may go unnoticed", path, version
+        )
+    if count > MAX_DEVICES:
+        raise StreamCorrupt(f"{path}: {count} devices, at most {MAX_DEVICES} are possible")
+    shape = GuestShape.decode(_section(file, path, checked))
+    guest = GuestState.decode(_section(file, path, checked))
+    devices = tuple(DeviceState.decode(_section(file, path, checked)) for _ in range(count))
+    try:
+        check_shapes([device.shape for device in devices], shape.devices)
+    except BadState as e:
+        raise StreamCorrupt(f"{path}: {e}") from e
+    return SavedGuest(shape, guest, devices), digest
 
 
 def _fill(file: BinaryIO, memory: GuestMemory, path: Path) -> None:
@@ -143,8 +187,17 @@ def _exactly(file: BinaryIO, size: int, path: Path) -> bytes:
     return data
 
 
-def _section(file: BinaryIO, path: Path) -> bytes:
-    (length,) = _LENGTH.unpack(_exactly(file, _LENGTH.size, path))
+def _section(file: BinaryIO, path: Path, checked: bool) -> bytes:
+    head = _exactly(file, _LENGTH.size, path)
+    (length,) = _LENGTH.unpack(head)
     if length > MAX_CONTROL:
         raise StreamCorrupt(f"{path}: a section of {length} bytes")
-    return _exactly(file, length, path)
+    section = _exactly(file, length, path)
+    if checked:
+        _check_sum(file, head + section, path)
+    return section
+
+
+def _check_sum(file: BinaryIO, data: bytes, path: Path) -> None:
+    if _exactly(file, _SUM.size, path) != _SUM.pack(stream_sum(data)):
+        raise StreamCorrupt(f"{path} is damaged: the checksum of its state differs")

@@ -9,115 +9,39 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..base.errors import MigrationEnded, MigrationRefused, VhostVdpaError
+from ..base.errors import MigrationEnded, MigrationRefused
 from ..chardev.door import check_path
 from ..device.net import VdpaNetDevice
-from ..guest.nic import MAX_FRAME, MIN_FRAME, FrameCounts
+from ..guest.nic import MAX_FRAME, MIN_FRAME, Window
+from ..guest.state import GuestShape
 from ..guest.synthetic import Guest, GuestOptions
 from ..host import mgmt
 from ..memory.guest import Progress, check_available
 from ..net.features import CONTROL, SUPPORTED
 from ..trace import gap
-from ..trace.downtime import DT1, DT2, PHASES, PhaseCost, cost, interval, milliseconds
+from ..trace.downtime import PhaseCost, cost, measured
+from ..trace.phases import DT1, DT2, PHASES
 from ..trace.recorder import Trace
-from .cancel import Cancel
-from .destination import Arrived, Destination, Stray, take
+from .cancel import Cancel, ending_early
+from .common import Observer, Tell, attempt, harmless
+from .destination import Arrived, Destination, receive_shape, take
 from .dirty import probe_interface
-from .endpoint import Inherited, Listener, NoPeer
-from .report import Drops, Part, downtimes, environment, procedures
+from .endpoint import Inherited, Listener
+from .reception import Reception
+from .report import STAYED, Downtimes, DropCounts, Drops, Part, ReceivedReport, SentReport, environment, procedures
 from .saved import DEFAULT_FOLDER, check_room
-from .source import Observer, SendOptions, Sent, Source, Tell
+from .source import SendOptions, Sent, Source
 from .stream import Channel, Frame
 
-SENT_SCHEMA = "pyvhostvdpa/send/1"
-RECEIVED_SCHEMA = "pyvhostvdpa/receive/1"
-
 _DRAIN_SECONDS = 10.0
+_STALLED_SECONDS = 2.0
 _CHECK_SECONDS = 0.05
 _TELL_SECONDS = 2.0
 _ALIVE_SECONDS = 20.0
 
 Connect = Callable[[Cancel], Channel]
 """Returns a greeted channel to the other side."""
-
-
-@dataclass(frozen=True, slots=True)
-class SentReport:
-    """What sending a guest was. ``outcome`` is "sent" or "stayed on source"; ``frames`` is its account when it left."""
-
-    outcome: str
-    sent: Sent
-    frames: FrameCounts
-    parts: dict[str, Part]
-    dt1_ms: dict[str, float]
-    dt2_ms: dict[str, float]
-    gap_switch_ms: float
-    phases: dict[str, PhaseCost]
-    drops: dict[str, dict[str, int]]
-    environment: dict[str, Any]
-    procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
-    steps: list[gap.Piece] = field(default_factory=list)
-    """Of the time in which the guest stood still, those of this side."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as its JSON schema ``pyvhostvdpa/send/1`` has it."""
-        return {
-            "schema": SENT_SCHEMA,
-            "outcome": self.outcome,
-            "id": self.sent.id,
-            "frames": self.frames.to_dict(),
-            "parts": {name: part.to_dict() for name, part in self.parts.items()},
-            **downtimes(self.dt1_ms, self.dt2_ms),
-            **gap.to_dict(gap.join(self.steps)),
-            "guest_gap_ms": {"switch": round(self.gap_switch_ms, 3)},
-            **self.sent.to_dict(),
-            "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
-            "device_drops": self.drops,
-            "procedure": self.procedure,
-            "environment": self.environment,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class ReceivedReport:
-    """What receiving a guest was. ``frames`` are all since its first start, ``bad_pages`` what its CPU found wrong."""
-
-    id: str
-    source: str
-    frames: FrameCounts
-    bad_pages: int
-    parts: dict[str, Part]
-    gap_move_ms: float
-    hash: str
-    note: str
-    phases: dict[str, PhaseCost]
-    drops: dict[str, dict[str, int]]
-    environment: dict[str, Any]
-    procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
-    steps: list[gap.Piece] = field(default_factory=list)
-    """Of the time in which the guest stood still, those of this side."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as its JSON schema ``pyvhostvdpa/receive/1`` has it."""
-        return {
-            "schema": RECEIVED_SCHEMA,
-            "id": self.id,
-            "source": self.source,
-            "frames": self.frames.to_dict(),
-            "bad_pages": self.bad_pages,
-            "parts": {name: part.to_dict() for name, part in self.parts.items()},
-            **gap.to_dict(gap.join(self.steps)),
-            "stop_to_run_steps_ns": gap.to_numbers(self.steps),
-            "guest_gap_ms": {"move": round(self.gap_move_ms, 3)},
-            "memory_hash": self.hash or None,
-            "note": self.note or None,
-            "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
-            "device_drops": self.drops,
-            "procedure": self.procedure,
-            "environment": self.environment,
-        }
 
 
 def check_devices(paths: Sequence[str | os.PathLike[str]]) -> None:
@@ -149,7 +73,28 @@ def let_run(
         time.sleep(min(left, _CHECK_SECONDS))
         for device in devices:
             device.check()
+            # stalled queues are timed from the first look on
+            device.standing()
     return Part(guest.counts().received - before, time.monotonic() - begin)
+
+
+def drain(guest: Guest, devices: Sequence[VdpaNetDevice], part: Part) -> list[str]:
+    """Send no more and wait for what is under way; sentences on what did not arrive, and why as far as is known."""
+    if guest.drain(_DRAIN_SECONDS):
+        return []
+    counts = guest.counts()
+    where = ", ".join(device.path for device in devices)
+    if not part.received:
+        why = [f"no frame came back since the guest runs on {where}: a queue of it never started, or it stalls"]
+    else:
+        why = [
+            f"virtqueue {queue} of {device.path} has work and has not moved for {seconds:.1f} s: the device stalls"
+            for device in devices
+            for queue, seconds in device.standing().items()
+            if seconds > _STALLED_SECONDS
+        ]
+    lost = f"{counts.sent - counts.received} frames did not come back within {_DRAIN_SECONDS:g} s"
+    return [f"{lost}: {'; '.join(why) or f'{where} lost them'}"]
 
 
 @dataclass
@@ -157,8 +102,7 @@ class Sending:
     """A guest with traffic, started here, that is sent away.
 
     ``seconds`` of traffic before, and after if it stays; ``shadowed`` seconds
-    of it between the switch and the first round of memory; ``procedure`` forces
-    one on the devices (:class:`~pyvhostvdpa.VdpaNetDevice`).
+    of it between the switch and the first round of memory.
     """
 
     paths: Sequence[str | os.PathLike[str]]
@@ -171,19 +115,36 @@ class Sending:
     tell: Tell = lambda text: None
     trace: Trace = field(default_factory=Trace)
     procedure: str | None = None
+    """Forced on the devices; the best that each can do without (:class:`~pyvhostvdpa.VdpaNetDevice`)."""
+    afterwards: Callable[[Cancel], None] = lambda cancel: None
+    """Called once the guest is away and the devices are closed; a signal still only sets ``cancel`` then."""
 
     def run(self) -> SentReport:
-        """Start the guest, let it run, send it. What :meth:`Source.run` raises has a ``report`` if the guest stayed."""
+        """Start the guest, let it run, send it. What :meth:`Source.run` raises has a ``report`` if the guest stayed.
+
+        SIGINT and SIGTERM cancel from the phase "connect" on until the guest
+        is given away, after which they are too late; in a thread other than
+        the main one they do what the program does with them. What ``observer``
+        and ``tell`` raise is logged.
+        """
         check_devices(self.paths)
         if not MIN_FRAME <= self.guest_options.frame_size <= MAX_FRAME:
             raise MigrationRefused(f"frames of {self.guest_options.frame_size} bytes: {MIN_FRAME} to {MAX_FRAME}")
         check_available(self.guest_options.memory)
         check_room(self.options.folder, self.guest_options.memory)
-        # whether the kernel can tell what was written is no news for a guest that runs
+        # whether the kernel can tell what was written must be known before the guest runs
         probe_interface()
+        self.observer, self.tell = harmless(self.observer), harmless(self.tell)
         self._parts: dict[str, Part] = {}
-        self._lost: dict[str, dict[str, int]] = {}
-        with ExitStack() as stack, Cancel() as cancel:
+        self._lost: DropCounts = {}
+        self._warnings: list[str] = []
+        with Cancel() as cancel, ExitStack() as signals:
+            report = self._send(cancel, signals)
+            self.afterwards(cancel)
+        return report
+
+    def _send(self, cancel: Cancel, signals: ExitStack) -> SentReport:
+        with ExitStack() as stack:
             self.observer("start")
             devices = [
                 stack.enter_context(
@@ -193,28 +154,41 @@ class Sending:
             ]
             check_pairs(devices, self.guest_options.pairs)
             guest = self._guest(devices, stack)
-            self._drops = drops_of(guest, devices)
+            self._drops = drops_of(guest, devices, self._warn)
             self.observer("passthrough")
             self._parts["passthrough"] = let_run(guest, devices, self.seconds)
             sent = Sent()
-            with cancel.on_signals():
-                try:
-                    self.observer("connect")
-                    channel = stack.enter_context(self._connected(cancel))
-                    observe = self._shadowing(guest, devices, cancel, channel)
-                    source = Source(guest, devices, channel, cancel, self.options, observe, self.tell)
-                    sent = source.sent
-                    source.run()
-                except MigrationEnded as e:
-                    try:
-                        self._stayed(e, guest, devices, sent)
-                    except VhostVdpaError as worse:
-                        self.tell(f"the guest that stayed cannot be accounted for: {worse}")
-                    raise
+            signals.enter_context(cancel.on_signals())
+            try:
+                self.observer("connect")
+                channel = stack.enter_context(self._connected(cancel))
+                source = Source(
+                    guest,
+                    devices,
+                    channel,
+                    cancel,
+                    self.options,
+                    self.observer,
+                    self.tell,
+                    lambda: self._shadowing(guest, devices, cancel, channel),
+                )
+                sent = source.sent
+                source.run()
+            except MigrationEnded as e:
+                e.report = attempt(
+                    lambda: self._stayed(guest, devices, sent),
+                    "the guest that stayed cannot be accounted for",
+                    self.tell,
+                )
+                raise
             return self._report("sent", guest, devices, sent)
 
-    def _shadowing(self, guest: Guest, devices: Sequence[VdpaNetDevice], cancel: Cancel, channel: Channel) -> Observer:
-        """Return an observer that lets the guest run between the switch and the first round of memory."""
+    def _warn(self, text: str) -> None:
+        self._warnings.append(text)
+        self.tell(text)
+
+    def _shadowing(self, guest: Guest, devices: Sequence[VdpaNetDevice], cancel: Cancel, channel: Channel) -> None:
+        """Let the guest run between the switch and the first round of memory, and read the devices' counters."""
         told = time.monotonic()
 
         def enough() -> bool:
@@ -224,16 +198,11 @@ class Sending:
                 channel.send_text(Frame.ALIVE, "the guest runs on shadow virtqueues")
             return cancel.wanted
 
-        def observe(phase: str) -> None:
-            if phase == "memory":
-                if self.shadowed:
-                    self.observer("shadow")
-                    self._parts["shadow"] = let_run(guest, devices, self.shadowed, enough)
-                # what a device counts it may forget when it is reset, and asking takes too long for a guest that stands
-                self._lost = {path: drops.now() for path, drops in self._drops.items()}
-            self.observer(phase)
-
-        return observe
+        if self.shadowed:
+            self.observer("shadow")
+            self._parts["shadow"] = let_run(guest, devices, self.shadowed, enough)
+        # what a device counts it may forget when it is reset, and asking takes too long for a guest that is paused
+        self._lost = {path: drops.now() for path, drops in self._drops.items()}
 
     def _connected(self, cancel: Cancel) -> Channel:
         try:
@@ -268,31 +237,37 @@ class Sending:
 
         return tell
 
-    def _stayed(self, error: MigrationEnded, guest: Guest, devices: Sequence[VdpaNetDevice], sent: Sent) -> None:
+    def _stayed(self, guest: Guest, devices: Sequence[VdpaNetDevice], sent: Sent) -> SentReport | None:
         """Let a guest that goes on here run, and account for it; one that is stopped has no report."""
         if not all(traffic.running for traffic in guest.traffic):
-            return
+            return None
         self.observer("source again")
-        self._parts["source again"] = let_run(guest, devices, self.seconds)
+        self._parts["source again"] = part = let_run(guest, devices, self.seconds)
         self.observer("drain")
-        guest.drain(_DRAIN_SECONDS)
+        for warning in drain(guest, devices, part):
+            self._warn(warning)
         self._lost = {path: drops.now() for path, drops in self._drops.items()}
         guest.pause()
-        error.report = self._report("stayed on source", guest, devices, sent)
+        return self._report(STAYED, guest, devices, sent)
 
     def _report(self, outcome: str, guest: Guest, devices: Sequence[VdpaNetDevice], sent: Sent) -> SentReport:
-        spans = [interval(self.trace, device.path, DT1) for device in devices]
+        stayed, paths = outcome == STAYED, [device.path for device in devices]
         return SentReport(
             outcome=outcome,
             sent=sent,
             frames=guest.counts(),
+            bad_pages=_bad_pages(guest) if stayed else None,
             parts=self._parts,
-            dt1_ms={device.path: milliseconds(self.trace, device.path, DT1) for device in devices},
-            dt2_ms={device.path: milliseconds(self.trace, device.path, DT2) for device in devices},
-            gap_switch_ms=max((guest.longest_gap(*span) for span in spans if span), default=0.0),
+            downtimes=Downtimes(
+                {path: measured(self.trace, path, DT1) if path in sent.switched else None for path in paths},
+                {path: measured(self.trace, path, DT2) if path in sent.halted else None for path in paths},
+            ),
+            gap_switch_ms=guest.window_gap(Window.SWITCH) if sent.switched >= set(paths) else None,
+            gap_back_ms=guest.window_gap(Window.START) if stayed else None,
             phases=_phases(self.trace),
             drops=self._lost,
             environment=environment({device.path: device for device in devices}, guest.memory.size),
+            warnings=self._warnings,
             procedure=procedures(devices),
             steps=gap.steps(self.trace.events) if sent.stopped else [],
         )
@@ -300,10 +275,7 @@ class Sending:
 
 @dataclass
 class Receiving:
-    """A guest that arrives, or is started from a file, and runs here for ``seconds``.
-
-    ``procedure`` forces one on the devices (:class:`~pyvhostvdpa.VdpaNetDevice`).
-    """
+    """A guest that arrives, or is started from a file, and runs here for ``seconds``."""
 
     paths: Sequence[str | os.PathLike[str]]
     seconds: float = 5.0
@@ -312,33 +284,41 @@ class Receiving:
     tell: Tell = lambda text: None
     trace: Trace = field(default_factory=Trace)
     procedure: str | None = None
+    """Forced on the devices; the best that each can do without (:class:`~pyvhostvdpa.VdpaNetDevice`)."""
 
     def receive(self, listener: Listener | Inherited) -> ReceivedReport:
         """Wait for a source, receive its guest, let it run.
 
-        Whoever brings no guest is told of, and the next waited for; a guest that does not fit ends it.
+        A peer that brings no guest, or one that does not fit, is reported and refused, and the next is waited for.
+        Raises :class:`~pyvhostvdpa.MigrationRefused` if there is no next, because the stream was inherited.
         """
         check_devices(self.paths)
-        while True:
-            self.tell(f"waiting for a source on {listener.address}")
-            try:
-                with Cancel() as cancel:
-                    channel = listener.accept(cancel.fileno())
-                    with channel, cancel.on_signals():
-                        arrived = Destination(
-                            self.paths,
-                            channel,
-                            cancel,
-                            self.trace,
-                            self.folder,
-                            self.observer,
-                            self.tell,
-                            self.procedure,
-                        ).run()
-            except (NoPeer, Stray) as e:
-                self.tell(f"refused: {e}")
-            else:
-                return self._live(arrived)
+        if isinstance(listener, Inherited):
+            self._wait(listener)
+            with Cancel() as cancel:
+                return self._live(self._arrive(listener.accept(cancel.fileno()), cancel))
+        with Reception(listener, receive_shape) as reception:
+            self._wait(listener)
+            while True:
+                try:
+                    channel, shape = reception.next()
+                    with Cancel() as cancel:
+                        arrived = self._arrive(channel, cancel, shape)
+                except MigrationRefused as e:
+                    self.tell(f"refused: {e}")
+                    self._wait(listener)
+                else:
+                    reception.stop()
+                    return self._live(arrived)
+
+    def _wait(self, listener: Listener | Inherited) -> None:
+        self.tell(f"waiting for a source on {listener.address}")
+
+    def _arrive(self, channel: Channel, cancel: Cancel, shape: GuestShape | None = None) -> Arrived:
+        with channel, cancel.on_signals():
+            return Destination(
+                self.paths, channel, cancel, self.trace, self.folder, self.observer, self.tell, shape, self.procedure
+            ).run()
 
     def take(self, path: Path) -> ReceivedReport:
         """Start the guest saved in a file, let it run."""
@@ -346,39 +326,55 @@ class Receiving:
         return self._live(take(path, self.paths, self.trace, self.tell, self.procedure))
 
     def _live(self, arrived: Arrived) -> ReceivedReport:
-        with arrived:
+        """Let a guest that arrived run, and account for it. What only reports may fail, and the guest runs on.
+
+        A signal ends the traffic early; the account is made all the same.
+        """
+        observer, tell, warnings = harmless(self.observer), harmless(self.tell), list[str]()
+
+        def warn(text: str) -> None:
+            warnings.append(text)
+            tell(text)
+
+        with arrived, ending_early() as ended:
             if arrived.note:
-                self.tell(arrived.note)
-            self.observer("destination")
+                tell(arrived.note)
+            observer("destination")
             guest, devices = arrived.guest, arrived.devices
-            guest.announce()
-            drops = drops_of(guest, devices)
-            part = let_run(guest, devices, self.seconds)
-            self.observer("drain")
-            guest.drain(_DRAIN_SECONDS)
+            attempt(guest.announce, "the guest could not announce itself to its networks", warn)
+            drops = drops_of(guest, devices, warn)
+            part = let_run(guest, devices, self.seconds, ended.is_set)
+            observer("drain")
+            for warning in drain(guest, devices, part):
+                warn(warning)
             lost = {path: each.now() for path, each in drops.items()}
             guest.pause()
-            spans = [interval(self.trace, device.path, ("dest.start",)) for device in devices]
             return ReceivedReport(
                 id=arrived.id,
                 source=arrived.source,
                 frames=guest.counts(),
-                bad_pages=guest.writer.bad_pages() if guest.writer is not None else 0,
+                bad_pages=_bad_pages(guest),
                 parts={"destination": part},
-                gap_move_ms=max((guest.longest_gap(*span) for span in spans if span), default=0.0),
+                gap_move_ms=guest.window_gap(Window.START),
                 hash=arrived.hash,
                 note=arrived.note,
                 phases=_phases(self.trace),
                 drops=lost,
                 environment=environment({device.path: device for device in devices}, guest.memory.size),
+                warnings=warnings,
                 procedure=procedures(devices),
                 steps=gap.steps(self.trace.events),
             )
 
 
-def drops_of(guest: Guest, devices: Sequence[VdpaNetDevice]) -> dict[str, Drops]:
-    """Return the counters of lost frames from now on, by device."""
-    return {device.path: Drops(device.path, nic.queues) for device, nic in zip(devices, guest.nics, strict=True)}
+def drops_of(guest: Guest, devices: Sequence[VdpaNetDevice], tell: Tell) -> dict[str, Drops]:
+    """Return the counters of lost frames from now on, by device; ``tell`` gets why some are unknown."""
+    return {device.path: Drops(device.path, nic.queues, tell) for device, nic in zip(devices, guest.nics, strict=True)}
+
+
+def _bad_pages(guest: Guest) -> int:
+    """Count the pages that the guest's CPU finds wrong; it must be paused."""
+    return guest.writer.bad_pages() if guest.writer is not None else 0
 
 
 def _phases(trace: Trace) -> dict[str, PhaseCost]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -21,47 +22,38 @@ from ..base.errors import (
     MigrationRefused,
     OutOfOrder,
     StreamBroken,
-    StreamCorrupt,
     VhostVdpaError,
 )
 from ..base.uapi import BackendFeature, names
 from ..device.net import State, VdpaNetDevice
 from ..device.together import together
+from ..guest.nic import Window
 from ..guest.state import ID_BYTES, GuestShape
 from ..guest.synthetic import Guest
-from ..memory.guest import GUEST_PAGE, GuestMemory
+from ..memory.guest import GUEST_PAGE
 from ..trace import gap
+from ..trace.phases import CANCEL_START, DT1_START, DT1_STOP, DT2_STOP
+from .alive import AliveLimit
 from .cancel import Cancel
+from .common import PATIENCE, Observer, Tell, harmless, hash_bytes, patience, words_of
 from .convergence import Convergence
 from .dirty import DirtyTracker, PageSet
-from .pages import PageSender, RoundStatistics, memory_hash
-from .saved import DEFAULT_FOLDER, SavedGuest, check_room, save
+from .fence import MARGIN, Fence, hold, needs_holding
+from .folder import Draft
+from .pages import PageSender, RoundStatistics
+from .rescue import rescue
+from .saved import DEFAULT_FOLDER, SavedGuest, check_room, save_held
 from .stream import Channel, Frame, words
-
-Observer = Callable[[str], None]
-"""Called with the name of each phase as it begins."""
-Tell = Callable[[str], None]
-"""Called with words of progress."""
 
 PHASES = ("handshake", "switch", "memory", "stop", "state", "ready", "go", "running")
 """Of the source, in order; "back to source" may follow each but the last."""
 
-PATIENCE = 300.0
-"""Seconds that a destination may take to prepare; it says that it is at work in between."""
-_HAND_OVER_SECONDS = 60.0
 _TELL_SECONDS = 1.0
-_HASHED_PER_SECOND = 50 << 20
-
-
-def hash_bytes(memory: GuestMemory) -> bytes:
-    """Return the hash of guest memory, which must stand still, as it goes over the stream."""
-    return memory_hash(memory).to_bytes(8, "big")
-
-
-def patience(shape: GuestShape) -> float:
-    """Return the seconds that either side may take to load or hash, while the guest stands still."""
-    hashing = sum(size for _, size in shape.memory) / _HASHED_PER_SECOND if shape.hashed else 0.0
-    return _HAND_OVER_SECONDS + hashing
+_GIVEN = "after the guest was given away and before the destination said that it runs there"
+_LATE = (
+    "so late after the destination was ready that the guest may have been started from its file there (this process "
+    "was stopped, or the stream silent, for too long)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +98,20 @@ class LastRound:
 
 @dataclass(slots=True)
 class Sent:
-    """What sending took.
+    """What sending took. ``hash`` is "" unless it was asked for; ``stopped`` is when, CLOCK_MONOTONIC ns.
 
-    ``hash`` is "" unless it was asked for; ``stopped`` is when the guest was
-    paused, CLOCK_MONOTONIC ns; ``last`` is the round that it stood still for.
+    ``switched`` are the paths of the devices that run, or ran, on shadow
+    virtqueues, ``halted`` of those that were stopped for good: of them DT1
+    and DT2 are known. ``last`` is the round that the guest stood still for,
+    None if it stayed.
     """
 
     id: str = ""
     rounds: list[RoundStatistics] = field(default_factory=list)
     hash: str = ""
     stopped: int = 0
+    switched: set[str] = field(default_factory=set)
+    halted: set[str] = field(default_factory=set)
     last: LastRound | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,7 +127,13 @@ class Sent:
 
 
 class Source:
-    """Sends a guest, which runs in passthrough on ``devices``, to the other end of ``channel``."""
+    """Sends a guest, which runs in passthrough on ``devices``, to the other end of ``channel``.
+
+    ``observer`` and ``tell`` may fail: that is logged, and the migration goes
+    on. ``shadowed`` is called once the devices run on shadow virtqueues,
+    before memory is sent; what it raises ends the migration, and the guest
+    stays.
+    """
 
     def __init__(
         self,
@@ -142,6 +144,7 @@ class Source:
         options: SendOptions | None = None,
         observer: Observer = lambda phase: None,
         tell: Tell = lambda text: None,
+        shadowed: Callable[[], None] = lambda: None,
     ) -> None:
         self.guest, self.devices, self.channel = guest, list(devices), channel
         self.options = options or SendOptions()
@@ -149,8 +152,12 @@ class Source:
         self._told = self._round_began = time.monotonic()
         self._halted: set[int] = set()
         """Numbers of devices that failed to stop: whether they stand still nobody knows."""
+        self._loaded = False
+        """Whether the destination may have all of the guest, and so may save it."""
+        self._fence: Fence | None = None
+        """While this side may go on by itself though the destination may be ready."""
         self._cancel = cancel
-        self._observe, self._tell = observer, tell
+        self._observe, self._tell, self._shadowed = harmless(observer), harmless(tell), shadowed
         self._tracker = DirtyTracker(guest.memory)
         self._left = PageSet(guest.memory)
         self._left_by_devices = PageSet(guest.memory)
@@ -171,8 +178,11 @@ class Source:
         :class:`~pyvhostvdpa.MigrationCancelled` or
         :class:`~pyvhostvdpa.MigrationFailed` if it does not. The
         guest then goes on in passthrough here, or the message says what state
-        it is in and the hint is the command that goes on from there. Any
-        other exception leaves the devices for their owner to close.
+        it is in and the hint is the command that goes on from there.
+        Whatever else fails is raised as MigrationFailed in the same way. Does
+        not return while a paused guest that is nobody else's cannot be saved,
+        see :func:`~pyvhostvdpa.migration.rescue.rescue`. KeyboardInterrupt
+        before the hand-over leaves the devices for their owner to close.
         """
         try:
             for phase, step in (
@@ -188,7 +198,8 @@ class Source:
                 step()
             self._observe("go")
             self._cancel.check()
-        except VhostVdpaError as e:
+        except Exception as e:
+            # whatever it is, for want of descriptors or memory as well: the guest is here and can go on
             raise self._stay(e) from e
         except BaseException:
             self._tracker.stop()
@@ -202,16 +213,16 @@ class Source:
         self._account()
         return self.sent
 
+    def _let_go(self) -> None:
+        """Reset what the guest has left: a procedure may have kept it ready to go on."""
+        for device in self.devices:
+            with suppress(VhostVdpaError, OSError):
+                device.reset()
+
     def _account(self) -> None:
         """Count what the last round moved, now that nobody waits."""
         pages, by_devices = self._left.count, self._left_by_devices.count
         self.sent.last = LastRound(pages, by_devices, pages - by_devices, self.sent.rounds[-1].seconds * 1000)
-
-    def _let_go(self) -> None:
-        """Reset what the guest has left: a procedure may have kept it ready to go on."""
-        for device in self.devices:
-            with suppress(VhostVdpaError):
-                device.reset()
 
     # -- while the guest runs here -------------------------------------------------
 
@@ -224,21 +235,26 @@ class Source:
                 )
         check_room(self.options.folder, self.guest.memory.size)
         self.channel.send_frame(Frame.SHAPE, self._shape.encode())
+        alive = AliveLimit()
         while True:
             kind, payload = self.channel.expect(Frame.ACCEPT, Frame.REFUSE, Frame.FAILED, Frame.ALIVE, seconds=PATIENCE)
             if kind is Frame.ACCEPT:
                 return
             if kind is not Frame.ALIVE:
                 raise MigrationRefused(f"the destination says: {words(payload)}")
+            alive.count()
             self._tell(f"destination: {words(payload)}")
 
     def _switch(self) -> None:
         for number, device in enumerate(self.devices):
             self._cancel.check()
-            with device.trace.in_phase("dt1.stop"):
-                self._stop_device(number, device, State.SHADOW)
-            with device.trace.in_phase("dt1.start"):
-                device.start_shadow(self.guest.nics[number].queues, self.guest.controls[number])
+            with self.guest.watching(Window.SWITCH, number):
+                with device.trace.in_phase(DT1_STOP):
+                    self._stop_device(number, device, State.SHADOW)
+                with device.trace.in_phase(DT1_START):
+                    device.start_shadow(self.guest.nics[number].queues, self.guest.controls[number])
+            self.sent.switched.add(device.path)
+        self._shadowed()
 
     def _stop_device(self, number: int, device: VdpaNetDevice, then: State | None = None) -> None:
         try:
@@ -246,13 +262,13 @@ class Source:
         except OutOfOrder:
             # it was resumed and goes on, or was reset
             raise
-        except VhostVdpaError:
+        except Exception:
             self._halted.add(number)
             raise
 
     def _precopy(self) -> None:
-        for number, device in enumerate(self.guest.outline()):
-            self.channel.send_frame(Frame.STAND_BY, device.encode(), number)
+        for number, outline in enumerate(self.guest.outline()):
+            self.channel.send_frame(Frame.STAND_BY, outline.encode(), number)
         # all of memory goes after this, so what was written before is no matter
         self._tracker.start()
         converging = Convergence(self.options.downtime)
@@ -323,8 +339,7 @@ class Source:
             self.guest.pause()
         together([partial(self._stop_for_good, number, device) for number, device in enumerate(self.devices)])
         with self._step(gap.COLLECT):
-            collected = self._tracker.collect()
-            self._left.update(collected)
+            self._left.update(self._tracker.collect())
             self._left_by_devices.update(self._tracker.written_by_devices)
 
     def _step(self, phase: str) -> AbstractContextManager[None]:
@@ -332,8 +347,9 @@ class Source:
         return gap.step(self.devices[0].trace, phase)
 
     def _stop_for_good(self, number: int, device: VdpaNetDevice) -> None:
-        with device.trace.in_phase("dt2.stop"):
+        with device.trace.in_phase(DT2_STOP):
             self._stop_device(number, device)
+        self.sent.halted.add(device.path)
 
     def _send_state(self) -> None:
         self._sender.limit = None
@@ -344,12 +360,18 @@ class Source:
             self.channel.send_frame(Frame.GUEST, guest.encode())
             for number, device in enumerate(devices):
                 self.channel.send_frame(Frame.DEVICE, device.encode(), number)
-            self.channel.send_frame(Frame.FINAL)
+        self._loaded = True
+        self._fence = Fence(patience(self._shape), 1)
+        self.channel.send_frame(Frame.FINAL)
 
     def _await_ready(self) -> None:
         ours = hash_bytes(self.guest.memory) if self.options.hashed else b""
-        kind, theirs = self.channel.expect(Frame.READY, Frame.FAILED, seconds=patience(self._shape))
+        assert self._fence is not None
+        kind, theirs = self.channel.expect(Frame.READY, Frame.FAILED, seconds=max(1.0, self._fence.left - MARGIN))
+        # the destination's time to start the guest began before READY arrived
+        self._theirs = Fence(patience(self._shape), 3)
         if kind is Frame.FAILED:
+            self._fence = None
             raise MigrationFailed(f"the destination says: {words(theirs)}")
         if theirs != ours:
             raise MigrationFailed(
@@ -361,83 +383,107 @@ class Source:
 
     def _hand_over(self) -> None:
         """Give the guest away. From GO on only the destination knows whose it is, until it has answered."""
+        self._cancel.too_late()
         self.channel.cancel = -1
         try:
             self.channel.send_frame(Frame.GO, time.monotonic_ns().to_bytes(8, "little", signed=True))
         except StreamBroken as e:
-            # part of a GO is none
+            # a partial GO frame does not count
             raise self._stay(e) from e
+        except Exception as e:
+            raise self._unknown(e, _GIVEN, True) from e
         try:
             self._observe("running")
-            kind, payload = self.channel.expect(Frame.RUNNING, Frame.FAILED, seconds=_HAND_OVER_SECONDS)
-        except (StreamBroken, StreamCorrupt) as e:
-            raise self._unknown(e) from e
+            kind, payload = self.channel.expect(Frame.RUNNING, Frame.FAILED, seconds=self._theirs.left)
+        except Exception as e:
+            # whatever it is: what follows from it is that nobody knows whether the guest runs there
+            raise self._unknown(e, _GIVEN, needs_holding(self.channel, e)) from e
         if kind is Frame.FAILED:
+            self._fence = None
             error = MigrationFailed(f"the destination could not start the guest: {words(payload)}")
             raise self._stay(error) from error
 
-    def _unknown(self, error: VhostVdpaError) -> MigrationFailed:
-        happened = f"{error}, after the guest was given away and before the destination said that it runs there"
-        saved, command = self._save()
-        if not command:
-            return MigrationFailed(f"{happened}. It is stopped here; {saved}")
+    def _unknown(self, error: Exception, when: str, held: bool = False) -> MigrationFailed:
+        saved, command = self._save(held)
         return MigrationFailed(
-            f"{happened}. It is stopped here and saved in {saved}",
-            hint=f"if it runs there: rm {saved}\n  if it does not: {command}",
+            f"{words_of(error)}, {when}. "
+            f"It is stopped here and saved in {saved}; it may run at the destination, or be saved there as well: it "
+            "must run on one side only",
+            hint=f"if it runs there: rm {shlex.quote(str(saved))}\n  if it does not, on one side only: {command}",
         )
 
-    def _save(self) -> tuple[str, str]:
-        """Save the stopped guest; its file and the command that starts it, or why not and ""."""
-        try:
+    def _save(self, held: bool = False) -> tuple[Path, str]:
+        """Save the stopped guest, however long that takes; its file and the command that starts it.
+
+        A file that is ``held`` cannot be used before the destination's time to start the guest is over.
+        """
+
+        def once() -> Draft:
             guest, devices = self.guest.state()
-            state = SavedGuest(self._shape, guest, tuple(devices))
-            path = save(self.options.folder, "source", state, self.guest.memory)
-        except VhostVdpaError as e:
-            return f"{e}: it ends with this process", ""
-        paths = " ".join(device.path for device in self.devices)
-        return str(path), f"vhost-vdpa send --resume {path} {paths}"
+            return save_held(folder, "source", SavedGuest(self._shape, guest, tuple(devices)), self.guest.memory)
+
+        # a signal that raised here would end the guest
+        self._cancel.too_late()
+        folder = self.options.folder
+        with rescue(once, folder, self.guest.memory.size) as draft:
+            path = draft.path
+            if held:
+                hold(self._theirs, path, "destination", self._cancel, self._tell)
+        return path, shlex.join(["vhost-vdpa", "send", "--resume", str(path), *(d.path for d in self.devices)])
 
     # -- staying --------------------------------------------------------------------------
 
-    def _stay(self, error: VhostVdpaError) -> VhostVdpaError:
+    def _stay(self, error: Exception) -> VhostVdpaError:
         """Let the guest go on in passthrough here; the error that tells so, or what state is left."""
         self._observe("back to source")
         try:
+            if self._too_late():
+                return self._unknown(error, _LATE)
             stranded = self._go_on()
         finally:
             self._tracker.stop()
         said = self._part(error)
-        what = f"{error}; the destination says: {said}" if said else str(error)
+        what = f"{words_of(error)}; the destination says: {said}" if said else words_of(error)
         if stranded is not None:
             return self._stranded(what, stranded)
         kind = type(error) if isinstance(error, MigrationCancelled | MigrationRefused) else MigrationFailed
         where = ", ".join(device.path for device in self.devices)
-        return kind(f"{what}; the guest goes on in passthrough on {where}", hint=error.hint)
+        return kind(f"{what}; the guest goes on in passthrough on {where}", hint=getattr(error, "hint", ""))
 
-    def _go_on(self) -> VhostVdpaError | None:
+    def _go_on(self) -> Exception | None:
         """Return to passthrough; why not, if that cannot be."""
         try:
-            for number, device in enumerate(self.devices):
-                with device.trace.in_phase("cancel.start"):
-                    self._return(number, device)
-        except VhostVdpaError as e:
+            with self.guest.watching(Window.START):
+                for number, device in enumerate(self.devices):
+                    with device.trace.in_phase(CANCEL_START):
+                        self._return(number, device)
+            if self._too_late():
+                raise MigrationFailed(f"that would be {_LATE}")
+            self.guest.run()
+        except Exception as e:
             self.guest.pause()
             return e
-        self.guest.run()
         return None
 
-    def _part(self, error: VhostVdpaError) -> str:
+    def _too_late(self) -> bool:
+        """Whether the destination's file may have been started: it was ready, and no word came that it has nothing."""
+        if self._fence is not None and self._fence.passed and self.channel.last_words():
+            self._fence = None
+        return self._fence is not None and self._fence.passed
+
+    def _part(self, error: Exception) -> str:
         """Tell the destination, and let the stream go; what it said if it was the first to leave."""
         channel = self.channel
         channel.cancel = -1
         said = ""
-        with suppress(StreamBroken, StreamCorrupt):
+        with suppress(VhostVdpaError, OSError):
             if isinstance(error, StreamBroken):
                 said = channel.last_words()
             if not said and not channel.torn:
                 # also to a side that was silent for too long, and reads it later
-                channel.send_text(Frame.CANCEL, str(error))
-        channel.close()
+                channel.send_text(Frame.CANCEL, words_of(error))
+        with suppress(OSError):
+            channel.close()
         return said
 
     def _return(self, number: int, device: VdpaNetDevice) -> None:
@@ -448,18 +494,21 @@ class Source:
         if device.state is State.RESET:
             self.guest.start(number, device)
 
-    def _stranded(self, what: str, worse: VhostVdpaError) -> MigrationFailed:
+    def _stranded(self, what: str, worse: Exception) -> MigrationFailed:
         for device in self.devices:
-            with suppress(VhostVdpaError):
+            with suppress(VhostVdpaError, OSError):
                 if device.state is not State.RESET:
                     _stop_or_halt(device)
-            with suppress(VhostVdpaError):
+            with suppress(VhostVdpaError, OSError):
                 device.reset()
         saved, command = self._save()
-        told = f"{what}; and the source could not be started again: {worse}. The guest is stopped"
-        if not command:
-            return MigrationFailed(f"{told}; {saved}")
-        return MigrationFailed(f"{told} and saved in {saved}", hint=command)
+        both = "; the destination may have saved it as well: it must run on one side only" if self._loaded else ""
+        elsewhere = f"if it runs there: rm {shlex.quote(str(saved))}\n  if it does not: " if self._too_late() else ""
+        return MigrationFailed(
+            f"{what}; and the source could not be started again: {words_of(worse)}. "
+            f"The guest is stopped and saved in {saved}{both}",
+            hint=elsewhere + command,
+        )
 
 
 def _stop_or_halt(device: VdpaNetDevice) -> None:

@@ -102,6 +102,10 @@ class Channel(Closing):
         self._sock = sock
         self.cancel = cancel
         self.stall = stall
+        self.deadline: float | None = None
+        """When all waits have to be over, by time.monotonic(); a peer that sends now and then does not extend it."""
+        self.local = sock.family == socket.AF_UNIX
+        """Whether the other end is on this machine, so that the stream ends only if that end is closed."""
         self.raw = not isinstance(sock, ssl.SSLSocket)
         """Whether the socket's bytes are the stream's: C may read and write it."""
         self.torn = False
@@ -123,6 +127,8 @@ class Channel(Closing):
             check_cancelled(self.cancel)
 
     def _wait(self, events: int, seconds: float) -> None:
+        if self.deadline is not None:
+            seconds = min(seconds, max(0.0, self.deadline - time.monotonic()))
         poll = select.poll()
         poll.register(self._sock, events)
         if self.cancel >= 0:
@@ -130,6 +136,8 @@ class Channel(Closing):
         ready = [fd for fd, _ in poll.poll(seconds * 1000)]
         if self.cancel in ready:
             raise MigrationCancelled("cancelled")
+        if not ready and self.deadline is not None:
+            raise StreamBroken("the other side took too long for the handshake")
         if not ready:
             raise StreamBroken(f"the other side did nothing for {seconds:g} s")
 

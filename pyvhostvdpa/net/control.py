@@ -52,7 +52,8 @@ ANNOUNCE_ACK = 0
 VQ_PAIRS_SET, RSS_CONFIG, HASH_CONFIG = 0, 1, 2
 GUEST_OFFLOADS_SET = 0
 
-_GUEST_OFFLOADS = Feature.GUEST_CSUM | Feature.GUEST_TSO4 | Feature.GUEST_TSO6 | Feature.GUEST_ECN | Feature.GUEST_UFO
+GUEST_OFFLOADS = Feature.GUEST_CSUM | Feature.GUEST_TSO4 | Feature.GUEST_TSO6 | Feature.GUEST_ECN | Feature.GUEST_UFO
+"""What GUEST_OFFLOADS_SET may switch, where it was negotiated (virtio 1.3, 5.1.6.5.6)."""
 
 
 class BadCommand(ValueError):
@@ -97,6 +98,11 @@ def _rss_key_at(payload: bytes) -> int:
 def _check_key(payload: bytes, at: int) -> None:
     if len(payload) <= at or payload[at] > RSS_KEY_MAX or len(payload) != at + 1 + payload[at]:
         raise BadCommand(f"hash configuration of {len(payload)} bytes, its key's length at {at}")
+
+
+def check_hash_config(payload: bytes) -> None:
+    """Raise :class:`BadCommand` if the lengths in a HASH_CONFIG's payload do not add up (virtio 1.3, 5.1.6.5.6.4)."""
+    _check_key(payload, _HASH_TYPES + _HASH_RESERVED)
 
 
 def rss_pairs(payload: bytes) -> int:
@@ -193,7 +199,7 @@ class ControlModel:
             self.pairs = rss_pairs(payload)
             self.rss, self.hash_config = payload, None
         elif number == HASH_CONFIG:
-            _check_key(payload, _HASH_TYPES + _HASH_RESERVED)
+            check_hash_config(payload)
             self.rss, self.hash_config = None, payload
         else:
             raise BadCommand(f"MQ command {number} with {len(payload)} bytes")
@@ -247,7 +253,7 @@ class ControlModel:
             commands.append(command(Class.MQ, RSS_CONFIG, self.rss))
         elif self.hash_config is not None:
             commands.append(command(Class.MQ, HASH_CONFIG, self.hash_config))
-        if self.offloads is not None and self.offloads != int(self.features & _GUEST_OFFLOADS):
+        if self.offloads is not None and self.offloads != int(self.features & GUEST_OFFLOADS):
             commands.append(command(Class.GUEST_OFFLOADS, GUEST_OFFLOADS_SET, self.offloads.to_bytes(8, "little")))
         return commands
 

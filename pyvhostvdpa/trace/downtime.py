@@ -9,14 +9,25 @@ and persistent IOTLB" defines them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from .phases import DT1, DT2, PHASES
 from .recorder import Event, Trace
 
-DT1 = ("dt1.stop", "dt1.start")
-DT2 = ("dt2.stop",)
-PHASES = ("dest.premap", *DT1, *DT2, "dest.start", "cancel.start")
+__all__ = [
+    "DT1",
+    "DT2",
+    "PHASES",
+    "PhaseCost",
+    "cost",
+    "interval",
+    "measured",
+    "milliseconds",
+    "of_all",
+    "total",
+    "worst",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,30 @@ def milliseconds(trace: Trace, device: str, phases: Sequence[str]) -> float:
     """Return how long a device's phases took together."""
     span = interval(trace, device, phases)
     return (span[1] - span[0]) / 1e6 if span else 0.0
+
+
+def measured(trace: Trace, device: str, phases: Sequence[str]) -> float | None:
+    """Return how long a device's phases took together, ms; None if one of them did not happen or was not recorded."""
+    if not all(trace.select(device, phase) for phase in phases):
+        return None
+    return milliseconds(trace, device, phases)
+
+
+def worst(ms: Iterable[float]) -> float:
+    """Return what counts of the devices' DT1: the longest."""
+    return max(ms)
+
+
+def total(ms: Iterable[float]) -> float:
+    """Return what counts of the devices' DT2, and of their starts: the sum."""
+    return sum(ms)
+
+
+def of_all(figure: Callable[[Iterable[float]], float], ms: Iterable[float | None]) -> float | None:
+    """Return :func:`worst` or :func:`total` of all devices; None if one is unknown, or there is none."""
+    every = list(ms)
+    known = [each for each in every if each is not None]
+    return figure(known) if known and len(known) == len(every) else None
 
 
 def cost(trace: Trace, phase: str) -> PhaseCost | None:

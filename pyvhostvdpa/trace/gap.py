@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..base.uapi import Status
-from .downtime import DT2
+from .phases import DEST_START, DT2
 from .recorder import DeviceTrace, Event, Trace
 
 PAUSE = "gap.pause"
@@ -31,7 +31,7 @@ LOAD = "gap.load"
 """It is loaded at the destination."""
 HAND_OVER = "gap.hand_over"
 """READY goes to the source, GO comes back."""
-START = "dest.start"
+START = DEST_START
 
 ORDER = (PAUSE, *DT2, COLLECT, LAST_ROUND, STATE, LOAD, HAND_OVER, START)
 """Every phase of the gap, in order."""

@@ -49,7 +49,7 @@ def to_dict(trace: Trace) -> dict[str, Any]:
     return {
         "traceEvents": found,
         "displayTimeUnit": "ms",
-        "otherData": {"clock": "CLOCK_MONOTONIC", "origin_ns": origin},
+        "otherData": {"clock": "CLOCK_MONOTONIC", "origin_ns": origin, "dropped_events": trace.dropped},
     }
 
 

@@ -8,8 +8,9 @@ people is made of the records afterwards.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -57,11 +58,62 @@ class Event(NamedTuple):
         return describe(self.fields)
 
 
-class Trace:
-    """The record of one or more devices, in order of completion."""
+DEFAULT_LIMIT = 250_000
+"""Events that a trace keeps unless told otherwise, about 90 MB of them."""
+_SLACK = 8
+"""Room is made for this part of the limit at a time: that looks at every event."""
 
-    def __init__(self) -> None:
+
+class Trace:
+    """The record of one or more devices, in order of completion.
+
+    It keeps ``limit`` events and up to an eighth more, 0 for none: recording
+    is off then, and whatever is computed from the trace is unknown. Beyond
+    that the oldest events without a phase are dropped first, then the oldest
+    of all, and :attr:`dropped` counts them. Raises ValueError for a negative
+    ``limit``.
+    """
+
+    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+        if limit < 0:
+            raise ValueError(f"a trace of {limit} events")
         self.events: list[Event] = []
+        self.limit = limit
+        self.dropped = 0
+        """Events that were recorded and are not kept; with ``limit`` 0 none is recorded."""
+        self._full = limit + limit // _SLACK
+        self._making_room = threading.Lock()
+
+    def append(self, event: Event) -> None:
+        """Add an event, and make room if there are too many."""
+        self.events.append(event)
+        if len(self.events) > self._full:
+            self._make_room()
+
+    def extend(self, events: Iterable[Event], dropped: int = 0) -> None:
+        """Add what another trace recorded, of which ``dropped`` events are missing, in order of completion."""
+        if not self.limit:
+            return
+        self.events.extend(events)
+        self.events.sort(key=lambda event: event.t_end)
+        self.dropped += dropped
+        if len(self.events) > self._full:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        # devices are driven by several threads; the one that comes second finds room
+        with self._making_room:
+            count = len(self.events)
+            excess = spare = max(0, count - self.limit)
+            kept = []
+            for event in self.events[:count]:
+                if spare and not event.phase:
+                    spare -= 1
+                else:
+                    kept.append(event)
+            # in one step: others append meanwhile
+            self.events[:count] = kept[spare:]
+            self.dropped += excess
 
     def device(self, name: str) -> DeviceTrace:
         """Return the recorder that stamps ``name`` on its events."""
@@ -85,8 +137,9 @@ class DeviceTrace:
         self.phase = ""
 
     def record(self, t_begin: int, t_end: int, event: str, fields: Fields, result: int | None) -> None:
-        """Append one event in the current phase. ``fields`` is kept, not copied."""
-        self._trace.events.append(Event(t_begin, t_end, self.name, self.phase, event, fields, result))
+        """Append one event in the current phase, unless recording is off. ``fields`` is kept, not copied."""
+        if self._trace.limit:
+            self._trace.append(Event(t_begin, t_end, self.name, self.phase, event, fields, result))
 
     def note(self, event: str, **fields: int | str) -> None:
         """Record, as of now, what was decided: that which no system call tells."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..base.uapi import Status
-from .downtime import DT1, DT2
+from .phases import DT1, DT2
 from .recorder import Event, Fields, Trace, describe
 
 SCHEMA = "pyvhostvdpa/spans/1"

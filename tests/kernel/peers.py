@@ -18,15 +18,19 @@ from typing import Any
 
 from pyvhostvdpa.base.errors import VhostVdpaError
 from pyvhostvdpa.device.net import State, VdpaNetDevice
+from pyvhostvdpa.guest.state import ID_BYTES, GuestShape
 from pyvhostvdpa.guest.synthetic import Guest, GuestOptions
 from pyvhostvdpa.memory.guest import pinned_bytes
 from pyvhostvdpa.migration.cancel import Cancel
 from pyvhostvdpa.migration.destination import Arrived, Destination, take
+from pyvhostvdpa.migration.saved import SavedGuest, save
 from pyvhostvdpa.migration.source import SendOptions, Source
 from pyvhostvdpa.migration.stream import Channel
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
 
 DRAIN_SECONDS = 30.0
+STALL_SECONDS = 20.0
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class Gone(AssertionError):
@@ -46,13 +50,13 @@ class Failed(Exception):
 
 @contextmanager
 def interruptible(cancel: Cancel) -> Iterator[None]:
-    """Let Ctrl-C cancel what is done here, also one that came before it began; nowhere else is it heard."""
+    """Let Ctrl-C and SIGTERM cancel what is done here, also one from before it began; nowhere else are they heard."""
     with cancel.on_signals():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         try:
             yield
         finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 class Worker:
@@ -101,7 +105,7 @@ class Worker:
 
     def send(self, options: SendOptions, hold_at: str, fd: int) -> dict[str, Any]:
         assert self.guest is not None
-        with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=20.0) as channel:
+        with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=STALL_SECONDS) as channel:
             source = Source(self.guest, self.devices, channel, cancel, options, self.holding(hold_at))
             with interruptible(cancel):
                 sent = source.run()
@@ -110,7 +114,7 @@ class Worker:
         return {"rounds": len(sent.rounds), "hash": sent.hash, "frames": frames}
 
     def receive(self, paths: list[str], hold_at: str, procedure: str | None, fd: int) -> dict[str, Any]:
-        with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=20.0) as channel:
+        with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=STALL_SECONDS) as channel:
             destination = Destination(
                 paths, channel, cancel, folder=self.folder, observer=self.holding(hold_at), procedure=procedure
             )
@@ -120,6 +124,31 @@ class Worker:
 
     def take(self, path: Path, paths: list[str]) -> dict[str, Any]:
         return self._own(take(path, paths))
+
+    def save(self) -> Path:
+        """Stop the guest and save it; it is in the file and nowhere else afterwards."""
+        assert self.guest is not None
+        self.guest.pause()
+        for device in self.devices:
+            device.stop()
+        own, states = self.guest.state()
+        memory = self.guest.memory
+        regions = tuple((region.gpa, region.size) for region in memory.regions)
+        shape = GuestShape(os.urandom(ID_BYTES), "a test", regions, self.guest.shapes(), False)
+        path = save(self.folder, "source", SavedGuest(shape, own, tuple(states)), memory)
+        self.close()
+        return path
+
+    def runs(self) -> bool:
+        """Whether frames go through a guest here, within half a second."""
+        if self.guest is None:
+            return False
+        before, end = self.guest.counts(), time.monotonic() + 0.5
+        while time.monotonic() < end:
+            if self.guest.counts() != before:
+                return True
+            time.sleep(0.005)
+        return False
 
     def _own(self, arrived: Arrived) -> dict[str, Any]:
         self.arrived, self.guest, self.devices = arrived, arrived.guest, arrived.devices
@@ -189,7 +218,7 @@ class Peer:
             status = 1
             try:
                 self.control.close()
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
                 Worker(theirs, folder).serve()
                 status = 0
             except BaseException:
@@ -199,6 +228,7 @@ class Peer:
                 os._exit(status)
         theirs.close()
         self.alive = True
+        self._early: tuple[Any, ...] = ()
 
     def ask(self, name: str, *arguments: Any, fd: int | None = None) -> None:
         data = pickle.dumps((name, *arguments))
@@ -222,6 +252,25 @@ class Peer:
         message = self._message()
         assert message == ("phase", phase), f"{self.name} did not come to {phase!r}: {message}"
 
+    def comes_to(self, phase: str) -> bool:
+        """Whether it comes to be held at a phase; if not, its end is the next message."""
+        self._early = self._message()
+        if self._early == ("phase", phase):
+            self._early = ()
+            return True
+        return False
+
+    def final(self) -> Any:
+        """Wait for its end, also if it ended before it came to a phase, or crashed."""
+        kind, *rest = self._early or self._message()
+        self._early = ()
+        if kind == "crashed":
+            raise Failed(kind, rest[0], "")
+        if kind == "failed":
+            raise Failed(*rest)
+        assert kind == "done", kind
+        return rest[0]
+
     def go_on(self) -> None:
         self.control.send(b"on")
 
@@ -237,8 +286,20 @@ class Peer:
         self.ask(name, *arguments)
         return self.result()
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal, if it is alive."""
+        if self.alive:
+            os.kill(self.pid, number)
+
     def interrupt(self) -> None:
-        os.kill(self.pid, signal.SIGINT)
+        self.signal(signal.SIGINT)
+
+    def freeze(self) -> None:
+        """Stop the process where it is."""
+        self.signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End it as kill -9 does, wherever it is. Twice is no error."""

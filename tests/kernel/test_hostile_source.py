@@ -85,10 +85,13 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "a device that there is not": (lambda s: device(s, 5), "a DEVICE frame in the middle"),
     "a device twice": (lambda s: device(s) + device(s, 1), "a DEVICE frame in the middle"),
     "an end without a guest": (lambda s: FINAL, "the state of the guest is missing"),
-    "an end without a device": (lambda s: GUEST + FINAL, "not of the shape that was told first"),
+    "an end without a device": (lambda s: GUEST + FINAL, "0 devices, the SHAPE section has 1"),
     "buffers outside memory": (lambda s: GUEST + device(outside(s)) + FINAL, "is not guest memory"),
     "memory of another guest": (lambda s: GUEST + device(s) + FINAL, "the source left used 0, avail 64"),
-    "other features": (lambda s: GUEST + device(other_features(s)) + FINAL, "not of the shape that was told first"),
+    "other features": (
+        lambda s: GUEST + device(other_features(s)) + FINAL,
+        "device 0 does not match the SHAPE section: features",
+    ),
     "GO out of turn": (lambda s: control(Frame.GO, bytes(8)), "a GO frame in the middle of memory and state"),
     "a round of no size": (lambda s: control(Frame.ROUND, b"123"), "a ROUND frame in the middle"),
 }

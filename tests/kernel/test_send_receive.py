@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,12 @@ import pytest
 from peers import Failed
 from world import OPTIONS, World
 
+from pyvhostvdpa.guest.state import DeviceShape, GuestShape
 from pyvhostvdpa.guest.synthetic import GuestOptions
+from pyvhostvdpa.memory.guest import DEFAULT_GPA
+from pyvhostvdpa.migration.endpoint import Address, connect
+from pyvhostvdpa.migration.stream import Frame, words
+from pyvhostvdpa.net.features import SUPPORTED
 
 
 @pytest.fixture
@@ -165,7 +173,7 @@ def test_ctrl_c_cancels_and_the_guest_goes_on(devices: tuple[str, str], tmp_path
     assert "nothing of the guest is left here, the source has it" in said
 
 
-def test_a_destination_that_lacks_a_feature_refuses(devices: tuple[str, str], tmp_path: Path) -> None:
+def test_a_destination_that_lacks_a_feature_refuses_and_waits_on(devices: tuple[str, str], tmp_path: Path) -> None:
     lab.command("vdpa", "dev", "del", "vdpa1")
     add = ("vdpa", "dev", "add", "name", "vdpa1", "mgmtdev", "vdpasim_net", "mac", lab.MACS[1])
     lab.command(*add, "device_features", hex((1 << 33) | (1 << 32) | (1 << 5) | (1 << 16)))
@@ -176,14 +184,60 @@ def test_a_destination_that_lacks_a_feature_refuses(devices: tuple[str, str], tm
             rest = ("--memory", "16M", "--seconds", "1", "--state", str(tmp_path))
             with run("send", devices[0], "--to", where, *rest) as here:
                 _, told = here.communicate()
+            assert "lacks features" in words_until(there, "waiting for a source")
+            assert there.poll() is None
+            there.send_signal(signal.SIGINT)
             there.communicate()
-        assert here.returncode == there.returncode == 1
+        assert here.returncode == 1
+        assert there.returncode == 130
         assert "the destination says: " in told
         assert "lacks features that the guest uses on the source" in told
         assert "the guest goes on in passthrough" in told
     finally:
         lab.command("vdpa", "dev", "del", "vdpa1")
         lab.command(*add)
+
+
+def test_strangers_and_a_guest_that_does_not_fit_keep_no_source_out(devices: tuple[str, str], tmp_path: Path) -> None:
+    where = f"unix:{tmp_path}/socket"
+    shape = GuestShape(
+        bytes(16), "too many devices", ((DEFAULT_GPA, 8 << 20),), (DeviceShape(int(SUPPORTED), 1, 64, None),) * 2, False
+    )
+    with run("receive", devices[1], "--listen", where, "--seconds", "1", "--state", str(tmp_path), "--json") as there:
+        words_until(there, "waiting for a source")
+        with ExitStack() as strangers:
+            for _ in range(60):
+                sock = strangers.enter_context(socket.socket(socket.AF_UNIX))
+                sock.connect(f"{tmp_path}/socket")
+                sock.send(b"v")
+            misfit = strangers.enter_context(connect(Address.parse(where)))
+            misfit.send_frame(Frame.SHAPE, shape.encode())
+            kind, payload = misfit.expect(Frame.REFUSE, Frame.ALIVE, seconds=30.0)
+            assert kind is Frame.REFUSE
+            assert "the guest has 2 devices, this side was given 1" in words(payload)
+            rest = ("--memory", "16M", "--seconds", "1", "--state", str(tmp_path), "--downtime", "3000", "--json")
+            with run("send", devices[0], "--to", where, *rest) as here:
+                _, told = here.communicate()
+        received, said = there.communicate()
+    assert here.returncode == 0, told
+    assert there.returncode == 0, said
+    frames = json.loads(received)["frames"]
+    assert (frames["lost"], frames["duplicated"], frames["corrupted"]) == (0, 0, 0)
+
+
+def test_a_folder_on_a_read_only_mount_is_refused_beforehand(devices: tuple[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    lab.command("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder))
+    try:
+        rest = ("--memory", "16M", "--state", str(folder))
+        with run("send", devices[0], "--to", f"unix:{tmp_path}/none", *rest) as here:
+            _, told = here.communicate()
+        assert here.returncode == 1
+        assert f"no place to save a guest: {folder}: Read-only file system" in told
+        assert "--state DIR" in told
+    finally:
+        lab.command("umount", str(folder))
 
 
 def test_a_place_too_small_for_a_saved_guest_is_refused(devices: tuple[str, str], tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyvhostvdpa.trace.downtime import DT1, cost, interval, milliseconds
+from pyvhostvdpa.trace.downtime import DT1, cost, interval, measured, milliseconds, of_all, total, worst
 from pyvhostvdpa.trace.recorder import Trace
 
 
@@ -46,3 +46,20 @@ def test_phases_nest_and_end() -> None:
             assert device.phase == "inner"
         assert device.phase == "outer"
     assert device.phase == ""
+
+
+def test_measured_of_a_phase_that_did_not_happen_is_unknown() -> None:
+    trace = recorded()
+    assert measured(trace, "a", DT1) == 5.0
+    # it was stopped, and never started again
+    assert measured(trace, "b", DT1) is None
+    assert measured(trace, "c", DT1) is None
+
+
+def test_figure_of_devices_of_which_one_is_unknown_is_unknown() -> None:
+    assert of_all(worst, [3.0, 7.0, 5.0]) == 7.0
+    assert of_all(total, [3.0, 7.0]) == 10.0
+    assert of_all(worst, [3.0, None]) is None
+    assert of_all(total, [3.0, None]) is None
+    assert of_all(worst, []) is None
+    assert of_all(total, []) is None

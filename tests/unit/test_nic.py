@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from pyvhostvdpa._cdefs import ffi, lib
-from pyvhostvdpa.guest.nic import GuestNic, NicOptions, NicPair
+from pyvhostvdpa.guest.nic import GuestNic, NicOptions, NicPair, Window
+from pyvhostvdpa.guest.traffic import Traffic
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 
 
@@ -134,6 +135,54 @@ def test_the_longest_gap_is_measured_between_frames(looped: tuple[NicPair, Loopb
     run(pair)
     begin, end = max(pair.gaps(), key=lambda gap: gap[1] - gap[0])
     assert 80e6 <= end - begin < 2e9
+
+
+def frame_after(pair: NicPair, device: Loopback, seconds: float) -> None:
+    """Receive one frame more, so long after the last one."""
+    time.sleep(seconds)
+    device.deliver(device.held.pop())
+    run(pair, 1)
+
+
+def test_window_gap_shorter_than_all_kept_gaps_is_reported(looped: tuple[NicPair, Loopback]) -> None:
+    pair, device = looped
+    traffic = Traffic(GuestNic.__new__(GuestNic))
+    traffic._nic.pairs = [pair]
+    run(pair)
+    device.take()
+    device.held *= 2
+    frame_after(pair, device, 0)
+    with traffic.watching(Window.SWITCH):
+        begin = time.monotonic_ns()
+        time.sleep(0.005)
+        end = time.monotonic_ns()
+    assert traffic.window_gap(Window.SWITCH) is None
+    frame_after(pair, device, 0)
+    frame_after(pair, device, 0.05)
+    for slot in pair.c.gaps:
+        # 64 longer gaps at another time
+        slot.begin, slot.end = 1, 10**9
+    assert traffic.longest_gap(begin, end) is None
+    gap = traffic.window_gap(Window.SWITCH)
+    assert gap is not None
+    assert 5 <= gap < 50
+    assert traffic.window_gap(Window.START) is None
+
+
+def test_window_begun_again_forgets_its_gap(looped: tuple[NicPair, Loopback]) -> None:
+    pair, device = looped
+    run(pair)
+    device.take()
+    frame_after(pair, device, 0)
+    pair.begin_window(Window.START)
+    frame_after(pair, device, 0.02)
+    assert pair.window_gap(Window.START) is not None
+    pair.begin_window(Window.START)
+    assert pair.window_gap(Window.START) is None
+    frame_after(pair, device, 0)
+    gap = pair.window_gap(Window.START)
+    assert gap is not None
+    assert gap < 20
 
 
 def test_nonsense_in_the_used_rings_is_counted_and_survived(looped: tuple[NicPair, Loopback]) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import logging
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +17,8 @@ from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.guest.state import GuestShape, GuestState
 from pyvhostvdpa.guest.synthetic import Guest
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, Gpa, GuestMemory
-from pyvhostvdpa.migration.saved import SavedGuest, check_room, load, save
+from pyvhostvdpa.migration.pages import memory_hash
+from pyvhostvdpa.migration.saved import SavedGuest, check_room, load, read_sections, save
 
 SIZE = 4 << 20
 LAYOUT = ((DEFAULT_GPA, SIZE), (Gpa(1 << 33), 12288))
@@ -75,7 +80,7 @@ def test_a_truncated_file_is_refused(guest: Guest, tmp_path: Path, cut: int) -> 
 def test_another_file_is_no_guest(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(os.urandom(4096))
-    with pytest.raises(StreamCorrupt, match="is no saved guest"):
+    with pytest.raises(StreamCorrupt, match="is not a saved guest of version 1 or 2"):
         load(path)
 
 
@@ -99,5 +104,98 @@ def test_a_file_that_cannot_be_written_is_told(guest: Guest, tmp_path: Path) -> 
 def test_a_guest_without_devices_state_is_refused(guest: Guest, tmp_path: Path) -> None:
     whole = saved(guest)
     path = save(tmp_path, "source", SavedGuest(whole.shape, GuestState(0), ()), guest.memory)
-    with pytest.raises(StreamCorrupt, match="state of 0 devices, the guest has 1"):
+    with pytest.raises(StreamCorrupt, match="0 devices, the SHAPE section has 1"):
+        load(path)
+
+
+# -- checksums: version 2 ---------------------------------------------------------------
+
+
+@pytest.fixture
+def small() -> Iterator[Guest]:
+    memory = GuestMemory([(DEFAULT_GPA, 1 << 18)])
+    guest = Guest(memory)
+    guest.add(GuestNic(memory, NicOptions(ring_size=16)), None)
+    yield guest
+    guest.close()
+
+
+def saved_small(guest: Guest) -> SavedGuest:
+    own, devices = guest.state()
+    shape = GuestShape(bytes(range(16)), "here", ((DEFAULT_GPA, 1 << 18),), guest.shapes(), False)
+    return SavedGuest(shape, own, tuple(devices))
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_saved_file_with_one_flipped_bit_is_refused(small: Guest, tmp_path: Path) -> None:
+    """A bit of each byte before memory, but of few in the bitmap of sequence numbers; and some of memory."""
+    path = save(tmp_path, "source", saved_small(small), small.memory)
+    data = path.read_bytes()
+    state = len(data) - small.memory.size
+    places = [at for at in range(state) if at < state - 8400 or at > state - 100 or at % 97 == 0]
+    for number, at in enumerate([*places, state, state + 4097, len(data) - 1]):
+        path.write_bytes(flipped(data, 8 * at + number % 8))
+        with pytest.raises(StreamCorrupt):
+            load(path)
+
+
+def test_every_flipped_bit_of_saved_state_is_refused(small: Guest, tmp_path: Path) -> None:
+    path = save(tmp_path, "source", saved_small(small), small.memory)
+    state = path.read_bytes()[: -small.memory.size]
+    assert read_sections(io.BytesIO(state), path)[0] == saved_small_of(path)
+    # the hash of memory is part of the head, whose checksum covers it
+    for bit in range(8 * len(state)):
+        with pytest.raises(StreamCorrupt):
+            read_sections(io.BytesIO(flipped(state, bit)), path)
+
+
+def saved_small_of(path: Path) -> SavedGuest:
+    saved, memory = load(path)
+    memory.close()
+    return saved
+
+
+def test_saved_file_with_bytes_after_its_end_is_refused(small: Guest, tmp_path: Path) -> None:
+    path = save(tmp_path, "source", saved_small(small), small.memory)
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(StreamCorrupt, match="bytes after its memory"):
+        load(path)
+
+
+def test_saved_file_of_version_1_is_read_with_a_warning(
+    small: Guest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    guest = saved_small(small)
+    path = tmp_path / "old.saved"
+    data = struct.pack("<8sIIQ", b"vdpa-gst", 1, 1, memory_hash(small.memory))
+    for section in (guest.shape.encode(), guest.guest.encode(), guest.devices[0].encode()):
+        data += struct.pack("<I", len(section)) + section
+    path.write_bytes(data + bytes(small.memory.regions[0].memory.buffer))
+    with caplog.at_level(logging.WARNING):
+        found, memory = load(path)
+    memory.close()
+    assert found == guest
+    assert "format version 1" in caplog.text
+    assert "unchecked" in caplog.text
+
+
+def test_saved_file_of_the_current_version_is_read_without_a_warning(
+    small: Guest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(tmp_path, "source", saved_small(small), small.memory)
+    assert path.read_bytes()[8:12] == b"\2\0\0\0"
+    load(path)[1].close()
+    assert not caplog.text
+
+
+def test_saved_state_that_does_not_match_its_shape_is_refused(small: Guest, tmp_path: Path) -> None:
+    whole = saved_small(small)
+    other = dataclasses.replace(whole.shape, devices=(dataclasses.replace(whole.shape.devices[0], ring_size=32),))
+    path = save(tmp_path, "source", dataclasses.replace(whole, shape=other), small.memory)
+    with pytest.raises(StreamCorrupt, match="ring_size 16 here, 32 there"):
         load(path)

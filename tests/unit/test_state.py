@@ -17,9 +17,10 @@ from pyvhostvdpa.guest.state import DeviceShape, DeviceState, GuestShape, GuestS
 from pyvhostvdpa.guest.synthetic import Guest, GuestWriter
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.net.control import ControlModel, Rx
-from pyvhostvdpa.net.features import SUPPORTED, Feature
+from pyvhostvdpa.net.features import CONTROL, SUPPORTED, Feature
 
 SIZE = 16 << 20
+FEATURES = SUPPORTED | CONTROL | Feature.EVENT_IDX | Feature.GUEST_CSUM
 SHAPE = GuestShape(
     id=bytes(range(16)),
     source="host /dev/vhost-vdpa-0",
@@ -32,7 +33,7 @@ GUEST = GuestState(clock=-5, writer_gpa=1 << 30, writer_pages=4, writer_rate=9, 
 
 def model() -> ControlModel:
     return ControlModel(
-        features=SUPPORTED | Feature.CTRL_VQ,
+        features=FEATURES,
         mac=b"\2abcde",
         unicast=[b"\2uuuu" + bytes([n]) for n in range(3)],
         multicast=[b"\3mmmmm"],
@@ -40,8 +41,8 @@ def model() -> ControlModel:
         rx={mode: mode is Rx.NOBCAST for mode in Rx},
         vlans={1, 7, 4095},
         pairs=2,
-        offloads=3,
-        rss=bytes(range(60)),
+        offloads=int(Feature.GUEST_CSUM),
+        rss=struct.pack("<IHHHHHB", 0x3F, 1, 0, 0, 2, 2, 40) + bytes(range(40)),
         announce=True,
     )
 
@@ -55,8 +56,7 @@ def memory() -> Iterator[GuestMemory]:
 @pytest.fixture(scope="module")
 def device(memory: GuestMemory) -> Iterator[DeviceState]:
     """A NIC of two pairs with a control queue, just started: all RX buffers are open."""
-    features = SUPPORTED | Feature.CTRL_VQ
-    nic = GuestNic(memory, NicOptions(pairs=2, ring_size=32, features=features, control_index=4))
+    nic = GuestNic(memory, NicOptions(pairs=2, ring_size=32, features=FEATURES, control_index=4))
     guest = Guest(memory)
     guest.add(nic, model())
     _, [state] = guest.state()

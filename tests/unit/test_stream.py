@@ -245,7 +245,7 @@ def test_nobody_listening_says_what_to_run_there(tmp_path: object) -> None:
 def test_a_listener_that_accepts_nobody_is_not_waited_for(tmp_path: object) -> None:
     address = Address.parse(f"unix:{tmp_path}/s")
     with Listener(address), contextlib.ExitStack() as waiting:
-        for _ in range(10):
+        for _ in range(200):
             other = waiting.enter_context(socket.socket(socket.AF_UNIX))
             other.setblocking(False)
             other.connect_ex(address.path)

@@ -12,7 +12,8 @@ ALSO = "# also:"
 
 def available(project: Path) -> dict[str, Path]:
     """Return the soak tests by name."""
-    return {path.stem.removeprefix("test_"): path for path in sorted((project / FOLDER).glob("[!_c]*.py"))}
+    files = sorted((project / FOLDER).glob("[!_]*.py"))
+    return {path.stem.removeprefix("test_"): path for path in files if path.name != "conftest.py"}
 
 
 def choose(project: Path, name: str) -> Path:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...guest.nic import FrameCounts
+from ...trace.downtime import total, worst
 from ...trace.gap import StopToRun
 from .rows import Plan
 
@@ -54,17 +55,17 @@ class Run:
     @property
     def dt1_ms(self) -> float:
         """The worst device's switch to shadow virtqueues."""
-        return max(self.ms["dt1"])
+        return worst(self.ms["dt1"])
 
     @property
     def dt2_ms(self) -> float:
         """The sum of all devices' stops on the source."""
-        return sum(self.ms["dt2"])
+        return total(self.ms["dt2"])
 
     @property
     def dest_ms(self) -> float:
         """The sum of all devices' starts on the destination."""
-        return sum(self.ms["dest"])
+        return total(self.ms["dest"])
 
 
 @dataclass(frozen=True, slots=True)

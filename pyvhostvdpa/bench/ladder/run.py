@@ -29,7 +29,8 @@ from ...net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
 from ...net.control_queue import GuestControl
 from ...net.features import CONTROL, SUPPORTED
 from ...trace import gap
-from ...trace.downtime import DT1, DT2, milliseconds
+from ...trace.downtime import milliseconds
+from ...trace.phases import DEST, DEST_PREMAP, DEST_STAND_BY, DEST_START, DT1, DT1_START, DT1_STOP, DT2, DT2_STOP
 from ...trace.recorder import Trace
 from .. import hwsim
 from .report import Counts, Floor, LadderReport, RowResult, Run
@@ -39,7 +40,7 @@ from .stage import Stage, Supply
 Observer = Callable[[str], None]
 """Called with words of progress."""
 
-DOWNTIMES = {"dt1": DT1, "dt2": DT2, "dest": ("dest.start",)}
+DOWNTIMES = {"dt1": DT1, "dt2": DT2, "dest": DEST}
 _FRAMES_SECONDS = 120.0
 _DRAIN_SECONDS = 30.0
 _POLL = 0.005
@@ -160,17 +161,17 @@ class _Guest:
 
     def stand_by(self) -> None:
         """Let the destination stand ready, as far as it can."""
-        with self.destination.trace.in_phase("dest.stand_by"):
+        with self.destination.trace.in_phase(DEST_STAND_BY):
             self.destination.stand_by(self.nic.queues, self.control)
 
     def stop(self) -> None:
         """Stop the source."""
-        with self.source.trace.in_phase("dt2.stop"):
+        with self.source.trace.in_phase(DT2_STOP):
             self.source.stop()
 
     def start(self) -> None:
         """Start the destination."""
-        with self.destination.trace.in_phase("dest.start"):
+        with self.destination.trace.in_phase(DEST_START):
             self.destination.start_passthrough(self.nic.queues, self.control)
 
     def settle(self) -> None:
@@ -254,7 +255,7 @@ class _Row:
             guest.use_pairs()
             guest.exchange(guest.source)
         for guest in guests:
-            with guest.destination.trace.in_phase("dest.premap"):
+            with guest.destination.trace.in_phase(DEST_PREMAP):
                 guest.destination.attach(self.memory)
             if self._ours:
                 guest.stand_by()
@@ -273,9 +274,9 @@ class _Row:
     def _switch(self, guests: list[_Guest]) -> None:
         self._say("switch (DT1)")
         for guest in guests:
-            with guest.source.trace.in_phase("dt1.stop"):
+            with guest.source.trace.in_phase(DT1_STOP):
                 guest.source.stop(then=State.SHADOW)
-            with guest.source.trace.in_phase("dt1.start"):
+            with guest.source.trace.in_phase(DT1_START):
                 guest.source.start_shadow(guest.nic.queues, guest.control)
 
     @property

@@ -16,6 +16,7 @@ from typing import Any
 
 from ...base.errors import VhostVdpaError
 from ...trace import events, perfetto
+from ...trace.phases import DEST
 from ...trace.recorder import Trace
 from ...trace.spans import Kind, Span, downtimes, spans
 from . import stopped
@@ -26,7 +27,6 @@ Row = Mapping[str, Any]
 
 TITLE = "What a live migration's downtime is made of"
 _PAGE = "index.html"
-_DESTINATION = ("dest.start",)
 _MEASURES = {
     "dt1": ("DT1", "DT1: switching to shadow virtqueues", True),
     "dt2": ("DT2", "DT2: stopping on the source", False),
@@ -107,7 +107,7 @@ def render(report: Mapping[str, Any], traces: Mapping[str, Trace]) -> str:
 
 def _measure(trace: Trace) -> dict[str, dict[str, list[Span]]]:
     """Return the spans of each measure by device."""
-    start = {device: spans(trace, device, _DESTINATION) for device in trace.devices()}
+    start = {device: spans(trace, device, DEST) for device in trace.devices()}
     return {**downtimes(trace), "dest": {device: pieces for device, pieces in start.items() if pieces}}
 
 

@@ -246,7 +246,16 @@ class Procedure(ABC):
             # mlx5_vdpa forgets that its control queue is ready
             # (drivers/vdpa/mlx5/net/mlx5_vnet.c:mlx5_vdpa_cvq_suspend)
             self.target.chardev.set_vring_enable(self._control.queue.index, True)
+        # a device need not remember what it was notified of while it was suspended
+        for kick in self._device_kicks():
+            os.eventfd_write(kick, 1)
         self._serve_control()
+
+    def _device_kicks(self) -> list[int]:
+        """The eventfds by which the device is notified of its data queues, RX before TX."""
+        if self.state is State.SHADOW:
+            return [shadow.kick for shadow in self.shadows]
+        return [queue.kick for queue in self._queues] if self.state is State.PASSTHROUGH else []
 
     def stop(self, then: State | None = None) -> None:
         """Suspend, take the queues over, reset; see :meth:`pyvhostvdpa.device.net.VdpaNetDevice.stop`."""

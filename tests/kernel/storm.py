@@ -1,0 +1,377 @@
+"""Migrations that come to harm at random, and what has to hold after each, seen from outside.
+
+A storm is drawn from its seed: on which devices, over what stream, which
+faults and when. Afterwards there is exactly one owner of the guest, or a file
+whose command starts it, or a process was killed that had it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import resource
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hwsim
+from peers import Failed, Gone, Peer
+from wire import Wire
+from world import OPTIONS, PERFECT
+
+from pyvhostvdpa.migration.source import SendOptions
+
+SOURCE = ("handshake", "switch", "memory", "stop", "state", "ready", "go", "running")
+DESTINATION = ("handshake", "map", "memory", "load", "ready", "start", "running")
+KNOBS = ("fail_suspend", "fail_set_map", "fail_vq_create", "cvq_mute")
+PATIENCE, MARGIN, STALL = 4.0, 1.5, 3.0
+"""Seconds, in place of a minute."""
+END_SECONDS = 90.0
+NOFILE = 1024
+
+
+@dataclass
+class End:
+    """How a side ended: a result, an error that says where the guest is, or neither because it was killed."""
+
+    result: dict[str, Any] | None = None
+    failed: Failed | None = None
+    gone: bool = False
+
+    def __str__(self) -> str:
+        return "killed" if self.gone else f"{self.failed} (next: {self.failed.hint})" if self.failed else "well"
+
+
+@dataclass
+class Fault:
+    """What is done, to whom, and what makes it good again."""
+
+    name: str
+    do: Callable[[], None]
+    undo: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Tally:
+    """Storms, by how the guest came out of them."""
+
+    migrations: int = 0
+    takes: int = 0
+    ends: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        ends = ", ".join(f"{count} {name}" for name, count in sorted(self.ends.items()))
+        faults = ", ".join(f"{count} {name}" for name, count in sorted(self.faults.items()))
+        return f"{self.migrations} migrations ({ends}); {self.takes} files used; faults: {faults}"
+
+
+class Storm:
+    """A guest, two processes with a device each, and a folder that may be full or read-only."""
+
+    def __init__(self, devices: Sequence[tuple[str, hwsim.HwSim | None]], folder: Path) -> None:
+        self.folder, self.tally = folder, Tally()
+        self.paths = dict(zip(("left", "right"), (path for path, _ in devices), strict=True))
+        self.sims = dict(zip(("left", "right"), (sim for _, sim in devices), strict=True))
+        self._empty: dict[str, Any] = {}
+        self.here, self.there = self._fork("left"), self._fork("right")
+        self._start()
+
+    def _fork(self, name: str) -> Peer:
+        peer = Peer(name, self.folder)
+        self._empty[name] = peer.call("resources")
+        return peer
+
+    def _start(self) -> None:
+        self.here.call("start", [self.paths[self.here.name]], OPTIONS)
+
+    # -- one migration -------------------------------------------------------------------
+
+    def migrate(self, seed: int) -> None:
+        """One migration with the faults of a seed; raises AssertionError with the story if something does not hold."""
+        chance = random.Random(seed)
+        self.tally.migrations += 1
+        story: list[str] = [f"seed {seed}, {self.paths[self.here.name]} to {self.paths[self.there.name]}"]
+        try:
+            ends = self._run(chance, story)
+            story += [f"{name}: {end}" for name, end in ends.items()]
+            how = self._settle(chance, ends, story)
+        except BaseException as e:
+            e.add_note("\n".join(story))
+            raise
+        self.tally.ends[how] += 1
+        self._is_as_before()
+
+    def _run(self, chance: random.Random, story: list[str]) -> dict[str, End]:
+        with ExitStack() as stack:
+            wire = None
+            if chance.random() < 0.4:
+                wire = Wire()
+                stack.callback(wire.close)
+                left, right = wire.left, wire.right
+            else:
+                left, right = socket.socketpair()
+                stack.callback(left.close)
+                stack.callback(right.close)
+            faults = [self._draw(chance, wire) for _ in range(chance.choice([0, 1, 1, 1, 2, 2]))]
+            side = chance.choice([self.here, self.there])
+            phase = chance.choice(SOURCE if side is self.here else DESTINATION)
+            held = faults and chance.random() < 0.6
+            story.append(
+                f"over {'a network' if wire else 'a Unix socket'}{f', held at {side.name} {phase}' * bool(held)}"
+            )
+            options = SendOptions(folder=self.folder, downtime=0.5, hashed=chance.random() < 0.3)
+            self.here.ask("send", options, phase if held and side is self.here else "", fd=left.fileno())
+            receiving = ("receive", [self.paths[self.there.name]], phase if held and side is self.there else "")
+            self.there.ask(*receiving, fd=right.fileno())
+            # a stream that is open here would not end with the process
+            left.close()
+            right.close()
+            arrived = bool(held) and side.comes_to(phase)
+            self._harm(chance, faults, story)
+            if arrived and side.alive:
+                side.go_on()
+            return self._ends(faults, story)
+
+    def _harm(self, chance: random.Random, faults: list[Fault], story: list[str]) -> None:
+        for fault in faults:
+            time.sleep(chance.uniform(0.0, 0.6))
+            self.tally.faults[fault.name.partition(" ")[0]] += 1
+            story.append(fault.name)
+            fault.do()
+
+    def _ends(self, faults: list[Fault], story: list[str]) -> dict[str, End]:
+        time.sleep(0.2)
+        for fault in faults:
+            fault.undo()
+        return {"source": self._end(self.here, story), "destination": self._end(self.there, story)}
+
+    def _end(self, peer: Peer, story: list[str]) -> End:
+        if not peer.alive:
+            return End(gone=True)
+        peer.control.settimeout(END_SECONDS)
+        try:
+            return End(result=peer.final())
+        except Failed as e:
+            if e.kind == "crashed" and "KeyboardInterrupt" in e.message:
+                # the second signal ends the process, and what it has with it
+                peer.kill()
+                return End(gone=True)
+            return End(failed=e)
+        except Gone:
+            raise AssertionError(f"{peer.name} ended by itself") from None
+
+    # -- faults ----------------------------------------------------------------------------
+
+    def _draw(self, chance: random.Random, wire: Wire | None) -> Fault:
+        kinds: list[Callable[[random.Random], Fault]] = [self._signal, self._signal, self._pause, self._kill]
+        kinds += [self._limit, self._disk, self._disk]
+        if any(self.sims.values()):
+            kinds += [self._device, self._device]
+        if wire is not None:
+            kinds += [lambda chance: self._network(chance, wire)] * 6
+        return chance.choice(kinds)(chance)
+
+    def _victim(self, chance: random.Random) -> Peer:
+        return chance.choice([self.here, self.there])
+
+    def _signal(self, chance: random.Random) -> Fault:
+        peer, number = self._victim(chance), chance.choice([signal.SIGINT, signal.SIGTERM])
+        return Fault(f"{number.name} to {peer.name}", lambda: peer.signal(number))
+
+    def _kill(self, chance: random.Random) -> Fault:
+        peer = self._victim(chance)
+        return Fault(f"SIGKILL to {peer.name}", peer.kill)
+
+    def _pause(self, chance: random.Random) -> Fault:
+        peer, seconds = self._victim(chance), chance.choice([0.1, 0.5, 2.0, STALL + 1, 2 * PATIENCE + 3 * MARGIN])
+
+        def undo() -> None:
+            if peer.alive:
+                time.sleep(seconds)
+                peer.thaw()
+
+        return Fault(f"SIGSTOP to {peer.name} for {seconds} s", lambda: peer.signal(signal.SIGSTOP), undo)
+
+    def _limit(self, chance: random.Random) -> Fault:
+        peer, room = self._victim(chance), chance.randrange(4)
+
+        def do() -> None:
+            if peer.alive:
+                used = max(map(int, os.listdir(f"/proc/{peer.pid}/fd")))
+                resource.prlimit(peer.pid, resource.RLIMIT_NOFILE, (used + 1 + room, NOFILE))
+
+        def undo() -> None:
+            if peer.alive:
+                time.sleep(1.0)
+                resource.prlimit(peer.pid, resource.RLIMIT_NOFILE, (NOFILE, NOFILE))
+
+        return Fault(f"ulimit of {peer.name} to {room} more", do, undo)
+
+    def _disk(self, chance: random.Random) -> Fault:
+        read_only, filler = chance.random() < 0.5, self.folder / "filler"
+
+        def do() -> None:
+            if read_only:
+                remount(self.folder, "ro")
+                return
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1 << 20))
+
+        def undo() -> None:
+            time.sleep(1.0)
+            if read_only:
+                remount(self.folder, "rw")
+            filler.unlink(missing_ok=True)
+
+        return Fault("disk read-only" if read_only else "disk full", do, undo)
+
+    def _device(self, chance: random.Random) -> Fault:
+        name = chance.choice([name for name, sim in self.sims.items() if sim is not None])
+        sim, knob, value = self.sims[name], chance.choice(KNOBS), chance.randrange(1, 4)
+        assert sim is not None
+        if knob == "cvq_mute":
+            value = 1
+        return Fault(
+            f"device {name} {knob}={value}",
+            lambda: sim.write(f"fault/{knob}", value),
+            lambda: sim.write(f"fault/{knob}", 0),
+        )
+
+    def _network(self, chance: random.Random, wire: Wire) -> Fault:
+        way, seconds = chance.randrange(2), chance.choice([0.2, 1.0, STALL + 1])
+
+        def later() -> None:
+            time.sleep(seconds)
+            wire.go_on()
+
+        return chance.choice(
+            [
+                Fault("network cut", wire.cut),
+                Fault(f"network cut one way {way}", lambda: wire.cut_one_way(way)),
+                Fault(f"network stops for {seconds} s", wire.stop, later),
+                Fault(f"network trickles for {seconds} s", wire.trickle, later),
+            ]
+        )
+
+    # -- what has to hold --------------------------------------------------------------------
+
+    def _settle(self, chance: random.Random, ends: dict[str, End], story: list[str]) -> str:
+        """Find the owner; do what the messages say; then the guest runs in ``here``. How it came out."""
+        killed = [peer for peer in (self.here, self.there) if not peer.alive]
+        owners = [peer for peer in (self.here, self.there) if peer.alive and peer.call("runs")]
+        files = sorted(self.folder.glob("*.saved"))
+        story.append(f"owners {[peer.name for peer in owners]}, files {[path.name for path in files]}")
+        assert len(owners) <= 1, "two sides run the guest"
+        said = {name: end.failed for name, end in ends.items() if end.failed is not None}
+        for path in files:
+            assert (
+                any(str(path) in failure.message and str(path) in failure.hint for failure in said.values()) or killed
+            )
+        source, destination = self.here, self.there
+        if owners:
+            how = "stayed" if owners[0] is source else "arrived"
+            self._check_owner(owners[0], ends)
+            for path in files:
+                # as the hint of the side that is not the owner says
+                path.unlink()
+        elif files:
+            how = f"taken from the {'destination' if 'destination' in files[0].name else 'source'}'s file"
+        else:
+            assert killed, "the guest is nowhere, and nobody was killed"
+            how = "died with its process"
+        if not owners:
+            for peer in (source, destination):
+                if peer.alive:
+                    peer.call("drop_stopped")
+        for peer in killed:
+            fresh = self._fork(peer.name)
+            self.here, self.there = (fresh if p is peer else p for p in (self.here, self.there))
+        if owners:
+            if owners[0] is destination:
+                if self.here.alive:
+                    self.here.call("drop_stopped")
+                self.here, self.there = self.there, self.here
+        elif files:
+            self._use(chance, files, said, story)
+        else:
+            self._start()
+        return how
+
+    def _check_owner(self, owner: Peer, ends: dict[str, End]) -> None:
+        """The words of each side agree with who runs the guest."""
+        source, destination = ends["source"], ends["destination"]
+        if owner is self.here:
+            assert source.failed is not None
+            assert "the guest goes on in passthrough" in source.failed.message
+            if destination.failed is not None:
+                words = ("nothing of the guest is left here", "may have let it go on", "the source has it")
+                assert any(word in destination.failed.message for word in words)
+        else:
+            assert destination.result is not None
+            if source.failed is not None:
+                assert "saved in" in source.failed.message
+
+    def _use(self, chance: random.Random, files: list[Path], said: dict[str, Failed], story: list[str]) -> None:
+        """Run the command that a message names for a file, on one side only."""
+        path = chance.choice(files)
+        lines = [line for failure in said.values() for line in failure.hint.splitlines()]
+        commands = [command for line in lines if (command := _command(line)) and str(path) in command]
+        self.tally.takes += 1
+        if not commands:
+            # its process was killed after it had saved the guest
+            story.append(f"{path}: nobody was left to say")
+            commands = [["vhost-vdpa", "receive", "--take", str(path), self.paths[self.here.name]]]
+        story.append(shlex.join(commands[0]))
+        for other in files:
+            if other != path:
+                other.unlink()
+        device = commands[0][-1]
+        if chance.random() < 0.25:
+            self._run_command(commands[0])
+            self._start()
+            return
+        taker = self.here if self.paths[self.here.name] == device else self.there
+        taker.call("take", path, [device])
+        assert not path.exists()
+        if taker is self.there:
+            self.here, self.there = self.there, self.here
+
+    def _run_command(self, command: list[str]) -> None:
+        """Run it as it is printed; what it reports is sound, and the guest has ended with it."""
+        argv = [*command, "--seconds", "1", "--json"]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def _is_as_before(self) -> None:
+        self.here.call("receives", 20)
+        assert self.there.call("mappings") == 0
+        assert self.there.call("resources") == self._empty[self.there.name]
+        counts = self.here.call("settle")
+        assert {name: counts[name] for name in PERFECT} == PERFECT
+        left = [path.name for path in self.folder.iterdir() if path.suffix != ".half"]
+        assert left == []
+
+    def close(self) -> None:
+        for peer in (self.here, self.there):
+            peer.kill()
+
+
+def _command(line: str) -> list[str] | None:
+    found = re.search(r"vhost-vdpa (send --resume|receive --take) .*", line)
+    return shlex.split(found.group()) if found else None
+
+
+def remount(folder: Path, how: str) -> None:
+    # a file that is being written there keeps it as it is
+    subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=how == "rw", capture_output=True)
