@@ -14,7 +14,20 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-HEADERS = ("vhost_types.h", "vhost.h", "virtio_ring.h", "virtio_net.h", "vring.h", "pages.h", "bench.h", "calls.h")
+HEADERS = (
+    "vhost_types.h",
+    "vhost.h",
+    "virtio_ring.h",
+    "virtio_net.h",
+    "ring.h",
+    "memory.h",
+    "svq.h",
+    "ctrl.h",
+    "nic.h",
+    "pages.h",
+    "bench.h",
+    "calls.h",
+)
 
 _CONSTANT = re.compile(r"#define\s+\w+\s+\d+\b")
 

@@ -22,22 +22,23 @@ uint32_t calls_run(int fd, struct prepared_call *calls, uint32_t count)
 	return i;
 }
 
-void rings_used(const struct vring *rings, uint32_t count, uint16_t *used)
+void rings_remember(const struct vring *rings, uint32_t count,
+		    struct vring_start *starts)
 {
-	uint16_t avail;
 	uint32_t i;
 
 	for (i = 0; i < count; i++)
-		vring_indices(&rings[i], &avail, &used[i]);
+		vring_remember(&rings[i], &starts[i]);
 }
 
 uint32_t rings_in_order(const struct vring *rings, uint32_t count,
-			const uint16_t *since, int64_t settle)
+			const struct vring_start *starts, int64_t settle)
 {
 	uint32_t i;
 
 	for (i = 0; i < count; i++)
-		if (!vring_in_order(&rings[i], since[i], now_ns() + settle))
+		if (!vring_in_order(&rings[i], starts ? &starts[i] : NULL,
+				    now_ns() + settle))
 			break;
 	return i;
 }

@@ -13,14 +13,15 @@ struct prepared_call {
 /* Make them in order until one fails. Returns how many were made without an error. */
 uint32_t calls_run(int fd, struct prepared_call *calls, uint32_t count);
 
-/* The used index of each ring as it stands. */
-void rings_used(const struct vring *rings, uint32_t count, uint16_t *used);
+/* vring_remember() of each ring. */
+void rings_remember(const struct vring *rings, uint32_t count,
+		    struct vring_start *starts);
 /*
- * vring_in_order() of each ring, since the used indices given; settle ns for
+ * vring_in_order() of each ring, since starts (NULL for none); settle ns for
  * each to settle. Returns the first ring that is not in order, or count.
  */
 uint32_t rings_in_order(const struct vring *rings, uint32_t count,
-			const uint16_t *since, int64_t settle);
+			const struct vring_start *starts, int64_t settle);
 /*
  * Whether each base that a device reports lies between the used and the avail
  * index of its ring. Returns the first that does not, or count.

@@ -5,22 +5,6 @@
  */
 #include "ring_access.h"
 
-static void mark(const struct memory_map *m, uint64_t gpa, uint64_t size)
-{
-	uint32_t i;
-
-	for (i = 0; i < m->count; i++) {
-		const struct memory_region *r = &m->regions[i];
-		uint64_t page = (gpa - r->gpa) >> 12;
-
-		if (gpa - r->gpa >= r->size || !r->dirty)
-			continue;
-		for (; page <= (gpa - r->gpa + size - 1) >> 12; page++)
-			__atomic_fetch_or(&r->dirty[page / 64],
-					  1ULL << (page % 64), __ATOMIC_RELAXED);
-	}
-}
-
 void ctrl_guest_start(struct ctrl_guest *g)
 {
 	g->used_idx = load_index(&g->ring.used->idx);
@@ -136,10 +120,10 @@ static int take_chain(struct ctrl_guest *g, struct copy *c)
 
 static void mark_used(const struct ctrl_guest *g)
 {
-	mark(g->memory, g->used_gpa,
-	     offsetof(struct vring_used, ring) +
-		     g->ring.num * sizeof(struct vring_used_elem) +
-		     sizeof(uint16_t));
+	memory_mark(g->memory, g->used_gpa,
+		    offsetof(struct vring_used, ring) +
+			    g->ring.num * sizeof(struct vring_used_elem) +
+			    sizeof(uint16_t));
 }
 
 /* Commands that wait; if there is none, the guest is asked for a notification first. */
@@ -191,7 +175,7 @@ void ctrl_guest_answer(struct ctrl_guest *g, uint8_t ack)
 		&g->ring.used->ring[g->used_idx & (g->ring.num - 1)];
 
 	*g->ack = ack;
-	mark(g->memory, g->ack_gpa, 1);
+	memory_mark(g->memory, g->ack_gpa, 1);
 	u->id = htole32(g->head);
 	u->len = htole32(1);
 	store_index(&g->ring.used->idx, ++g->used_idx);

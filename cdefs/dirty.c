@@ -101,6 +101,31 @@ void pages_take(uint64_t *bits, uint64_t *log, uint64_t words)
 			bits[i] |= __atomic_exchange_n(&log[i], 0, __ATOMIC_SEQ_CST);
 }
 
+uint64_t pages_publish(const uint64_t *bits, uint64_t words, uint64_t first,
+		       uint8_t *log, uint64_t size)
+{
+	uint64_t i, beyond = 0;
+
+	for (i = 0; i < words; i++) {
+		uint64_t left = bits[i];
+
+		while (left) {
+			const unsigned int bit = (unsigned int)__builtin_ctzll(left);
+			const uint64_t page = first + i * 64 + bit;
+			const uint64_t byte = (left >> bit) << (page % 8) & 0xff;
+
+			left &= ~(byte >> (page % 8) << bit);
+			if (page / 8 < size)
+				/* the other side takes bits away: nothing but set them */
+				__atomic_fetch_or(&log[page / 8], (uint8_t)byte,
+						  __ATOMIC_SEQ_CST);
+			else
+				beyond += (uint64_t)__builtin_popcountll(byte);
+		}
+	}
+	return beyond;
+}
+
 /*
  * A relay that finds its page marked writes nothing, so that its look may
  * overtake what it stored in the page. The other side pays for the order, once

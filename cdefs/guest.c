@@ -64,17 +64,3 @@ uint64_t guest_writer_check(const struct guest_writer *w)
 	}
 	return bad;
 }
-
-int vring_open_heads(const struct vring *ring, uint16_t *heads)
-{
-	uint16_t avail, used, n, k;
-
-	vring_indices(ring, &avail, &used);
-	n = avail - used;
-	if (n > ring->num)
-		return -1;
-	for (k = 0; k < n; k++)
-		heads[k] = load_once16(
-			&ring->avail->ring[(uint16_t)(used + k) & (ring->num - 1)]);
-	return n;
-}

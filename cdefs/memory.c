@@ -1,15 +1,84 @@
 /* SPDX-License-Identifier: MIT */
 #define _GNU_SOURCE
+#include <linux/magic.h>
 #include <sys/mman.h>
+#include <sys/vfs.h>
 
+#include "memory_access.h"
 #include "ring_access.h"
-#include "cdefs.h"
+
+#ifndef HUGETLBFS_MAGIC
+#define HUGETLBFS_MAGIC 0x958458f6
+#endif
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
 #endif
 
-uint8_t *map_memory(int fd, uint64_t size, uint64_t align, int *error)
+uint8_t *memory_hva(const struct memory_map *m, uint64_t gpa, uint64_t size)
+{
+	uint32_t found;
+	const struct memory_region *r = search_region(m, &found, gpa);
+
+	if (!r || size > r->size - (gpa - r->gpa))
+		return NULL;
+	return r->hva + (gpa - r->gpa);
+}
+
+uint8_t *memory_part(const struct memory_map *m, uint64_t gpa, uint64_t *size)
+{
+	uint32_t found;
+	const struct memory_region *r = search_region(m, &found, gpa);
+
+	if (!r)
+		return NULL;
+	if (*size > r->size - (gpa - r->gpa))
+		*size = r->size - (gpa - r->gpa);
+	return r->hva + (gpa - r->gpa);
+}
+
+int memory_read(const struct memory_map *m, uint64_t gpa, void *to, uint64_t size)
+{
+	uint8_t *at = to;
+
+	while (size) {
+		uint64_t part = size;
+		const uint8_t *from = memory_part(m, gpa, &part);
+
+		if (!from)
+			return -1;
+		memcpy(at, from, part);
+		at += part;
+		gpa += part;
+		size -= part;
+	}
+	return 0;
+}
+
+void memory_mark(const struct memory_map *m, uint64_t gpa, uint64_t size)
+{
+	uint32_t found;
+
+	while (size) {
+		const struct memory_region *r = search_region(m, &found, gpa);
+		uint64_t *dirty, part;
+
+		if (!r)
+			return;
+		part = r->size - (gpa - r->gpa);
+		part = size < part ? size : part;
+		dirty = dirty_log_of(r);
+		if (dirty)
+			mark_pages(r, dirty, gpa, part);
+		gpa += part;
+		size -= part;
+	}
+}
+
+/* ---------------------------------------------------------------------- */
+
+uint8_t *map_memory(int fd, uint64_t offset, uint64_t size, uint64_t align,
+		    int *error)
 {
 	const int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE :
 				   MAP_SHARED;
@@ -24,7 +93,7 @@ uint8_t *map_memory(int fd, uint64_t size, uint64_t align, int *error)
 	}
 	aligned = (uint8_t *)(((uintptr_t)reserved + align - 1) & ~(align - 1));
 	mapped = mmap(aligned, size, PROT_READ | PROT_WRITE, flags | MAP_FIXED,
-		      fd, 0);
+		      fd, (off_t)offset);
 	if (mapped == MAP_FAILED) {
 		*error = errno;
 		munmap(reserved, size + align);
@@ -34,6 +103,15 @@ uint8_t *map_memory(int fd, uint64_t size, uint64_t align, int *error)
 		munmap(reserved, aligned - reserved);
 	munmap(aligned + size, align - (aligned - reserved));
 	return mapped;
+}
+
+int is_memory_file(int fd)
+{
+	struct statfs s;
+
+	if (fstatfs(fd, &s))
+		return -errno;
+	return s.f_type == TMPFS_MAGIC || s.f_type == HUGETLBFS_MAGIC;
 }
 
 int unmap_memory(uint8_t *address, uint64_t size)

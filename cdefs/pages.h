@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Guest memory on its way to another process: what was written, how it is
- * framed, and that it arrived as it left. Plain declarations, as in vring.h.
+ * framed, and that it arrived as it left. Plain declarations, as in ring.h.
  */
 
 /*
@@ -40,6 +40,14 @@ void pages_mark(uint64_t *bits, uint64_t first, uint64_t count);
 void pages_add(uint64_t *bits, const uint64_t *more, uint64_t words);
 /* Move what is marked in log to bits, while others go on marking. */
 void pages_take(uint64_t *bits, uint64_t *log, uint64_t words);
+/*
+ * Set in a bitmap of size bytes, which another process empties meanwhile, the
+ * bits of the pages that are set in bits: page first + n for bit n, as
+ * vhost-user counts them (byte page / 8, bit page % 8). Returns the pages that
+ * are beyond the bitmap.
+ */
+uint64_t pages_publish(const uint64_t *bits, uint64_t words, uint64_t first,
+		       uint8_t *log, uint64_t size);
 /*
  * After pages_take: whoever found a page marked already has by now made
  * visible what it wrote there before it looked. once before the first use.

@@ -7,103 +7,8 @@
 #define _GNU_SOURCE
 #include <stdlib.h>
 
+#include "memory_access.h"
 #include "ring_access.h"
-
-#define DIRTY_PAGE_SHIFT 12
-
-static const struct memory_region *search_region(const struct memory_map *m,
-						 uint32_t *hint, uint64_t gpa)
-{
-	uint32_t low = 0, high = m->count;
-
-	while (low < high) {
-		uint32_t middle = (low + high) / 2;
-		const struct memory_region *r = &m->regions[middle];
-
-		if (gpa < r->gpa) {
-			high = middle;
-		} else if (gpa - r->gpa >= r->size) {
-			low = middle + 1;
-		} else {
-			*hint = middle;
-			return r;
-		}
-	}
-	return NULL;
-}
-
-/* *hint is below m->count and tells afterwards which region it is */
-static inline const struct memory_region *
-find_region(const struct memory_map *m, uint32_t *hint, uint64_t gpa)
-{
-	const struct memory_region *r = &m->regions[*hint];
-
-	if (gpa - r->gpa < r->size)
-		return r;
-	return search_region(m, hint, gpa);
-}
-
-uint8_t *memory_hva(const struct memory_map *m, uint64_t gpa, uint64_t size)
-{
-	uint32_t hint = 0;
-	const struct memory_region *r = find_region(m, &hint, gpa);
-
-	if (!r || size > r->size - (gpa - r->gpa))
-		return NULL;
-	return r->hva + (gpa - r->gpa);
-}
-
-uint8_t *memory_part(const struct memory_map *m, uint64_t gpa, uint64_t *size)
-{
-	uint32_t hint = 0;
-	const struct memory_region *r = find_region(m, &hint, gpa);
-
-	if (!r)
-		return NULL;
-	if (*size > r->size - (gpa - r->gpa))
-		*size = r->size - (gpa - r->gpa);
-	return r->hva + (gpa - r->gpa);
-}
-
-int memory_read(const struct memory_map *m, uint64_t gpa, void *to, uint64_t size)
-{
-	uint8_t *at = to;
-
-	while (size) {
-		uint64_t part = size;
-		const uint8_t *from = memory_part(m, gpa, &part);
-
-		if (!from)
-			return -1;
-		memcpy(at, from, part);
-		at += part;
-		gpa += part;
-		size -= part;
-	}
-	return 0;
-}
-
-static inline void mark_region(const struct memory_region *r, uint64_t gpa,
-			       uint64_t len)
-{
-	/* a log that ends meanwhile keeps its memory */
-	uint64_t *dirty = __atomic_load_n(&r->dirty, __ATOMIC_RELAXED);
-	uint64_t page = (gpa - r->gpa) >> DIRTY_PAGE_SHIFT;
-	uint64_t last = (gpa - r->gpa + len - 1) >> DIRTY_PAGE_SHIFT;
-
-	if (!dirty)
-		return;
-	/* written first, looked at then; see pages_barrier for the CPU's part */
-	__atomic_signal_fence(__ATOMIC_SEQ_CST);
-	for (; page <= last; page++) {
-		uint64_t *word = &dirty[page / 64];
-		uint64_t bit = 1ULL << (page % 64);
-
-		/* most pages are dirty already, and reading is cheaper */
-		if (!(__atomic_load_n(word, __ATOMIC_RELAXED) & bit))
-			__atomic_fetch_or(word, bit, __ATOMIC_RELAXED);
-	}
-}
 
 /* what we write into the guest's own rings */
 static void mark_ring(struct svq *q, uint64_t gpa, uint64_t len)
@@ -111,75 +16,10 @@ static void mark_ring(struct svq *q, uint64_t gpa, uint64_t len)
 	uint32_t hint = q->last_region;
 	const struct memory_region *r = find_region(q->memory, &hint, gpa);
 
-	if (r && r->dirty)
-		mark_region(r, gpa, len);
-}
+	uint64_t *const dirty = r ? dirty_log_of(r) : NULL;
 
-/* ---------------------------------------------------------------------- */
-
-void vring_indices(const struct vring *ring, uint16_t *avail, uint16_t *used)
-{
-	*used = load_index(&ring->used->idx);
-	*avail = load_index(&ring->avail->idx);
-}
-
-static int matches_in_order(const struct vring *ring, uint16_t since)
-{
-	const uint16_t mask = ring->num - 1;
-	uint16_t avail, used, k;
-
-	vring_indices(ring, &avail, &used);
-	/* a slot of the avail ring shows what it held until the guest writes it again */
-	k = avail - ring->num;
-	if ((uint16_t)(used - since) < (uint16_t)(used - k))
-		k = since;
-	for (; k != used; k++)
-		if (load_once16(&ring->avail->ring[k & mask]) !=
-		    load_once32(&ring->used->ring[k & mask].id))
-			return 0;
-	return 1;
-}
-
-/*
- * Whether a head is twice among those that are open if the device keeps order.
- * A driver gives a head again only when it was used: the first of the two was,
- * and something before it was not. A driver that refills its ring leaves
- * nothing else to see. Slots between the indices are not written meanwhile.
- */
-static int open_twice(const struct vring *ring)
-{
-	uint64_t seen[RING_MAX / 64] = { 0 };
-	uint16_t avail, k;
-
-	vring_indices(ring, &avail, &k);
-	if ((uint16_t)(avail - k) > ring->num)
-		return 0;
-	for (; k != avail; k++) {
-		const uint16_t head = load_once16(&ring->avail->ring[k & (ring->num - 1)]);
-
-		if (head >= ring->num)
-			continue;
-		if (seen[head / 64] & 1ULL << (head % 64))
-			return 1;
-		seen[head / 64] |= 1ULL << (head % 64);
-	}
-	return 0;
-}
-
-int vring_in_order(const struct vring *ring, uint16_t since, int64_t deadline)
-{
-	for (;;) {
-		/* in this order: what a refill takes from the first, the second sees */
-		const int matches = matches_in_order(ring, since);
-
-		if (open_twice(ring))
-			return 0;
-		if (matches)
-			return 1;
-		if (now_ns() >= deadline)
-			return 0;
-		poll(NULL, 0, 1);
-	}
+	if (dirty)
+		mark_pages(r, dirty, gpa, len);
 }
 
 void svq_start(struct svq *q)
@@ -205,7 +45,7 @@ void svq_start(struct svq *q)
 	q->device_used = 0;
 	q->last_region = 0;
 	q->broken = SVQ_OK;
-	q->stalled = 0;
+	q->spans = 0;
 }
 
 /* ---------------------------------------------------------------------- */
@@ -215,45 +55,87 @@ struct chain {
 	uint16_t pieces;
 	uint16_t order;		/* VRING_DESC_F_WRITE once one was writable */
 	uint32_t writable;
+	uint32_t buffers;
+	int joined;		/* pieces that can be joined are */
 };
+
+static void join_pieces(struct svq *q, struct chain *c)
+{
+	uint16_t to = 0, from;
+
+	for (from = 1; from < c->pieces; from++) {
+		if (q->pieces[from].joins)
+			q->pieces[to].len += q->pieces[from].len;
+		else
+			q->pieces[++to] = q->pieces[from];
+	}
+	c->pieces = to + 1;
+	c->joined = 1;
+	q->spans = 1;
+}
+
+/*
+ * Lay a piece aside. A chain may be as long as the ring, and cutting it at
+ * region boundaries makes it longer: then pieces that lie side by side for the
+ * device too are made one again.
+ */
+static int add_piece(struct svq *q, struct chain *c, const struct svq_piece *p)
+{
+	if (c->pieces == q->device.num && !c->joined)
+		join_pieces(q, c);
+	if (p->joins && c->joined)
+		q->pieces[c->pieces - 1].len += p->len;
+	else if (c->pieces < q->device.num)
+		q->pieces[c->pieces++] = *p;
+	else
+		return c->buffers > q->guest.num ? SVQ_BAD_CHAIN : SVQ_NO_ROOM;
+	return SVQ_OK;
+}
 
 /* Check one guest buffer and cut it at region boundaries; 0, or why not. */
 static inline int add_buffer(struct svq *q, struct chain *c,
 			     const struct vring_desc *d)
 {
 	const uint16_t write = d->flags & VRING_DESC_F_WRITE;
-	uint64_t gpa = d->addr;
-	uint32_t left = d->len;
+	uint64_t gpa = d->addr, behind = 0;
+	uint32_t left = d->len, part;
+	int bad;
 
 	if (!left)
 		return SVQ_ZERO_LENGTH;
 	if (c->order & ~write)
 		return SVQ_BAD_ORDER;
 	c->order = write;
-	c->writable += write ? left : 0;
-	for (;;) {
+	/* a chain of 4 GiB must not count as one that the device does not write */
+	if (write && __builtin_add_overflow(c->writable, left, &c->writable))
+		c->writable = UINT32_MAX;
+	c->buffers++;
+	for (; left; gpa += part, left -= part) {
 		const struct memory_region *r =
 			find_region(q->memory, &q->last_region, gpa);
 		uint64_t at, room;
 
 		if (!r)
 			return SVQ_BAD_ADDRESS;
-		if (c->pieces == q->device.num)
-			return SVQ_BAD_CHAIN;
 		at = gpa - r->gpa;
 		room = r->size - at;
-		q->pieces[c->pieces++] = (struct svq_piece){
-			.gpa = gpa,
-			.iova = r->iova + at,
-			.len = left <= room ? left : (uint32_t)room,
-			.region = q->last_region * 2 + write / VRING_DESC_F_WRITE,
-			.flags = write,
-		};
-		if (left <= room)
-			return SVQ_OK;
-		left -= (uint32_t)room;
-		gpa += room;
+		part = left <= room ? left : (uint32_t)room;
+		bad = add_piece(q, c,
+				&(struct svq_piece){
+					.gpa = gpa,
+					.iova = r->iova + at,
+					.len = part,
+					.region = q->last_region * 2 +
+						  write / VRING_DESC_F_WRITE,
+					.flags = write,
+					.joins = gpa != d->addr &&
+						 r->iova + at == behind,
+				});
+		if (bad)
+			return bad;
+		behind = r->iova + at + part;
 	}
+	return SVQ_OK;
 }
 
 /* The chain in an indirect table, which is guest memory like any other. */
@@ -453,7 +335,6 @@ static uint32_t forward_burst(struct svq *q, struct forward *f, uint16_t pending
 		if (c.pieces > f->free_count) {
 			/* last_avail stays: the chain is read anew once
 			 * the device has returned some */
-			q->stalled = 1;
 			q->stalls++;
 			break;
 		}
@@ -487,7 +368,6 @@ uint32_t svq_forward(struct svq *q)
 		q->broken = SVQ_BAD_AVAIL_IDX;
 		return 0;
 	}
-	q->stalled = 0;
 	done = forward_burst(q, &f, pending);
 	if (done) {
 		uint16_t old = q->device_avail;
@@ -507,16 +387,25 @@ uint32_t svq_forward(struct svq *q)
 /* Device to guest                                                         */
 
 /* All that the device could have written is marked, whatever it claims. */
-static inline void mark_element(const struct svq *q, uint16_t head, uint16_t left)
+static inline void mark_element(const struct svq *q, uint16_t head, uint16_t left,
+				int spans)
 {
 	uint16_t i = head;
 
 	for (; left; left--, i = q->next[i]) {
 		const struct svq_segment *s = &q->segments[i];
 		const struct memory_region *r = &q->memory->regions[s->region / 2];
+		uint64_t *dirty;
 
-		if (s->region & 1 && r->dirty)
-			mark_region(r, s->gpa, s->len);
+		if (!(s->region & 1))
+			continue;
+		if (spans) {
+			memory_mark(q->memory, s->gpa, s->len);
+			continue;
+		}
+		dirty = dirty_log_of(r);
+		if (dirty)
+			mark_pages(r, dirty, s->gpa, s->len);
 	}
 }
 
@@ -549,7 +438,9 @@ static void call_guest(struct svq *q, uint16_t old)
 	q->calls++;
 }
 
-static uint32_t return_burst(struct svq *q, uint16_t pending)
+/* Built twice: a call to mark what spans regions would cost all others registers. */
+static __attribute__((always_inline)) inline uint32_t
+return_burst(struct svq *q, uint16_t pending, const int spans)
 {
 	const struct vring_used_elem *const from = q->device.used->ring;
 	struct vring_used_elem *const to = q->guest.used->ring;
@@ -571,7 +462,7 @@ static uint32_t return_burst(struct svq *q, uint16_t pending)
 			break;
 		}
 		if (e->writable)
-			mark_element(q, (uint16_t)id, e->segments);
+			mark_element(q, (uint16_t)id, e->segments, spans);
 		if (len > e->writable) {
 			/* a device must not claim more than it was lent */
 			len = e->writable;
@@ -605,7 +496,7 @@ uint32_t svq_return(struct svq *q)
 		q->broken = SVQ_BAD_USED_IDX;
 		return 0;
 	}
-	done = return_burst(q, pending);
+	done = q->spans ? return_burst(q, pending, 1) : return_burst(q, pending, 0);
 	if (done) {
 		store_index(&q->guest.used->idx, q->used_idx);
 		mark_used(q, old, done);
@@ -637,13 +528,14 @@ void svq_want_notifications(struct svq *q, int on)
 	}
 }
 
-static int by_order(const void *a, const void *b, void *elements)
+/* Oldest first. Counted back from now, so that an element that is held for long stays the oldest. */
+static int by_age(const void *a, const void *b, void *queue)
 {
-	const struct svq_element *e = elements;
-	int32_t apart = (int32_t)(e[*(const uint16_t *)a].order -
-				  e[*(const uint16_t *)b].order);
+	const struct svq *q = queue;
+	const uint32_t one = q->given - q->elements[*(const uint16_t *)a].order;
+	const uint32_t other = q->given - q->elements[*(const uint16_t *)b].order;
 
-	return (apart > 0) - (apart < 0);
+	return (one < other) - (one > other);
 }
 
 /*
@@ -658,7 +550,7 @@ uint16_t svq_in_flight(const struct svq *q, uint16_t *heads)
 	for (i = 0; i < q->device.num; i++)
 		if (q->elements[i].segments)
 			heads[n++] = (uint16_t)i;
-	qsort_r(heads, n, sizeof(*heads), by_order, q->elements);
+	qsort_r(heads, n, sizeof(*heads), by_age, (void *)q);
 	for (k = 0; k < n; k++)
 		heads[k] = q->elements[heads[k]].guest_head;
 	return n;

@@ -29,7 +29,8 @@ from .chardev.iotlb import AddressSpace, Iotlb, Limits
 from .device.net import State, VdpaNetDevice
 from .guest.synthetic import GuestOptions
 from .host.mgmt import list_devices
-from .memory.guest import GuestMemory
+from .memory.guest import FileRegion, GuestMemory
+from .memory.log import SharedLog
 from .migration.local import Options, migrate
 from .migration.source import SendOptions
 from .probe.probe import Probe
@@ -44,6 +45,7 @@ __all__ = [
     "DeviceBusy",
     "DeviceClosed",
     "Event",
+    "FileRegion",
     "GuestMemory",
     "GuestOptions",
     "Iotlb",
@@ -61,6 +63,7 @@ __all__ = [
     "Probe",
     "QueueBroken",
     "SendOptions",
+    "SharedLog",
     "State",
     "Status",
     "Trace",

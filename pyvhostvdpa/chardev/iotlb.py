@@ -233,8 +233,6 @@ class Batch:
         limits = self._limits
         if size <= 0 or size % PAGE_SIZE or iova % PAGE_SIZE or uaddr % PAGE_SIZE:
             raise MapRejected(f"{what}: IOVA, size and address {uaddr:#x} must be multiples of {PAGE_SIZE}")
-        if iova == 0:
-            raise MapRejected(f"{what}: IOVA 0 is never used, some devices dislike it")
         if iova < limits.first or iova + size - 1 > limits.last:
             raise MapRejected(f"{what}: outside the device's range {limits.first:#x}-{limits.last:#x}")
 

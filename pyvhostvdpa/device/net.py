@@ -25,7 +25,7 @@ from ..net.features import CONTROL, SUPPORTED, Feature, negotiate
 from ..net.guest_config import GuestConfig
 from ..trace.recorder import DeviceTrace, Trace
 from ..virtqueue.layout import GuestQueue
-from ..virtqueue.shadow import RelayOptions, ShadowVirtqueue
+from ..virtqueue.serving import RelayOptions, RingServer
 from .groups import probe_groups
 from .procedure import best
 from .procedure.base import OWN_ASID, Procedure, State, Target
@@ -122,8 +122,8 @@ class VdpaNetDevice(Closing):
         return State.CLOSED if self.chardev.closed else self._procedure.state
 
     @property
-    def shadows(self) -> Sequence[ShadowVirtqueue]:
-        """The shadow virtqueues, by queue index; none in passthrough."""
+    def shadows(self) -> Sequence[RingServer]:
+        """What serves the guest's rings, by queue index; nothing in passthrough."""
         return self._procedure.shadows
 
     @property

@@ -11,10 +11,10 @@ from ..virtqueue.layout import GuestQueue, SplitLayout
 
 
 class GuestArena:
-    """Hands out guest memory, upwards from ``start``: the first region, or ``size`` bytes of it."""
+    """Hands out guest memory, upwards from ``start``: the largest region, or ``size`` bytes from ``start`` on."""
 
     def __init__(self, memory: GuestMemory, start: int | None = None, size: int | None = None) -> None:
-        region = memory.regions[0]
+        region = max(memory.regions, key=lambda each: each.size)
         self.start: int = region.gpa if start is None else start
         self._next: int = self.start
         self._end: int = region.end if size is None else self.start + size

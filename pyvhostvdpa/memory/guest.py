@@ -10,14 +10,16 @@ contiguous run and kernels limit the entries.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NewType
+from typing import Any, NewType, Self
 
 import psutil
 
@@ -38,7 +40,7 @@ GUEST_PAGE: int = lib.GUEST_PAGE
 """What dirty pages are counted in, on every machine."""
 HUGE_PAGE = 2 << 20
 DEFAULT_GPA = Gpa(1 << 30)
-"""Where guest RAM starts unless told otherwise. Not 0: some devices dislike IOVA 0."""
+"""Where the synthetic guest's RAM starts. Not 0: some devices take IOVA 0 for no address."""
 
 
 def _huge_flags(size: int) -> int:
@@ -74,7 +76,7 @@ class MappedMemory(Closing):
     def _map(self, align: int, fd: int = -1) -> None:
         """Map a file, or private memory without one."""
         error = ffi.new("int *")
-        self._address = lib.map_memory(fd, self.size, align, error)
+        self._address = lib.map_memory(fd, 0, self.size, align, error)
         if self._address == ffi.NULL:
             raise MissingFeature(f"cannot map {self.size} bytes of memory: {os.strerror(error[0])}")
 
@@ -85,11 +87,24 @@ class MappedMemory(Closing):
             )
 
     @property
+    def buffer(self) -> memoryview:
+        """The memory's bytes. Rings are not to be touched through it."""
+        return memoryview(ffi.buffer(ffi.cast("char *", self.hva), self.size))
+
+    @property
     def hva(self) -> Hva:
         """Where the memory starts in this process."""
         if self._address == ffi.NULL:
             raise DeviceClosed("memory used after close()")
         return Hva(int(ffi.cast("uintptr_t", self._address)))
+
+    def populate(self, progress: Progress = lambda done: None) -> None:
+        """Allocate every page now; :class:`MissingFeature` if the machine has not that much memory."""
+        start = ffi.cast("uint8_t *", self.hva)
+        for done in range(0, self.size, _POPULATE_STEP):
+            step = min(_POPULATE_STEP, self.size - done)
+            self._check_populated(lib.populate(start + done, step))
+            progress(step)
 
     def runs(self, offset: int = 0, size: int | None = None) -> int:
         """Return the physically contiguous runs of all or a part, 0 if this process may not know (needs root)."""
@@ -116,21 +131,71 @@ class SharedMemory(MappedMemory):
         self._map_file(name, _huge_flags(self.size), HUGE_PAGE)
         lib.advise_huge(self._address, self.size)
         try:
-            self._populate(progress)
+            self.populate(progress)
         except BaseException:
             self.close()
             raise
 
-    def _populate(self, progress: Progress) -> None:
-        for done in range(0, self.size, _POPULATE_STEP):
-            step = min(_POPULATE_STEP, self.size - done)
-            self._check_populated(lib.populate(self._address + done, step))
-            progress(step)
+
+class FileMemory(MappedMemory):
+    """``size`` bytes of a memory file from ``offset`` on, mapped shared: a memfd handed over by another process.
+
+    The descriptor stays the caller's and may be closed afterwards. Pages that
+    nobody has touched are not allocated before :meth:`populate`. Raises :class:`MissingFeature`
+    if the file is not memory (tmpfs, memfd or hugetlbfs), is shorter than
+    that, or cannot be mapped; ValueError if ``offset`` or ``size`` are not
+    whole pages. A file that its owner can shrink ends this process with
+    SIGBUS when it does: see :attr:`sealed`.
+    """
+
+    def __init__(self, fd: int, offset: int, size: int) -> None:
+        super().__init__(size)
+        if size <= 0 or offset < 0 or size % PAGE_SIZE or offset % PAGE_SIZE:
+            raise ValueError(f"{size:#x} bytes at offset {offset:#x} are not whole pages of {PAGE_SIZE} bytes")
+        kind = lib.is_memory_file(fd)
+        if kind <= 0:
+            why = os.strerror(-kind) if kind else "it is neither tmpfs nor hugetlbfs"
+            raise MissingFeature(
+                f"descriptor {fd} cannot be guest memory: {why}",
+                hint="share a memfd, or a file in /dev/shm or in hugetlbfs",
+            )
+        status = os.fstat(fd)
+        if offset + size > status.st_size:
+            raise MissingFeature(
+                f"descriptor {fd} has {status.st_size:#x} bytes; guest memory would reach to {offset + size:#x}"
+            )
+        self.sealed = _cannot_shrink(fd)
+        """Whether the kernel keeps the file from becoming shorter."""
+        # hugetlbfs maps whole pages of its own size only, and other files get huge pages only where
+        # the address is as far from the start of one as the offset is
+        page = max(status.st_blksize, HUGE_PAGE)
+        self._skip = offset % page
+        self._mapped = -(-(self._skip + size) // page) * page
+        error = ffi.new("int *")
+        self._address = lib.map_memory(fd, offset - self._skip, self._mapped, page, error)
+        if self._address == ffi.NULL:
+            raise MissingFeature(f"cannot map {size:#x} bytes of descriptor {fd}: {os.strerror(error[0])}")
+        # for pages that are allocated from here on; EINVAL where the file has huge pages of its own
+        lib.advise_huge(self._address, self._mapped)
 
     @property
-    def buffer(self) -> memoryview:
-        """The memory's bytes. Rings are not to be touched through it."""
-        return memoryview(ffi.buffer(self._address, self.size))
+    def hva(self) -> Hva:
+        """Where the memory starts in this process."""
+        return Hva(super().hva + self._skip)
+
+    def close(self) -> None:
+        """Unmap; see :meth:`MappedMemory.close`."""
+        if self._address != ffi.NULL:
+            address, self._address = self._address, ffi.NULL
+            lib.unmap_memory(address, self._mapped)
+
+
+def _cannot_shrink(fd: int) -> bool:
+    try:
+        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:
+        # EINVAL: a file that cannot be sealed
+        return False
 
 
 def check_available(size: int, copies: int = 1) -> None:
@@ -168,7 +233,7 @@ class Region:
     """A piece of guest memory."""
 
     gpa: Gpa
-    memory: SharedMemory
+    memory: MappedMemory
 
     @property
     def size(self) -> int:
@@ -198,21 +263,77 @@ def bitmap_words(size: int) -> int:
     return -(-size // (GUEST_PAGE * 64))
 
 
+@dataclass(frozen=True, slots=True)
+class FileRegion:
+    """A piece of guest memory in a file of another process: ``size`` bytes at ``offset`` of ``fd``, from ``gpa`` on."""
+
+    gpa: int
+    size: int
+    fd: int
+    offset: int = 0
+
+
+def _check_layout(layout: Sequence[tuple[int, int]]) -> None:
+    """Raise ValueError if regions (GPA, bytes), sorted and in whole pages, cannot be guest memory."""
+    if not layout:
+        raise ValueError("guest memory has no regions")
+    for gpa, size in layout:
+        if size <= 0 or gpa < 0 or gpa + size >= 1 << 64:
+            raise ValueError(f"{size:#x} bytes at {gpa:#x} cannot be guest memory")
+    for (gpa, size), (following, _) in pairwise(layout):
+        if gpa + size > following:
+            raise ValueError(f"guest memory regions overlap at {following:#x}")
+    for gpa, _ in layout:
+        if gpa % PAGE_SIZE:
+            raise ValueError(f"guest memory at {gpa:#x} does not start on a page of {PAGE_SIZE} bytes")
+
+
 class GuestMemory(Closing):
-    """The guest's RAM: regions by GPA, mapped here, described for the C loops."""
+    """The guest's RAM: regions by GPA, mapped here, described for the C loops.
+
+    ``layout`` is (GPA, bytes) of each region, in any order and from GPA 0 on;
+    sizes are rounded up to pages. Raises ValueError if there is none, if one
+    does not start on a page, or if regions overlap; :class:`MissingFeature`
+    if the machine has not that much memory.
+    """
 
     def __init__(self, layout: Sequence[tuple[Gpa, int]], progress: Progress = lambda done: None) -> None:
-        ordered = sorted(layout)
-        for (gpa, size), (following, _) in pairwise(ordered):
-            if gpa + size > following:
-                raise ValueError(f"guest memory regions overlap at {following:#x}")
+        ordered = [(gpa, -(-size // PAGE_SIZE) * PAGE_SIZE) for gpa, size in sorted(layout)]
+        _check_layout(ordered)
         check_available(sum(size for _, size in ordered))
+        self._take((gpa, partial(SharedMemory, "guest-ram", size, progress)) for gpa, size in ordered)
+
+    @classmethod
+    def from_files(cls, regions: Iterable[FileRegion], populate: bool = True) -> Self:
+        """Map guest memory that another process shares; see :class:`FileMemory` for what is raised beside ValueError.
+
+        The descriptors stay the caller's. Closing unmaps here and nowhere else.
+        With ``populate`` every page is allocated, as a device that pins pages
+        does anyway: only then is it known beforehand how many entries of the
+        device's IOTLB a map takes. A device that works on user addresses does
+        not need it.
+        """
+        ordered = sorted(regions, key=lambda each: each.gpa)
+        _check_layout([(each.gpa, each.size) for each in ordered])
+        memory = cls.__new__(cls)
+        memory._take((Gpa(each.gpa), partial(FileMemory, each.fd, each.offset, each.size)) for each in ordered)
+        if populate:
+            try:
+                for region in memory.regions:
+                    region.memory.populate()
+            except BaseException:
+                memory.close()
+                raise
+        return memory
+
+    def _take(self, pieces: Iterable[tuple[Gpa, Callable[[], MappedMemory]]]) -> None:
+        """Map every region and describe it for the C loops."""
         self.regions: list[Region] = []
         self._dirty: list[Any] = []
         self._translations: weakref.WeakSet[Translation] = weakref.WeakSet()
         try:
-            for gpa, size in ordered:
-                self.regions.append(Region(gpa, SharedMemory("guest-ram", size, progress)))
+            for gpa, make in pieces:
+                self.regions.append(Region(gpa, make()))
         except BaseException:
             self.close()
             raise

@@ -102,4 +102,6 @@ def ring_bits(features: Feature) -> int:
         bits |= lib.SVQ_F_EVENT_IDX
     if Feature.INDIRECT_DESC in features:
         bits |= lib.SVQ_F_INDIRECT
+    if Feature.RING_PACKED in features:
+        bits |= lib.SVQ_F_PACKED
     return bits

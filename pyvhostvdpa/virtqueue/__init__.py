@@ -3,3 +3,11 @@
 
 Python places rings and decides; every access to one is in C (``cdefs/``).
 """
+
+from .serving import Serving
+from .shadow import Relays, ShadowVirtqueue
+
+SHADOWED = Serving(ShadowVirtqueue, Relays)
+"""Every element goes through a ring in this process's memory: see :mod:`~pyvhostvdpa.virtqueue.shadow`."""
+
+__all__ = ["SHADOWED"]

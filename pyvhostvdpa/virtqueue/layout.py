@@ -42,9 +42,12 @@ class RingLayout(Protocol):
         """Bytes of both areas."""
 
 
-def ring_layout(num: int, packed: bool = False) -> RingLayout:
-    """Return the layout of a ring in the format negotiated; :class:`MissingFeature` for a packed one."""
-    if packed:
+def ring_layout(num: int, features: int) -> RingLayout:
+    """Return the layout of a ring of ``num`` descriptors with the ring features negotiated (``SVQ_F_*``).
+
+    Raises :class:`MissingFeature` for a packed ring, ValueError for a size that is not allowed.
+    """
+    if features & lib.SVQ_F_PACKED:
         raise MissingFeature("packed rings cannot be shadowed: negotiate without VIRTIO_F_RING_PACKED")
     return SplitLayout(num)
 
@@ -135,8 +138,33 @@ def indices(queue: GuestQueue, memory: GuestMemory) -> tuple[int, int]:
     return int(avail[0]), int(used[0])
 
 
-def in_order(queue: GuestQueue, memory: GuestMemory, since: int) -> bool:
-    """Whether a device that stands still has used a ring in order from the used index ``since`` on."""
+class RingStart:
+    """What a guest's ring held when a device was started on it: see :func:`in_order`.
+
+    Indices have 16 bits, so a used index alone does not tell whether a slot
+    was written before the start or 65,536 elements later.
+    """
+
+    def __init__(self, queue: GuestQueue, memory: GuestMemory) -> None:
+        ring = ffi.new("struct vring *")
+        map_queue(ring, queue, memory)
+        self._slots = ffi.new("uint16_t[]", queue.num), ffi.new("uint32_t[]", queue.num)
+        self.c = ffi.new("struct vring_start *", {"avail": self._slots[0], "used": self._slots[1]})
+        lib.vring_remember(ring, self.c)
+
+    @property
+    def used_index(self) -> int:
+        """The used index: where a device starts."""
+        return int(self.c.used_idx)
+
+
+def in_order(queue: GuestQueue, memory: GuestMemory, start: RingStart | None) -> bool:
+    """Return whether a stopped device has used a ring in order since ``start``.
+
+    Only what the ring still shows is compared. Without a ``start`` every slot
+    counts, also those that were used before the device was started.
+    """
     ring = ffi.new("struct vring *")
     map_queue(ring, queue, memory)
-    return bool(lib.vring_in_order(ring, since, time.monotonic_ns() + SETTLE_NS))
+    remembered = ffi.NULL if start is None else start.c
+    return bool(lib.vring_in_order(ring, remembered, time.monotonic_ns() + SETTLE_NS))

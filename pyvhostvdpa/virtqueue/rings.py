@@ -17,22 +17,33 @@ class GuestRings:
         self.queues = tuple(queues)
         count = len(self.queues)
         self._rings = ffi.new("struct vring[]", count)
-        self._used = ffi.new("uint16_t[]", count)
-        self._since = ffi.new("uint16_t[]", count)
+        self._starts = ffi.new("struct vring_start[]", count)
         self._bases = ffi.new("uint16_t[]", count)
-        for ring, queue in zip(self._rings, self.queues, strict=True):
+        self._slots = []
+        self._remembered = False
+        for ring, start, queue in zip(self._rings, self._starts, self.queues, strict=True):
             map_queue(ring, queue, memory)
+            slots = ffi.new("uint16_t[]", queue.num), ffi.new("uint32_t[]", queue.num)
+            start.avail, start.used = slots
+            self._slots.append(slots)
 
-    def used(self) -> list[int]:
-        """Return the used index of each ring as it stands, in the queues' order."""
-        lib.rings_used(self._rings, len(self.queues), self._used)
-        return list(self._used)
+    def remember(self) -> list[int]:
+        """Remember what every ring holds, before a device is started; return their used indices, in the queues' order.
 
-    def in_order(self, since: Sequence[int]) -> bool:
-        """Whether a device that stands still has used every ring in order from these used indices on."""
-        count = len(self.queues)
-        self._since[0:count] = since
-        return bool(lib.rings_in_order(self._rings, count, self._since, SETTLE_NS) == count)
+        See :class:`~pyvhostvdpa.virtqueue.layout.RingStart`.
+        """
+        lib.rings_remember(self._rings, len(self.queues), self._starts)
+        self._remembered = True
+        return [int(start.used_idx) for start in self._starts]
+
+    def out_of_order(self) -> GuestQueue | None:
+        """Return the first queue that a stopped device has not used in order since it was started, None for none.
+
+        See :func:`~pyvhostvdpa.virtqueue.layout.in_order`.
+        """
+        starts = self._starts if self._remembered else ffi.NULL
+        wrong: int = lib.rings_in_order(self._rings, len(self.queues), starts, SETTLE_NS)
+        return self.queues[wrong] if wrong < len(self.queues) else None
 
     def hold(self, bases: Sequence[int]) -> bool:
         """Whether the bases that a device reports lie between used and avail index of each ring."""

@@ -13,13 +13,15 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .._cdefs import ffi, lib
 from ..base.errors import QueueBroken
 from ..memory.guest import GuestMemory, Translation
 from .layout import GuestQueue, fill_vring, map_queue, ring_layout
+from .serving import RelayOptions, RingServer
+
+__all__ = ["Relay", "RelayOptions", "Relays", "ShadowVirtqueue", "reason"]
 
 _REASONS = {
     "SVQ_BAD_AVAIL_IDX": "guest: avail.idx moved by more than the ring size",
@@ -32,6 +34,7 @@ _REASONS = {
     "SVQ_BAD_USED_IDX": "device: used.idx moved by more than the ring size",
     "SVQ_BAD_USED_ID": "device: used id that it was not given",
     "SVQ_BAD_EVENTFD": "an eventfd of the queue was closed under the relay",
+    "SVQ_NO_ROOM": "a chain does not fit the shadow ring: its buffers cross regions that are apart for the device",
 }
 
 _SLICE_NS = 500_000_000
@@ -66,7 +69,7 @@ class ShadowVirtqueue:
     ) -> None:
         self.queue = queue
         self.area = area
-        layout = self.layout = ring_layout(queue.num)
+        layout = self.layout = ring_layout(queue.num, features)
         self.kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.call = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._memory = translation or memory
@@ -175,19 +178,14 @@ class Relay:
             self._wake = -1
 
 
-@dataclass(frozen=True, slots=True)
-class RelayOptions:
-    """How shadow virtqueues are served: ``threads`` at most, ``busy_poll`` in seconds (see :class:`Relay`)."""
-
-    threads: int = 1
-    busy_poll: float = 0.0
-
-
 class Relays:
     """Relays for the queues of one device: RX and TX of a pair stay together, pairs are spread over threads."""
 
-    def __init__(self, queues: Sequence[ShadowVirtqueue], options: RelayOptions, config_call: int = -1) -> None:
-        pairs = [queues[i : i + 2] for i in range(0, len(queues), 2)]
+    def __init__(self, queues: Sequence[RingServer], options: RelayOptions, config_call: int = -1) -> None:
+        shadows = [queue for queue in queues if isinstance(queue, ShadowVirtqueue)]
+        if len(shadows) != len(queues):
+            raise TypeError("the relay serves shadow virtqueues only")
+        pairs = [shadows[i : i + 2] for i in range(0, len(shadows), 2)]
         count = max(1, min(options.threads, len(pairs)))
         shares = [[queue for pair in pairs[k::count] for queue in pair] for k in range(count)]
         self._relays = [Relay(share, options.busy_poll, config_call) for share in shares]

@@ -13,14 +13,75 @@
 
 #define REGIONS 3
 
-static int is_guest_memory(const struct model *m, uint64_t iova, uint32_t len)
+static const struct memory_region *region_of(const struct model *m, uint64_t iova)
 {
 	uint32_t i;
 
 	for (i = 0; i < m->map.count; i++)
 		if (iova - m->regions[i].iova < MODEL_REGION)
-			return len <= MODEL_REGION - (iova - m->regions[i].iova);
-	return 0;
+			return &m->regions[i];
+	return NULL;
+}
+
+/* A buffer may reach into the next region where that is next for the device too. */
+static int is_guest_memory(const struct model *m, uint64_t iova, uint32_t len)
+{
+	while (len) {
+		const struct memory_region *r = region_of(m, iova);
+		uint64_t part;
+
+		if (!r)
+			return 0;
+		part = MODEL_REGION - (iova - r->iova);
+		part = len < part ? len : part;
+		iova += part;
+		len -= (uint32_t)part;
+	}
+	return 1;
+}
+
+static int is_marked(const struct memory_region *r, uint64_t at)
+{
+	const uint64_t page = at / 4096;
+
+	return r->dirty[page / 64] >> page % 64 & 1;
+}
+
+/* What the device could write is marked once it says that it has. */
+static void check_marked(const struct model *m, uint64_t iova, uint32_t len)
+{
+	const struct memory_region *r;
+	uint64_t i;
+
+	for (i = 0; i < len; i += 4096) {
+		r = region_of(m, iova + i);
+		CHECK(is_marked(r, iova + i - r->iova));
+	}
+	r = region_of(m, iova + len - 1);
+	CHECK(is_marked(r, iova + len - 1 - r->iova));
+}
+
+/* Take back what the device used, and look at the marks of the first of it. */
+static void take_back(struct model *m)
+{
+	struct svq *q = &m->q;
+	const struct vring_used_elem *u =
+		&q->device.used->ring[q->device_used % q->device.num];
+	struct vring_desc chain[256];
+	uint16_t n = 0, i = (uint16_t)u->id, k;
+
+	if (u->id < q->device.num)
+		for (; n < q->elements[u->id].segments; n++) {
+			chain[n] = q->device.desc[i];
+			i = q->next[i];
+		}
+	for (k = 0; k < m->map.count; k++)
+		memset(m->regions[k].dirty, 0, MODEL_REGION / 4096 / 8);
+	if (!svq_return(q))
+		return;
+	for (k = 0; k < n; k++)
+		if (chain[k].flags & VRING_DESC_F_WRITE)
+			check_marked(m, chain[k].addr, chain[k].len);
 }
 
 static void check_given(const struct model *m, uint16_t head)
@@ -97,7 +158,7 @@ static void step(struct model *m, struct input *in)
 		q->device.used->ring[take(in, 1) % num].id = take(in, 2);
 		break;
 	case 10:
-		svq_return(q);
+		take_back(m);
 		break;
 	default:
 		svq_want_notifications(q, op & 0x10);
@@ -112,7 +173,7 @@ static void finish(struct model *m)
 	uint16_t base;
 
 	/* whatever the rings hold, the answer comes at once */
-	vring_in_order(&q->guest, q->used_idx, 0);
+	vring_in_order(&q->guest, NULL, 0);
 	base = svq_republish(q);
 
 	CHECK(base == q->used_idx);

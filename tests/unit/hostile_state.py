@@ -6,17 +6,19 @@
 
 HOSTILE_STATE_ONLY_CRASHES=1 counts errors other than StreamCorrupt and goes on: it looks for crashes alone.
 
-An input is a list of edits of an honest source's state: a field of the part
-that it looks at, a byte of a section, a word of guest memory. StreamCorrupt is the only answer allowed. A
-state that is accepted has to run: the clock is shifted as GO asks for it, the
-control queue is replayed and used, the NIC's and the CPU's threads run.
-Memory that nobody may touch lies around guest memory.
+An input is a list of edits of an honest source's state: of a field, of a
+byte of a section, of a word of guest memory. The only error allowed is
+StreamCorrupt. A state that is accepted has to run: the clock is shifted as a
+GO frame asks for, the control queue is replayed and used, the threads of the
+NIC and of the CPU run. Guest memory has guard pages around it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib
+import logging
 import os
 import random
 import struct
@@ -31,7 +33,8 @@ if "--fuzz" in sys.argv:
     import atheris
 
     with atheris.instrument_imports(include=["pyvhostvdpa"]):
-        pass
+        for module in ("pyvhostvdpa.guest.synthetic", "pyvhostvdpa.net.control_queue"):
+            importlib.import_module(module)
 
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.base.errors import StreamCorrupt
@@ -47,8 +50,8 @@ from pyvhostvdpa.net.features import CONTROL, RING, SUPPORTED, Feature, ring_bit
 from pyvhostvdpa.virtqueue.layout import SplitLayout
 
 LAYOUT = ((DEFAULT_GPA, 1 << 20), (Gpa(DEFAULT_GPA + (4 << 20)), 1 << 18))
-GUARD = 4 << 20
-"""More than the largest ring's tables take."""
+_PIECE, _PIECES = 1 << 14, 256
+"""Of the guards, in all more than the largest ring's tables take."""
 MAX_EDITS = 16
 WRITER_RATE = 10_000_000
 """Pages a second that are enough here: more would only take longer."""
@@ -146,8 +149,8 @@ class World:
     def __init__(self, make: Callable[[GuestMemory], Guest]) -> None:
         self.memory = GuestMemory(LAYOUT)
         for region in self.memory.regions:
-            guard(region.memory.hva - GUARD)
-            guard(region.memory.hva + region.size)
+            guard(region.memory.hva - _PIECE, -_PIECE)
+            guard(region.memory.hva + region.size, _PIECE)
         guest = make(self.memory)
         for nic in guest.nics:
             for pair in nic.pairs:
@@ -169,7 +172,7 @@ class World:
     def _fields(self, part: tuple[str, Path_]) -> Iterator[Field]:
         name, start = part
         whole = getattr(self, name)
-        for path in [start, *walk(get(whole, start), start)]:
+        for path in walk(get(whole, start), start):
             kind = kind_of(whole, path) if path else ""
             numeric = kind in ("number", "ring", "address", "time")
             if kind:
@@ -180,12 +183,16 @@ class World:
             region.memory.buffer[:] = content
 
 
-def guard(address: int) -> None:
-    """Let nothing lie at an address that is free: who touches it dies."""
+def guard(begin: int, step: int) -> None:
+    """Let nothing lie around memory, from ``begin`` in steps: a driver that leaves guest memory dies.
+
+    What lies there already stays, so that is to come first in a process.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-    arguments = [ctypes.c_void_p(address), ctypes.c_size_t(GUARD), 0, 0x100022, -1, ctypes.c_long(0)]
-    libc.mmap(*arguments)  # PROT_NONE; MAP_FIXED_NOREPLACE: what lies there already stays
+    for at in range(begin, begin + step * _PIECES, step):
+        # PROT_NONE; MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE
+        libc.mmap(ctypes.c_void_p(at), ctypes.c_size_t(_PIECE), 0, 0x100022, -1, ctypes.c_long(0))
 
 
 def plain(memory: GuestMemory) -> Guest:
@@ -321,7 +328,7 @@ def changed(field: Field, old: Any, memory: GuestMemory, source: Input) -> Any:
     if field.kind == "flag":
         return not old
     if field.kind == "part":
-        return None
+        return None if choice & 7 == 0 else old
     if field.kind == "bytes":
         return old[: choice % 64] + bytes([source.take()]) * (choice >> 6)
     if field.kind == "items":
@@ -339,11 +346,11 @@ def signed(value: int, bits: int) -> int:
 
 def address(choice: int, old: int, memory: GuestMemory, source: Input) -> int:
     region = memory.regions[choice >> 2 & 1]
-    if choice & 3 == 0:
-        return region.gpa + (source.take() << 12)
-    if choice & 3 == 1:
+    if choice & 1:
         return region.end - _SIZES[choice >> 3 & 7]
-    return old + 16 * (source.take() - 128) if choice & 0xF != 3 else source.take(8)
+    if choice & 2:
+        return old + 16 * (source.take() - 128)
+    return source.take(8) if choice >> 3 == 0 else region.gpa + (source.take() << 12)
 
 
 def ring_size(choice: int, old: int, memory: GuestMemory, source: Input) -> int:
@@ -394,6 +401,7 @@ def random_inputs(count: int, seed: int) -> Iterator[bytes]:
 
 
 def main(words: list[str]) -> int:
+    logging.disable(logging.WARNING)
     fuzzer = Fuzzer()
     if words and words[0] == "--fuzz":
         atheris.Setup([sys.argv[0], *words[1:]], fuzzer.one_input)

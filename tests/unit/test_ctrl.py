@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +12,7 @@ from ring_model import INDIRECT, NEXT, WRITE, Model, Segment
 
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.base.errors import MissingFeature
+from pyvhostvdpa.memory.guest import PAGE_SIZE
 from pyvhostvdpa.virtqueue.layout import GuestQueue, map_queue, ring_layout
 
 BASE = 1 << 30
@@ -172,5 +175,318 @@ def test_a_ring_that_is_not_aligned_is_refused(model: Make) -> None:
 
 def test_a_packed_ring_is_refused() -> None:
     with pytest.raises(MissingFeature, match="RING_PACKED"):
-        ring_layout(256, packed=True)
-    assert ring_layout(256).size == 0x2000 + 0x1000
+        ring_layout(256, lib.SVQ_F_PACKED)
+    assert ring_layout(256, 0).size == 0x2000 + 0x1000
+
+
+# -- what the guest's side marks and notifies ----------------------------------------
+
+
+def ask(m: Model, served: Served, head: int = 0) -> None:
+    """Give a command in two buffers, and take it."""
+    put(m, DATA, COMMAND)
+    m.describe(head, [Segment(DATA, 10), Segment(DATA + 3 * PAGE_SIZE - 1, 4, True)])
+    m.publish(head)
+    assert served.take() == COMMAND
+
+
+def used_pages(m: Model) -> set[int]:
+    return set(range(m.queue.used & ~(PAGE_SIZE - 1), m.queue.used + 4 + 8 * m.num + 2, PAGE_SIZE))
+
+
+@pytest.mark.parametrize("num", [8, 1024])
+def test_an_answer_and_the_used_ring_are_marked_and_nothing_else(model: Make, num: int) -> None:
+    m = model(num=num)
+    served = Served(m)
+    ask(m, served)
+    m.memory.start_dirty_log()
+    lib.ctrl_guest_answer(served.c, 0)
+    assert set(m.memory.dirty_pages()) == used_pages(m) | {DATA + 2 * PAGE_SIZE}
+
+
+def test_asking_for_a_notification_by_index_is_marked(model: Make) -> None:
+    m = model()
+    served = Served(m, lib.SVQ_F_EVENT_IDX)
+    m.memory.start_dirty_log()
+    assert served.take() == b""
+    assert set(m.memory.dirty_pages()) == used_pages(m)
+
+
+def test_a_command_is_answered_where_it_was_asked_once(model: Make) -> None:
+    m = model()
+    served = Served(m)
+    for round_, head in enumerate((2, 4, 6), 1):
+        ask(m, served, head)
+        lib.ctrl_guest_answer(served.c, 40 + round_)
+        assert answer_at(m, DATA + 3 * PAGE_SIZE - 1) == 40 + round_
+        assert answer_at(m, DATA + 3 * PAGE_SIZE) == 0
+        assert m.used() == [(head, 1)]
+        assert m.ring.used.idx == round_
+    assert served.calls() == 3
+
+
+def test_a_guest_that_wants_no_interrupt_is_not_interrupted(model: Make) -> None:
+    m = model()
+    served = Served(m)
+    m.ring.avail.flags = lib.VRING_AVAIL_F_NO_INTERRUPT
+    ask(m, served)
+    lib.ctrl_guest_answer(served.c, 0)
+    assert served.calls() == 0
+    assert served.c.broken == lib.SVQ_OK
+
+
+def test_a_closed_call_breaks_the_control_queue(model: Make) -> None:
+    m = model()
+    served = Served(m)
+    ask(m, served)
+    served.c.call = 1 << 20
+    lib.ctrl_guest_answer(served.c, 0)
+    assert served.c.broken == lib.SVQ_BAD_EVENTFD
+    assert m.used() == [(0, 1)]
+
+
+def test_a_served_queue_goes_on_at_the_used_index(model: Make) -> None:
+    m = model(start_idx=65535)
+    m.describe(0, [Segment(DATA, 10), Segment(DATA + 100, 1, True)])
+    m.publish(0)
+    served = Served(m)
+    served.c.broken = lib.SVQ_BAD_CHAIN
+    lib.ctrl_guest_start(served.c)
+    assert (served.c.broken, served.c.last_avail, served.c.used_idx) == (lib.SVQ_OK, 65535, 65535)
+    assert len(served.take()) == 10
+    assert served.c.last_avail == 0
+
+
+@pytest.mark.parametrize(("ahead", "broken"), [(8, lib.SVQ_OK), (9, lib.SVQ_BAD_AVAIL_IDX)])
+def test_as_many_commands_as_the_ring_has_may_wait_and_no_more(model: Make, ahead: int, broken: int) -> None:
+    m = model(num=8)
+    served = Served(m)
+    m.describe(0, [Segment(DATA, 10), Segment(DATA + 100, 1, True)])
+    m.ring.avail.idx = ahead
+    assert len(served.take()) == (0 if broken else 10)
+    assert served.c.broken == broken
+
+
+@pytest.mark.parametrize(("head", "broken"), [(7, lib.SVQ_OK), (8, lib.SVQ_BAD_HEAD)])
+def test_a_head_is_within_the_table(model: Make, head: int, broken: int) -> None:
+    m = model(num=8)
+    served = Served(m)
+    d = m.ring.desc[7]
+    d.addr, d.len, d.flags, d.next = DATA, 10, NEXT, 1
+    m.describe(1, [Segment(DATA + 100, 1, True)])
+    m.publish(head)
+    assert len(served.take()) == (0 if broken else 10)
+    assert served.c.broken == broken
+
+
+@pytest.mark.parametrize(("following", "broken"), [(7, lib.SVQ_OK), (8, lib.SVQ_BAD_CHAIN)])
+def test_a_next_is_within_the_table(model: Make, following: int, broken: int) -> None:
+    m = model(num=8)
+    served = Served(m)
+    m.describe(7, [Segment(DATA + 100, 1, True)])
+    d = m.ring.desc[0]
+    d.addr, d.len, d.flags, d.next = DATA, 10, NEXT, following
+    m.publish(0)
+    assert len(served.take()) == (0 if broken else 10)
+    assert served.c.broken == broken
+
+
+def test_a_command_may_have_as_many_buffers_as_the_ring(model: Make) -> None:
+    for indirect in (False, True):
+        m = model(num=8)
+        served = Served(m, lib.SVQ_F_INDIRECT)
+        put(m, DATA, bytes(range(7)))
+        chain = [*(Segment(DATA + k, 1) for k in range(7)), Segment(DATA + 100, 1, True)]
+        if indirect:
+            m.describe_indirect(3, DATA + 0x1000, chain)
+        else:
+            m.describe(0, chain)
+        m.publish(3 if indirect else 0)
+        assert served.take() == bytes(range(7))
+
+
+def test_the_length_of_a_command_beyond_32_bits_does_not_come_round(model: Make) -> None:
+    m = model(num=8192)
+    served = Served(m)
+    m.describe(0, [*([Segment(DATA, 0xB0000)] * 8191), Segment(DATA, 1, True)])
+    m.publish(0)
+    assert lib.ctrl_guest_take(served.c, served.buffer, SIZE) == 0xFFFFFFFF
+
+
+def test_a_command_is_cut_at_the_end_of_the_buffer(model: Make) -> None:
+    m = model()
+    served = Served(m)
+    put(m, DATA, bytes(range(100)))
+    room = ffi.new("uint8_t[]", 80)
+    m.describe(0, [Segment(DATA, 30), Segment(DATA + 30, 40), Segment(DATA + 70, 1), Segment(DATA + 200, 1, True)])
+    m.publish(0)
+    assert lib.ctrl_guest_take(served.c, room, 64) == 71
+    assert bytes(room) == bytes(range(64)) + bytes(16)
+
+
+# -- the side that drives a device ---------------------------------------------------
+
+
+class Driven:
+    """A control queue that is driven, in memory of its own, and the device that answers it."""
+
+    def __init__(self, m: Model, features: int = 0, tables: int = 0) -> None:
+        self.ring = m.ring
+        self.num = m.num
+        self.c = ffi.new("struct ctrl_driver *", {"features": features, "kick": m.queue.kick, "call": m.queue.call})
+        map_queue(self.c.ring, m.queue, m.memory)
+        self.kick = m.queue.kick
+        if tables:
+            self.c.tables_gpa = tables
+            self.c.tables = ffi.cast("struct vring_desc *", m.memory.hva(tables, 32 * m.num))
+        lib.ctrl_driver_start(self.c)
+
+    def add(self, at: int = 0x1000, size: int = 10, ack: int = 0x2000) -> int:
+        return int(lib.ctrl_driver_add(self.c, at, size, ack))
+
+    def answer(self, count: int = 1) -> None:
+        self.ring.used.idx = (self.ring.used.idx + count) & 0xFFFF
+
+    def wait(self, milliseconds: float = 0) -> int:
+        return int(lib.ctrl_driver_wait(self.c, time.monotonic_ns() + int(milliseconds * 1e6)))
+
+    def kicks(self) -> int:
+        try:
+            return os.eventfd_read(self.kick)
+        except BlockingIOError:
+            return 0
+
+
+def test_a_driven_queue_begins_with_empty_rings(model: Make) -> None:
+    m = model(start_idx=9)
+    m.ring.desc[3].addr = m.ring.avail.flags = m.ring.used.flags = 1
+    m.ring.used.ring[7].id = m.ring.avail.ring[8] = 5
+    d = Driven(m)
+    assert (m.ring.avail.idx, m.ring.used.idx, m.ring.avail.flags, m.ring.used.flags) == (0, 0, 0, 0)
+    assert (m.ring.desc[3].addr, m.ring.used.ring[7].id, m.ring.avail.ring[8]) == (0, 0, 0)
+    assert (d.c.avail_idx, d.c.used_idx, d.c.open) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("tables", [0, DATA])
+def test_commands_fill_the_ring_and_no_more(model: Make, tables: int) -> None:
+    d = Driven(model(num=8), tables=tables)
+    assert [d.add() for _ in range(6)] == [0, 1, 2, 3, -1, -1]
+    assert d.c.open == 4
+    lib.ctrl_driver_kick(d.c)
+    d.answer(3)
+    assert d.wait() == 1
+    assert [d.add() for _ in range(4)] == [0, 1, 2, -1]
+    assert list(d.ring.avail.ring[0:8]) == [0, 2, 4, 6, 0, 2, 4, 0]
+
+
+def test_a_command_is_a_readable_and_a_writable_descriptor(model: Make) -> None:
+    d = Driven(model(num=8))
+    d.add()
+    d.add(0x3000, 33, 0x4000)
+    entries = [(e.addr, e.len, e.flags, e.next) for e in d.ring.desc[2:4]]
+    assert entries == [(0x3000, 33, NEXT, 3), (0x4000, 1, WRITE, 0)]
+
+
+def test_with_tables_a_command_is_one_descriptor_and_a_table(model: Make) -> None:
+    m = model(num=8)
+    d = Driven(m, tables=DATA)
+    d.add()
+    d.add(0x3000, 33, 0x4000)
+    slot = d.ring.desc[2]
+    assert (slot.addr, slot.len, slot.flags) == (DATA + 32, 32, INDIRECT)
+    entries = [(e.addr, e.len, e.flags, e.next) for e in d.c.tables[2:4]]
+    assert entries == [(0x3000, 33, NEXT, 1), (0x4000, 1, WRITE, 0)]
+
+
+def test_a_device_is_kicked_as_it_wants_to_be(model: Make) -> None:
+    m = model(num=8)
+    d = Driven(m)
+    assert m.ring.avail.idx == 0
+    d.add()
+    lib.ctrl_driver_kick(d.c)
+    assert (m.ring.avail.idx, d.kicks()) == (1, 1)
+    m.ring.used.flags = lib.VRING_USED_F_NO_NOTIFY
+    d.add()
+    lib.ctrl_driver_kick(d.c)
+    assert (m.ring.avail.idx, d.kicks()) == (2, 0)
+
+
+def test_a_device_is_kicked_at_the_index_that_it_asked_for(model: Make) -> None:
+    m = model(num=8)
+    d = Driven(m, lib.SVQ_F_EVENT_IDX)
+    event = ffi.cast("uint16_t *", ffi.addressof(m.ring.used.ring, m.num))
+    event[0] = 1
+    for kicks in (0, 1, 0):
+        d.add()
+        lib.ctrl_driver_kick(d.c)
+        assert d.kicks() == kicks
+    event[0] = 65535
+    for _ in range(1):
+        d.answer(3)
+        assert d.wait() == 0
+    d.add()
+    lib.ctrl_driver_kick(d.c)
+    assert d.kicks() == 0
+
+
+def test_waiting_ends_with_the_answers_the_deadline_or_an_impossible_index(model: Make) -> None:
+    m = model(num=8)
+    d = Driven(m)
+    assert d.wait(10_000) == 0
+    for _ in range(3):
+        d.add()
+    lib.ctrl_driver_kick(d.c)
+    before = time.monotonic()
+    assert d.wait(30) == 3
+    assert 0.03 <= time.monotonic() - before < 5
+    d.answer(2)
+    assert d.wait() == 1
+    d.answer(2)
+    assert d.wait() == -1
+
+
+def test_waiting_is_ended_by_the_device_s_call(model: Make) -> None:
+    m = model(num=8)
+    d = Driven(m)
+    d.add()
+    lib.ctrl_driver_kick(d.c)
+
+    def device() -> None:
+        time.sleep(0.05)
+        os.eventfd_write(m.queue.call, 1)
+        time.sleep(0.05)
+        d.answer()
+        os.eventfd_write(m.queue.call, 1)
+
+    thread = threading.Thread(target=device)
+    thread.start()
+    before = time.monotonic()
+    assert d.wait(20_000) == 0
+    assert time.monotonic() - before < 5
+    thread.join()
+
+
+def test_waiting_asks_for_a_notification_behind_what_was_answered(model: Make) -> None:
+    m = model(num=8)
+    d = Driven(m, lib.SVQ_F_EVENT_IDX)
+    for _ in range(3):
+        d.add()
+    lib.ctrl_driver_kick(d.c)
+    d.answer(2)
+    assert d.wait() == 1
+    assert m.ring.avail.ring[m.num] == 2
+
+
+def test_waiting_on_a_closed_eventfd_is_told(model: Make) -> None:
+    d = Driven(model(num=8))
+    d.c.call = 1 << 20
+    d.add()
+    assert d.wait(10_000) == -2
+
+
+def test_waiting_for_nothing_asks_for_nothing(model: Make) -> None:
+    m = model(num=8)
+    d = Driven(m, lib.SVQ_F_EVENT_IDX)
+    m.ring.avail.ring[m.num] = 77
+    assert d.wait(10_000) == 0
+    assert m.ring.avail.ring[m.num] == 77

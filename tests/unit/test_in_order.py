@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ring_model import Model
 
-from pyvhostvdpa._cdefs import lib
+from pyvhostvdpa._cdefs import ffi, lib
+from pyvhostvdpa.virtqueue.layout import RingStart
 
 NUM = 8
 
@@ -21,7 +22,7 @@ class Passthrough:
     """A device on the guest's own ring, and a driver that gives each head again when it was used."""
 
     def __init__(self, m: Model) -> None:
-        self.m, self.since = m, m.avail_idx
+        self.m, self.start = m, RingStart(m.queue, m.memory)
         self.open = list(range(m.num))
         for head in self.open:
             m.publish(head)
@@ -40,7 +41,7 @@ class Passthrough:
 
     @property
     def looks_in_order(self) -> bool:
-        return bool(lib.vring_in_order(self.m.ring, self.since, 0))
+        return bool(lib.vring_in_order(self.m.ring, self.start.c, 0))
 
     @property
     def is_in_order(self) -> bool:
@@ -92,3 +93,58 @@ def test_heads_beyond_the_table_and_a_wild_index_are_looked_at_without_harm(mode
     assert device.looks_in_order
     m.ring.avail.idx += 12345
     assert device.looks_in_order
+
+
+def swapped_pairs(m: Model, start: int, count: int) -> None:
+    """Let a device use ``count`` elements from index ``start`` on, the second of each pair first; nothing is open."""
+    for k in range(count):
+        slot = (start + k) % m.num
+        m.ring.avail.ring[slot] = slot
+        m.ring.used.ring[slot].id = slot ^ 1
+    m.ring.avail.idx = m.ring.used.idx = (start + count) & 0xFFFF
+
+
+@pytest.mark.parametrize("count", [NUM, 1000, 65536, 65536 + 2, 2 * 65536 + NUM - 2])
+@pytest.mark.parametrize("start_idx", [0, 65530])
+def test_disorder_is_seen_after_any_number_of_elements(model: Make, start_idx: int, count: int) -> None:
+    m = model(num=NUM, start_idx=start_idx)
+    start = RingStart(m.queue, m.memory)
+    swapped_pairs(m, start_idx, count)
+    assert not lib.vring_in_order(m.ring, start.c, 0)
+
+
+@pytest.mark.parametrize("since", [0, 1, NUM - 2])
+@pytest.mark.parametrize("start_idx", [0, 65530])
+def test_disorder_from_before_the_start_is_left_out(model: Make, start_idx: int, since: int) -> None:
+    m = model(num=NUM, start_idx=start_idx)
+    swapped_pairs(m, start_idx, NUM)
+    start = RingStart(m.queue, m.memory)
+    for k in range(since):
+        slot = (start_idx + NUM + k) % NUM
+        m.ring.avail.ring[slot] = m.ring.used.ring[slot].id = slot
+    m.ring.avail.idx = m.ring.used.idx = (start_idx + NUM + since) & 0xFFFF
+    assert lib.vring_in_order(m.ring, start.c, 0)
+    assert not lib.vring_in_order(m.ring, ffi.NULL, 0), "without a start every slot counts"
+
+
+def test_an_avail_slot_written_after_the_start_counts(model: Make) -> None:
+    m = model(num=NUM)
+    swapped_pairs(m, 0, NUM)
+    start = RingStart(m.queue, m.memory)
+    # a whole round of the index later: the device used what it did before, the driver gave other heads
+    for slot in range(2, NUM):
+        m.ring.avail.ring[slot] = slot ^ 2
+    assert not lib.vring_in_order(m.ring, start.c, 0)
+
+
+def test_a_ring_start_has_the_used_index(model: Make) -> None:
+    m = model(num=NUM, start_idx=65530)
+    assert RingStart(m.queue, m.memory).used_index == 65530
+
+
+def test_a_head_beyond_the_table_does_not_hide_one_that_is_open_twice(model: Make) -> None:
+    m = model(num=NUM)
+    start = RingStart(m.queue, m.memory)
+    for head in (0xFFFF, 1, 1):
+        m.publish(head)
+    assert not lib.vring_in_order(m.ring, start.c, 0)

@@ -53,7 +53,6 @@ def make(fail_at: int | None = None, limits: Limits = LIMITS) -> tuple[Iotlb, Re
 
 
 REFUSED = {
-    "IOVA 0": ((0, 0x1000, 0x1000), "IOVA 0 is never used"),
     "unaligned IOVA": ((0x1800, 0x1000, 0x1000), "multiples of 4096"),
     "unaligned size": ((0x1000, 0x1000, 0x800), "multiples of 4096"),
     "no size": ((0x1000, 0x1000, 0), "multiples of 4096"),
@@ -74,6 +73,24 @@ def test_a_bad_map_is_refused_with_its_reason(case: str) -> None:
     with pytest.raises(MapRejected, match=why):
         space.map(iova, uaddr, size)
     assert recorder.types == "U"
+
+
+def test_guest_memory_may_be_mapped_from_iova_0_on() -> None:
+    iotlb, recorder = make()
+    space = iotlb.space(0)
+    space.map(0, 0x1000, 0xA0000)
+    with pytest.raises(MapRejected, match="overlaps what is mapped at 0x0-0x9ffff"):
+        space.map(0x1000, 0x1000, 0x1000)
+    space.map(0x100000, 0x1000, 0x1000)
+    assert [m.iova for m in space.mappings] == [0, 0x100000]
+    space.unmap(0, 0xA0000)
+    assert recorder.types == "UUI"
+
+
+def test_iova_0_is_refused_where_the_device_does_not_have_it() -> None:
+    iotlb, _ = make(limits=Limits(first=0x1000, last=(1 << 32) - 1, as_num=1, pinned=False, entries=None))
+    with pytest.raises(MapRejected, match="outside the device's range 0x1000-"):
+        iotlb.space(0).map(0, 0x1000, 0x1000)
 
 
 def test_an_address_space_the_device_lacks_is_refused() -> None:

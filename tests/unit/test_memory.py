@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
+import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -10,9 +14,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.base.errors import DeviceClosed, MapRejected, MissingFeature
 from pyvhostvdpa.memory import guest, hugepages
-from pyvhostvdpa.memory.guest import HUGE_PAGE, PAGE_SIZE, Gpa, GuestMemory, IovaAllocator, SharedMemory
+from pyvhostvdpa.memory.guest import (
+    HUGE_PAGE,
+    PAGE_SIZE,
+    FileMemory,
+    FileRegion,
+    Gpa,
+    GuestMemory,
+    IovaAllocator,
+    SharedMemory,
+)
 from pyvhostvdpa.virtqueue.layout import SplitLayout
 
 
@@ -137,3 +151,157 @@ def test_counting_physical_runs_takes_no_memory_by_size() -> None:
         finally:
             tracemalloc.stop()
     assert most < 768 << 10
+
+
+BAD_LAYOUTS: dict[str, tuple[list[tuple[int, int]], str]] = {
+    "no regions": ([], "no regions"),
+    "a region of nothing": ([(0x10000, 0)], "cannot be guest memory"),
+    "a negative size": ([(0x10000, -4096)], "cannot be guest memory"),
+    "a negative address": ([(-4096, 4096)], "cannot be guest memory"),
+    "an end behind 64 bits": ([((1 << 64) - 4096, 4096)], "cannot be guest memory"),
+    "regions that overlap once they are whole pages": ([(0x10000, 0x800), (0x10800, 0x1000)], "overlap"),
+    "the same in the other order": ([(0x10800, 0x1000), (0x10000, 0x800)], "overlap"),
+    "two at the same place": ([(0x10000, 0x1000), (0x10000, 0x1000)], "overlap"),
+    "a start within a page": ([(0x10800, 0x1000)], "does not start on a page"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LAYOUTS)
+def test_a_layout_that_cannot_be_guest_memory_is_refused(case: str) -> None:
+    layout, why = BAD_LAYOUTS[case]
+    with pytest.raises(ValueError, match=why):
+        GuestMemory([(Gpa(gpa), size) for gpa, size in layout])
+    with pytest.raises(ValueError, match=why):
+        GuestMemory.from_files([FileRegion(gpa, -(-size // PAGE_SIZE) * PAGE_SIZE, -1) for gpa, size in layout])
+
+
+def test_guest_memory_without_regions_has_no_addresses_for_the_c_loops() -> None:
+    nothing = ffi.new("struct memory_map *", {"count": 0, "regions": ffi.NULL})
+    assert lib.memory_hva(nothing, 0, 1) == ffi.NULL
+    assert lib.memory_part(nothing, 0, ffi.new("uint64_t *", 1)) == ffi.NULL
+    assert lib.memory_read(nothing, 0, ffi.new("char[]", 1), 1) == -1
+    lib.memory_mark(nothing, 0, 1)
+
+
+PC = [(0, 640 << 10), (1 << 20, 3 << 20), (4 << 30, 1 << 20)]
+"""From GPA 0 on, with the holes of a PC."""
+
+
+def test_memory_from_gpa_0_with_holes_is_found_by_address() -> None:
+    with GuestMemory([(Gpa(gpa), size) for gpa, size in PC]) as memory:
+        assert [(region.gpa, region.size) for region in memory.regions] == PC
+        assert memory.hva(0) == memory.regions[0].memory.hva
+        assert memory.hva(4 << 30) == memory.regions[2].memory.hva
+        for hole in (640 << 10, (1 << 20) - 1, 4 << 20, (4 << 30) - 1, (4 << 30) + (1 << 20)):
+            with pytest.raises(ValueError, match="is not guest memory"):
+                memory.hva(hole)
+        with pytest.raises(ValueError, match="is not guest memory"):
+            memory.hva((640 << 10) - 1, 2)
+
+
+def test_marks_go_into_every_region_that_they_touch_and_into_no_hole() -> None:
+    with GuestMemory([(Gpa(0), 640 << 10), (Gpa(640 << 10), 8192), (Gpa(1 << 20), 4096)]) as memory:
+        memory.start_dirty_log()
+        lib.memory_mark(memory.c_map, (640 << 10) - 1, 4098)
+        lib.memory_mark(memory.c_map, 0, 1)
+        lib.memory_mark(memory.c_map, (640 << 10) + 8191, 1 << 30)
+        lib.memory_mark(memory.c_map, 1 << 20, 0)
+        lib.memory_mark(memory.c_map, (1 << 20) - 1, 1)
+        assert memory.dirty_pages() == [0, 0x9F000, 0xA0000, 0xA1000]
+        lib.memory_mark(memory.c_map, 1 << 20, 4096)
+        assert memory.dirty_pages()[-1] == 1 << 20
+        memory.stop_dirty_log()
+        lib.memory_mark(memory.c_map, 0x1000, 1)
+        assert 0x1000 not in memory.dirty_pages()
+
+
+# -- memory of another process -----------------------------------------------------
+
+_OWNER = """
+import os, sys
+fd = int(sys.argv[1])
+sys.stdin.readline()
+os.pwrite(fd, b"from the owner", 0x5000)
+print("written", flush=True)
+sys.stdin.readline()
+print(os.pread(fd, 14, 0x5000).decode(), flush=True)
+"""
+
+
+def test_memory_of_another_process_is_the_same_memory() -> None:
+    fd = os.memfd_create("vm")
+    os.ftruncate(fd, 8 << 20)
+    command = [sys.executable, "-c", _OWNER, str(fd)]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, pass_fds=[fd]) as owner:
+        assert owner.stdin
+        assert owner.stdout
+        # two regions of one file, as a PC has them below and above its hole
+        with GuestMemory.from_files(
+            [FileRegion(1 << 20, 2 << 20, fd, 1 << 20), FileRegion(0, 640 << 10, fd)]
+        ) as memory:
+            kept = os.dup(fd)
+            os.close(fd)
+            assert [(region.gpa, region.size) for region in memory.regions] == [(0, 640 << 10), (1 << 20, 2 << 20)]
+            owner.stdin.write("\n")
+            owner.stdin.flush()
+            assert owner.stdout.readline() == "written\n"
+            seen = ffi.buffer(ffi.cast("char *", memory.hva(0x5000)), 14)
+            assert bytes(seen) == b"from the owner"
+            memory.regions[0].memory.buffer[0x5000:0x500E] = b"from the guest"
+            memory.regions[1].memory.buffer[:5] = b"above"
+            owner.stdin.write("\n")
+            owner.stdin.flush()
+            assert owner.stdout.readline() == "from the guest\n"
+            assert os.pread(kept, 5, 1 << 20) == b"above"
+    os.close(kept)
+
+
+def test_a_file_that_cannot_be_guest_memory_is_refused(tmp_path: Path) -> None:
+    fd = os.memfd_create("vm", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 1 << 20)
+    try:
+        with pytest.raises(MissingFeature, match="has 0x100000 bytes; guest memory would reach to 0x101000"):
+            FileMemory(fd, 0x1000, 1 << 20)
+        for offset, size in ((0, 0), (0, 100), (100, 4096), (-4096, 4096)):
+            with pytest.raises(ValueError, match="are not whole pages"):
+                FileMemory(fd, offset, size)
+        with FileMemory(fd, 0, 4096) as memory:
+            assert not memory.sealed
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        with FileMemory(fd, 0, 4096) as memory:
+            assert memory.sealed
+    finally:
+        os.close(fd)
+    with open("/proc/self/exe", "rb") as file, pytest.raises(MissingFeature, match="cannot be guest memory"):
+        FileMemory(file.fileno(), 0, 4096)
+    with pytest.raises(MissingFeature, match="cannot be guest memory: Bad file descriptor"):
+        FileMemory(-1, 0, 4096)
+
+
+def test_closing_memory_of_another_process_leaves_its_file_alone() -> None:
+    fd = os.memfd_create("vm")
+    try:
+        os.ftruncate(fd, 1 << 20)
+        memory = FileMemory(fd, 0x3000, 0x2000)
+        memory.buffer[:4] = b"kept"
+        memory.close()
+        memory.close()
+        with pytest.raises(DeviceClosed):
+            _ = memory.hva
+        assert os.pread(fd, 4, 0x3000) == b"kept"
+        assert os.fstat(fd).st_size == 1 << 20
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("populate", [True, False])
+def test_pages_of_a_shared_file_are_allocated_as_asked_for(populate: bool) -> None:
+    fd = os.memfd_create("vm")
+    try:
+        os.ftruncate(fd, 4 << 20)
+        pieces = [FileRegion(0, 640 << 10, fd), FileRegion(1 << 20, 1 << 20, fd, 1 << 20)]
+        with GuestMemory.from_files(pieces, populate):
+            allocated = os.fstat(fd).st_blocks * 512
+            assert allocated >= (640 << 10) + (1 << 20) if populate else allocated == 0
+    finally:
+        os.close(fd)

@@ -12,10 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "tests" / "native"
 TARGETS = {
-    "svq_fuzz": ("svq",),
-    "ctrl_fuzz": ("svq", "ctrl"),
-    "pages_fuzz": ("pages", "sum", "svq"),
-    "relay_bench": ("svq",),
+    "svq_fuzz": ("svq", "ring", "memory"),
+    "ctrl_fuzz": ("ctrl", "memory"),
+    "pages_fuzz": ("pages", "sum", "memory"),
+    "relay_bench": ("svq", "memory"),
+    "log_race": ("svq", "ctrl", "memory"),
 }
 """Programs of tests/native, and the sources of the package that each is built with."""
 INPUTS = int(os.environ.get("PYVHOSTVDPA_FUZZ_INPUTS", "5000"))
@@ -47,6 +48,12 @@ def test_arbitrary_frames_and_sets_of_pages_under_sanitizers(tmp_path: Path) -> 
     fuzz = build(tmp_path, "pages_fuzz", *SANITIZED)
     done = subprocess.run([fuzz, str(INPUTS)], check=True, capture_output=True, text=True)
     assert done.stdout.startswith(f"{INPUTS} inputs")
+
+
+def test_a_dirty_log_may_end_while_both_kinds_of_queues_mark_pages(tmp_path: Path) -> None:
+    race = build(tmp_path, "log_race", "-O0", "-pthread")
+    done = subprocess.run([race, "2000000"], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "2000000 elements\n"), done.stderr
 
 
 @pytest.mark.parametrize("regions", BUDGET)

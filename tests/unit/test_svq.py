@@ -355,3 +355,184 @@ def test_regions_that_only_the_guest_sees_side_by_side_are_apart_for_the_device(
     m.give_back()
     assert m.used() == [(0, 300)]
     assert {second.gpa - PAGE_SIZE, second.gpa} <= set(m.memory.dirty_pages())
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_chain_of_4_gib_or_more_is_marked_and_its_length_is_kept(model: Make, beyond: int) -> None:
+    num, size = 8192, 1 << 19
+    assert num * size == 1 << 32
+    m = model(num=num)
+    m.describe(0, [Segment(DATA, size + beyond, True)] * num)
+    m.publish(0)
+    assert m.forward() == 1
+    m.complete(m.svq.c.device.avail.ring[0], size)
+    m.give_back()
+    assert m.used() == [(0, size)]
+    assert m.svq.statistics()["clamped"] == 0
+    assert set(range(DATA, DATA + size, PAGE_SIZE)) <= set(m.memory.dirty_pages())
+
+
+def test_an_element_held_for_2_31_others_is_still_the_oldest(model: Make) -> None:
+    m = model()
+    for slot in range(2):
+        m.describe(slot, [Segment(DATA, 8)])
+        m.publish(slot)
+        m.forward()
+        m.svq.c.given = (1 << 31) + 1
+    assert m.svq.in_flight == [0, 1]
+
+
+BORDER_CHAINS = {"one buffer": 1, "the last of two": 2, "the last of as many as the ring has": 8}
+
+
+@pytest.mark.parametrize("moved", [0, 0x7000_0000_0000])
+@pytest.mark.parametrize("chain", BORDER_CHAINS)
+def test_a_chain_as_long_as_the_ring_may_cross_a_border(model: Make, chain: str, moved: int) -> None:
+    num = BORDER_CHAINS[chain]
+    m = model(num=num, regions=3, moved=moved)
+    second = m.memory.regions[1].gpa
+    before = [Segment(DATA + k * 64, 16, k >= num // 2) for k in range(num - 1)]
+    # from the first region through all of the second into the third
+    across = Segment(second - 5000, 5000 + (1 << 20) + 10, True)
+    m.describe(0, [*before, across])
+    m.publish(0)
+    assert m.forward() == 1
+    [(head, segments)] = m.fetch()
+    assert segments == [Segment(s.gpa + moved, s.size, s.writable) for s in [*before, across]]
+    m.complete(head, 7)
+    m.give_back()
+    assert m.used() == [(0, 7)]
+    touched = set(range(second - 2 * PAGE_SIZE, second + (1 << 20) + 1, PAGE_SIZE))
+    assert touched <= set(m.memory.dirty_pages())
+    assert second - 3 * PAGE_SIZE not in m.memory.dirty_pages()
+    assert m.svq.c.free_count == num
+
+
+def test_two_buffers_side_by_side_stay_two(model: Make) -> None:
+    m = model(num=4, regions=2)
+    border = m.memory.regions[1].gpa
+    chain = [Segment(border - 64, 64), Segment(border, 32), Segment(border + 32, 8), Segment(border - 8, 16)]
+    m.describe(0, chain)
+    m.publish(0)
+    assert m.forward() == 1
+    assert m.fetch()[0][1] == chain
+
+
+def test_every_buffer_of_a_full_chain_may_cross_the_border(model: Make) -> None:
+    m = model(num=8, regions=2)
+    border = m.memory.regions[1].gpa
+    chain = [Segment(border - 16 - k, 32, k > 3) for k in range(8)]
+    m.describe(0, chain)
+    m.publish(0)
+    assert m.forward() == 1
+    assert m.fetch()[0][1] == chain
+
+
+def test_a_full_chain_across_regions_that_are_apart_for_the_device_is_not_the_guests_fault(model: Make) -> None:
+    m = model(num=2, regions=2)
+    m.memory.c_map.regions[1].iova = 0x7000_0000_0000
+    m.describe(0, [Segment(DATA, 8), Segment(m.memory.regions[1].gpa - 8, 16)])
+    m.publish(0)
+    assert m.forward() == 0
+    assert m.svq.c.broken == lib.SVQ_NO_ROOM
+    assert "guest:" not in m.svq.broken
+    assert "apart for the device" in m.svq.broken
+
+
+def test_a_table_longer_than_the_ring_is_refused_wherever_its_buffers_lie(model: Make) -> None:
+    m = model(num=8, regions=2)
+    m.svq.c.features = lib.SVQ_F_INDIRECT
+    border = m.memory.regions[1].gpa
+    _indirect(m, 0, BASE + 0x80000, [Segment(border - 4, 8)] * 9)
+    assert m.forward() == 0
+    assert m.svq.c.broken == lib.SVQ_BAD_CHAIN
+
+
+def pages_of(gpa: int, size: int) -> set[int]:
+    return set(range(gpa & ~(PAGE_SIZE - 1), gpa + size, PAGE_SIZE))
+
+
+@pytest.mark.parametrize("start", [0, 500, 1020])
+def test_every_used_entry_written_is_marked_also_where_the_ring_wraps(model: Make, start: int) -> None:
+    """A used ring of three pages: index and first entries, the middle, the last entries with avail_event."""
+    num, count = 1024, 16
+    m = model(num=num, start_idx=start)
+    for slot in range(count):
+        m.describe(slot, [Segment(DATA, 8)])
+        m.publish(slot)
+    m.forward()
+    for head, _ in m.fetch():
+        m.complete(head)
+    m.memory.start_dirty_log()
+    assert m.give_back() == count
+    expected = pages_of(m.queue.used, 4)
+    for k in range(count):
+        expected |= pages_of(m.queue.used + 4 + 8 * ((start + k) % num), 8)
+    assert set(m.memory.dirty_pages()) == expected
+
+
+def test_a_republished_avail_ring_is_marked_and_an_unchanged_one_is_not(model: Make) -> None:
+    num = 2048
+    m = model(num=num, start_idx=2040)
+    m.memory.start_dirty_log()
+    assert m.svq.republish() == 2040
+    assert m.memory.dirty_pages() == []
+    for slot in range(16):
+        m.describe(slot, [Segment(DATA, 8)])
+        m.publish(slot)
+    m.forward()
+    m.memory.start_dirty_log()
+    assert m.svq.republish() == 2040
+    # the slots lie at both ends of a ring of two pages
+    ends = pages_of(m.queue.avail + 4, 2) | pages_of(m.queue.avail + 4 + 2 * (num - 1), 2)
+    assert len(ends) == 2
+    assert ends <= set(m.memory.dirty_pages())
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_asking_the_guest_for_notifications_is_marked(model: Make, on: int) -> None:
+    m = model(num=1024)
+    m.memory.start_dirty_log()
+    lib.svq_want_notifications(m.svq.c, on)
+    assert set(m.memory.dirty_pages()) == pages_of(m.queue.used, 2)
+    m.svq.c.features = lib.SVQ_F_EVENT_IDX
+    m.memory.start_dirty_log()
+    lib.svq_want_notifications(m.svq.c, on)
+    assert set(m.memory.dirty_pages()) == (pages_of(m.queue.used + 4 + 8 * 1024, 2) if on else set())
+
+
+def test_a_region_without_a_log_is_not_marked_and_the_others_are(model: Make) -> None:
+    m = model(regions=2)
+    second = m.memory.regions[1].gpa
+    m.memory.c_map.regions[0].dirty = ffi.NULL
+    m.describe(0, [Segment(DATA, 8, True), Segment(second, 8, True)])
+    m.publish(0)
+    m.forward()
+    m.complete(m.fetch()[0][0], 16)
+    m.give_back()
+    assert m.memory.dirty_pages() == [second]
+
+
+@pytest.mark.parametrize(("told", "kept", "clamped"), [(63, 63, 0), (64, 64, 0), (65, 64, 1)])
+def test_only_a_length_beyond_the_buffers_is_clamped(model: Make, told: int, kept: int, clamped: int) -> None:
+    m = model()
+    m.describe(0, [Segment(DATA, 64, True)])
+    m.publish(0)
+    m.forward()
+    m.complete(m.fetch()[0][0], told)
+    m.give_back()
+    assert m.used() == [(0, kept)]
+    assert m.svq.statistics()["clamped"] == clamped
+
+
+def test_an_id_just_beyond_the_table_is_refused_whatever_lies_there(model: Make) -> None:
+    m = model(num=8)
+    beyond = ffi.new("struct svq_element[]", 9)
+    beyond[8].segments = 1
+    m.svq.c.elements = beyond
+    m.describe(0, [Segment(DATA, 8)])
+    m.publish(0)
+    m.forward()
+    m.complete(8)
+    assert m.give_back() == 0
+    assert m.svq.c.broken == lib.SVQ_BAD_USED_ID

@@ -24,9 +24,10 @@ from ...memory.guest import HUGE_PAGE, GuestMemory, IovaAllocator, SharedMemory,
 from ...net.control_queue import DEFAULT_DEADLINE, ControlArea, ControlOptions, ControlQueue, GuestControl
 from ...net.features import Feature, ring_bits
 from ...net.guest_config import GuestConfig
-from ...virtqueue.layout import GuestQueue, in_order, indices, ring_layout
+from ...virtqueue import SHADOWED
+from ...virtqueue.layout import GuestQueue, RingStart, in_order, indices, ring_layout
 from ...virtqueue.rings import GuestRings
-from ...virtqueue.shadow import RelayOptions, Relays, ShadowVirtqueue
+from ...virtqueue.serving import RelayOptions, RingServer, ServerThreads, Serving
 from ...virtqueue.stall import Progress
 from ..groups import Groups
 
@@ -59,13 +60,14 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An opened device: its door, its address spaces, what was negotiated, how its queues are grouped."""
+    """An opened device: its door, its address spaces, what was negotiated, how its queues are grouped and served."""
 
     chardev: VhostVdpa
     iotlb: Iotlb
     features: Feature
     backend_features: BackendFeature
     groups: Groups
+    serving: Serving = SHADOWED
 
     @property
     def path(self) -> str:
@@ -109,20 +111,20 @@ class Procedure(ABC):
     def __init__(self, target: Target) -> None:
         self.target = target
         self.state = State.RESET
-        self.shadows: list[ShadowVirtqueue] = []
+        self.shadows: list[RingServer] = []
         self._placed = 0
         """Bytes of our memory that the shadow rings take."""
         self.relay_options = RelayOptions()
         self.control_deadline = DEFAULT_DEADLINE
         self.guest_config: GuestConfig | None = None
-        self._relay: Relays | None = None
+        self._relay: ServerThreads | None = None
         self._control: ControlQueue | None = None
         self._memories: Memories | None = None
         self._queues: tuple[GuestQueue, ...] = ()
         self._guest_rings: GuestRings | None = None
         self._progress: Progress | None = None
-        self._started_at: dict[int, int] = {}
-        """Used index of each guest ring when passthrough started, by queue index."""
+        self._started_at: dict[int, RingStart] = {}
+        """What each guest ring held when passthrough started, by queue index."""
         self._ours: list[tuple[int, int]] = []
         """(ASID, IOVA) of each map of our own memory."""
         self._allocated: list[int] = []
@@ -166,7 +168,7 @@ class Procedure(ABC):
     def _own_size(self) -> int:
         """Room for every ring at its largest and the control queue, in huge pages: each ring is one physical run."""
         c = self.target.chardev
-        rings = c.get_vqs_count() * ring_layout(c.get_vring_num()).size
+        rings = c.get_vqs_count() * ring_layout(c.get_vring_num(), ring_bits(self.target.features)).size
         return -(-(rings + CONTROL_ROOM) // HUGE_PAGE) * HUGE_PAGE
 
     @property
@@ -373,14 +375,15 @@ class Procedure(ABC):
         if not status & Status.DRIVER_OK:
             raise KernelError(5, "VHOST_VDPA_SET_STATUS", "DRIVER_OK", cause=f"{self.target.path} did not accept it")
 
-    def _shadow(self, queue: GuestQueue, translation: Translation | None = None) -> ShadowVirtqueue:
+    def _shadow(self, queue: GuestQueue, translation: Translation | None = None) -> RingServer:
         """Make the shadow of a guest's queue, its ring behind those that there are."""
         own = self.memories.own
         at = own.hva + self._placed
-        layout = ring_layout(queue.num)
+        ring = ring_bits(self.target.features)
+        layout = ring_layout(queue.num, ring)
         if at + layout.size > own.hva + own.size - CONTROL_ROOM:
             raise MissingFeature(f"{self.target.path}: the shadow rings do not fit {own.size - CONTROL_ROOM} bytes")
-        shadow = ShadowVirtqueue(queue, self.memories.guest, at, ring_bits(self.target.features), translation)
+        shadow = self.target.serving.queue(queue, self.memories.guest, at, ring, translation)
         self._placed += layout.size
         self.shadows.append(shadow)
         return shadow
@@ -388,7 +391,7 @@ class Procedure(ABC):
     def _make_control(self, control: GuestControl) -> ControlQueue:
         """Make our side of the control queue, at the end of our memory; its IOVA is taken from the holes."""
         own = self.memories.own
-        layout = ring_layout(control.queue.num)
+        layout = ring_layout(control.queue.num, ring_bits(self.target.features))
         size = ControlArea(layout, 0, 0).size
         area = ControlArea(layout, own.hva + own.size - size, self._allocate(size))
         options = ControlOptions(self.control_deadline, ring_bits(self.target.features), self._config_call)
@@ -419,7 +422,7 @@ class Procedure(ABC):
             self.memories.holes.free(iova)
 
     def _serve(self) -> None:
-        self._relay = Relays(self.shadows, self.relay_options, self._config_call)
+        self._relay = self.target.serving.threads(self.shadows, self.relay_options, self._config_call)
         self._relay.start()
 
     def _serve_control(self) -> None:
@@ -436,17 +439,15 @@ class Procedure(ABC):
             self.guest_config.connect(self, None if self._control is None else self._control.model)
 
     def _used_indices(self) -> list[int]:
-        """Return from where a device is to go on in each of the guest's rings, and remember it."""
+        """Return from where a device is to go on in each of the guest's rings, and remember what they hold."""
         assert self._guest_rings is not None
-        used = self._guest_rings.used()
-        self._started_at = {queue.index: at for queue, at in zip(self._queues, used, strict=True)}
-        return used
+        self._started_at.clear()
+        return self._guest_rings.remember()
 
     def _used_index(self, queue: GuestQueue) -> int:
-        """Return from where a device is to go on in a guest's ring, and remember it."""
-        _, used = indices(queue, self.memories.guest)
-        self._started_at[queue.index] = used
-        return used
+        """Return from where a device is to go on in one guest's ring, and remember it."""
+        start = self._started_at[queue.index] = RingStart(queue, self.memories.guest)
+        return start.used_index
 
     def _take_over_shadows(self) -> None:
         """Hand the guest what the device used and what it did not; a broken queue keeps no other from that."""
@@ -463,18 +464,16 @@ class Procedure(ABC):
             raise first
 
     def _check_order(self) -> None:
-        rings, started = self._guest_rings, self._started_at
-        known = rings is not None and all(queue.index in started for queue in rings.queues)
-        if known and rings is not None and rings.in_order([started[queue.index] for queue in rings.queues]):
-            return
-        # one of them is not: which, and whether it still is not, tells this
-        for queue in self._queues:
-            _, used = indices(queue, self.memories.guest)
-            if not in_order(queue, self.memories.guest, self._started_at.get(queue.index, used)):
-                raise OutOfOrder(
-                    f"{self.target.path} virtqueue {queue.index}: the device uses descriptors out of order, "
-                    "so in passthrough nobody can tell which are open"
-                )
+        if self._guest_rings is not None and not self._started_at:
+            wrong = self._guest_rings.out_of_order()
+        else:
+            memory, started = self.memories.guest, self._started_at
+            wrong = next((q for q in self._queues if not in_order(q, memory, started.get(q.index))), None)
+        if wrong is not None:
+            raise OutOfOrder(
+                f"{self.target.path} virtqueue {wrong.index}: the device uses descriptors out of order, "
+                "so in passthrough nobody can tell which are open"
+            )
 
     def _check_base(self, queue: GuestQueue, base: int) -> None:
         """Between used index and base lie the descriptors that the device took and did not finish.

@@ -28,7 +28,7 @@ from ...net.control import ControlModel
 from ...net.control_queue import GuestControl
 from ...net.features import ring_bits
 from ...virtqueue.layout import GuestQueue, RingLayout, ring_layout
-from ...virtqueue.shadow import ShadowVirtqueue
+from ...virtqueue.serving import RingServer
 from .base import OWN_ASID, State, Target
 from .direct import Direct, set_eventfds, set_ring
 
@@ -59,7 +59,7 @@ class InPlace(Direct):
         """The queues that the device has, and what it was told by its control queue."""
         self._places: dict[int, tuple[RingLayout, int, int]] = {}
         """Layout, address and IOVA of each shadow ring by queue index."""
-        self._spare: list[ShadowVirtqueue] = []
+        self._spare: list[RingServer] = []
         """Shadow queues that the next switch will need, made before the device stands still."""
         self._given: dict[int, Face] = {}
         """What the device was told last of each queue."""
@@ -95,13 +95,13 @@ class InPlace(Direct):
             self._take(queues)
         self._guest_control = control
         super()._start(mode, control)
-        faces: Sequence[GuestQueue | ShadowVirtqueue] = self.shadows if mode is State.SHADOW else self._queues
+        faces: Sequence[GuestQueue | RingServer] = self.shadows if mode is State.SHADOW else self._queues
         self._given = {queue.index: self._face(queue, face) for queue, face in zip(self._queues, faces, strict=True)}
 
-    def _face(self, queue: GuestQueue, face: GuestQueue | ShadowVirtqueue) -> Face:
+    def _face(self, queue: GuestQueue, face: GuestQueue | RingServer) -> Face:
         """Return what the device is told of a queue: the addresses of one of its rings, and its eventfds."""
-        shadowed = isinstance(face, ShadowVirtqueue)
-        ring = self._shadow_ring(queue) if shadowed else (queue.desc, queue.avail, queue.used)
+        guest = isinstance(face, GuestQueue)
+        ring = (queue.desc, queue.avail, queue.used) if guest else self._shadow_ring(queue)
         return ring, (face.kick, face.call)
 
     def _stands_for(self, control: GuestControl | None) -> bool:
@@ -172,7 +172,7 @@ class InPlace(Direct):
                 batch.map(gpa, self.memories.guest.hva(gpa, size), size)
             at: int = self.memories.own.hva
             for queue in self._queues:
-                layout = ring_layout(queue.num)
+                layout = ring_layout(queue.num, ring_bits(self.target.features))
                 iova = self._allocate(layout.size)
                 used = iova + layout.driver_area
                 self._ours += [(OWN_ASID, iova), (OWN_ASID, used)]
@@ -210,7 +210,7 @@ class InPlace(Direct):
         ring = ring_bits(self.target.features)
         for queue in self._queues:
             _, at, _ = self._places[queue.index]
-            self._spare.append(ShadowVirtqueue(queue, self.memories.guest, at, ring))
+            self._spare.append(self.target.serving.queue(queue, self.memories.guest, at, ring, None))
 
     # -- switch -------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class InPlace(Direct):
         """Put into a list what gives a suspended device its queues' other rings and lets it go on."""
         calls = self.target.chardev.prepare()
         bases: list[int] = []
-        faces: Sequence[GuestQueue | ShadowVirtqueue] = self._spare if mode is State.SHADOW else self._queues
+        faces: Sequence[GuestQueue | RingServer] = self._spare if mode is State.SHADOW else self._queues
         given: dict[int, Face] = {}
         for queue, face in zip(self._queues, faces, strict=True):
             ring, eventfds = given[queue.index] = self._face(queue, face)
@@ -327,7 +327,7 @@ class _Move:
 
     calls: PreparedCalls
     bases: tuple[int, ...]
-    shadows: tuple[ShadowVirtqueue, ...]
+    shadows: tuple[RingServer, ...]
     """Whose eventfds are in the list."""
     given: dict[int, Face]
     """What the device has of each queue afterwards."""
