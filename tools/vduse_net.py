@@ -149,8 +149,15 @@ class Device:
             fcntl.ioctl(self.fd, INJECT_CONFIG_IRQ)
 
     def answer(self) -> None:
-        """Read one message of the kernel and answer it."""
-        kind, number, payload = REQUEST.unpack(os.read(self.fd, REQUEST.size))
+        """Read one message of the kernel and answer it.
+
+        The kernel waits for an answer only so long. It takes a message back that was not read, and does not know one
+        that is answered too late (drivers/vdpa/vdpa_user/vduse_dev.c:vduse_dev_write_iter).
+        """
+        try:
+            kind, number, payload = REQUEST.unpack(os.read(self.fd, REQUEST.size))
+        except BlockingIOError:
+            return
         result = b""
         if kind == GET_VQ_STATE:
             (index,) = struct.unpack_from("=I", payload)
@@ -159,7 +166,10 @@ class Device:
             self._set_status(payload[0])
         elif kind == UPDATE_IOTLB:
             self._remap()
-        os.write(self.fd, RESPONSE.pack(number, 0, result))
+        try:
+            os.write(self.fd, RESPONSE.pack(number, 0, result))
+        except FileNotFoundError:
+            print(f"{self.name}: answered too late, the kernel waits no more", file=sys.stderr, flush=True)
 
     def _base(self, index: int) -> int:
         queue = self.queues[index]
@@ -246,11 +256,20 @@ def serve(devices: list[Device]) -> None:
         while True:
             for key, _ in selector.select():
                 device, kick = key.data
-                if kick is None:
-                    device.answer()
-                else:
-                    os.eventfd_read(kick)
-                device.loop_back()
+                try:
+                    if kick is None:
+                        device.answer()
+                    else:
+                        os.eventfd_read(kick)
+                    device.loop_back()
+                except PermissionError:
+                    # the kernel has given the device up and allows nothing more; the others are served on
+                    print(
+                        f"{device.name}: broken, to be deleted: vdpa dev del {device.name}", file=sys.stderr, flush=True
+                    )
+                    for fd in (device.fd, *device.kicks):
+                        selector.unregister(fd)
+                    break
 
 
 def _background() -> None:

@@ -100,9 +100,14 @@ _CAUSES: dict[tuple[str, int], Cause] = {
         "the parent cannot suspend: its queues cannot be taken over without loss", _PROBE
     ),
     ("VHOST_VDPA_RESUME", errno.EOPNOTSUPP): Cause("the parent cannot resume", "reset and start again"),
-    ("VHOST_GET_VRING_BASE", errno.EIO): Cause(
-        "the parent did not answer, a VDUSE daemon that is gone or stuck", "vhost-vdpa doctor"
-    ),
+    **{
+        (call, errno.EIO): Cause(
+            "the parent did not answer: a VDUSE daemon that is gone or stuck; the kernel waits for it as long as "
+            "/sys/devices/virtual/vduse/NAME/msg_timeout says, 30 s by default",
+            "vhost-vdpa doctor names the daemon",
+        )
+        for call in ("open", "VHOST_VDPA_SET_STATUS", "VHOST_VDPA_GET_STATUS", "VHOST_GET_VRING_BASE")
+    },
 }
 
 

@@ -27,7 +27,11 @@ _SLICE_NS = 10_000_000
 class BenchGuest(Closing):
     """``pairs`` queue pairs; :class:`~pyvhostvdpa.MissingFeature` if the device has not that many."""
 
-    def __init__(self, path: str | os.PathLike[str], pairs: int = 1, frame_size: int = 256) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], pairs: int = 1, frame_size: int = 256, patience: float = _SECONDS
+    ) -> None:
+        self.patience = patience
+        """Seconds that the device may take to finish a descriptor."""
         self._stack = ExitStack()
         try:
             self._set_up(path, pairs, frame_size)
@@ -47,13 +51,7 @@ class BenchGuest(Closing):
                 hint="vdpa dev add … max_vqp N makes one with more, where the driver can",
             )
         self.memory = self._stack.enter_context(GuestMemory([(DEFAULT_GPA, MEMORY)]))
-        options = NicOptions(
-            pairs=pairs,
-            ring_size=min(256, self.device.max_ring),
-            frame_size=frame_size,
-            features=self.device.features,
-            control_index=self.device.groups.control_index,
-        )
+        options = NicOptions.fitting(self.device, pairs, frame_size=frame_size)
         self.nic = GuestNic(self.memory, options)
         self._stack.callback(self.nic.close)
         # the device lets go of rings and memory before they go
@@ -78,10 +76,11 @@ class BenchGuest(Closing):
         """Send on every pair until the device has finished something there; :class:`NotProved` if it does not."""
         for pair in self.nic.pairs:
             before = indices(pair.tx, self.memory)[1]
-            deadline = time.monotonic() + _SECONDS
+            deadline = time.monotonic() + self.patience
             while indices(pair.tx, self.memory)[1] == before:
                 if time.monotonic() > deadline:
-                    raise NotProved(f"{self.device.path}: pair {pair.c.flow - 1} finishes no descriptor")
+                    which = f"{self.device.path}: pair {pair.c.flow - 1}"
+                    raise NotProved(f"{which} finished no descriptor within {self.patience:g} s")
                 lib.nic_run(pair.c, time.monotonic_ns() + _SLICE_NS)
 
     def close(self) -> None:

@@ -277,7 +277,7 @@ class _Bench:
 
     def _explained(self, task: _Task, error: NotProved) -> NotProved:
         what = f"{self.device.path}: {task.point}, {task.mode.value}: every message was accepted, but {error}"
-        if not self.limits.pinned and self.options.backing is Backing.PRIVATE:
+        if self.limits.pinned is False and self.options.backing is Backing.PRIVATE:
             return NotProved(
                 f"{what}. The parent works on user addresses, and the kernel skips private memory for such a one "
                 "without an error",

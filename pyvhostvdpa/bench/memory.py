@@ -16,7 +16,8 @@ from collections.abc import Callable
 from .._cdefs import lib
 from ..base.errors import MissingFeature
 from ..memory import hugepages
-from ..memory.guest import PAGE_SIZE, MappedMemory, check_available
+from ..memory.available import check_ordinary
+from ..memory.guest import PAGE_SIZE, MappedMemory
 
 _STEP = 4096
 """Pages allocated between two words of progress."""
@@ -78,7 +79,7 @@ def unavailable(size: int, page: Page, backing: Backing) -> tuple[str, str]:
         pages, free = size // page.bytes, hugepages.free(page.bytes)
         return f"{free} of {pages} pages of {page.value} are free", f"echo {pages} > {pool}"
     try:
-        check_available(0 if _huge_flags(page, backing, size) else size)
+        check_ordinary(0 if _huge_flags(page, backing, size) else size)
     except MissingFeature as e:
         return str(e), e.hint
     return "", ""

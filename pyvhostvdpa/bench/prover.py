@@ -42,13 +42,15 @@ Place = tuple[int, int]
 class Prover:
     """A driver with one frame in flight on the first pair of an open device."""
 
-    def __init__(self, device: VdpaNetDevice, iova: int, asid: int = 0) -> None:
+    def __init__(self, device: VdpaNetDevice, iova: int, asid: int = 0, patience: float = _SECONDS) -> None:
+        self.patience = patience
+        """Seconds that the device may take for one frame."""
         self.device, self.iova, self.asid = device, iova, asid
         self.loops = False
         """Whether the device sends frames back; if not, finished descriptors are all that can be seen."""
         self._stack = ExitStack()
         self.rings = self._stack.enter_context(SharedMemory("bench-rings", SIZE))
-        num = min(_RING, device.max_ring)
+        num = min(_RING, device.largest_ring((0, 1)))
         self._layout = SplitLayout(num)
         self._c: Any = ffi.new("struct touch *")
         for index, ring in enumerate((self._c.rx, self._c.tx)):
@@ -133,7 +135,8 @@ class Prover:
         state = self._touch(places[0], places[1], _GRACE_NS)
         if not state & lib.TOUCH_SENT:
             raise NotProved(
-                f"{self.device.path} finishes no descriptor, not even in memory that was mapped by one message "
+                f"{self.device.path} finished no descriptor within {self.patience:g} s, not even in memory that was "
+                "mapped by one message "
                 f"(status {names(self.device.chardev.get_status())})",
                 hint="vhost-vdpa probe --verify tells what the device does",
             )
@@ -143,7 +146,7 @@ class Prover:
     def _touch(self, source: Place, target: Place, grace: int) -> int:
         places = [ffi.new("struct touch_place *", {"iova": p[0], "hva": ffi.cast("uint8_t *", p[1])}) for p in
                   (source, target)]  # fmt: skip
-        deadline = time.monotonic_ns() + int(_SECONDS * 1e9)
+        deadline = time.monotonic_ns() + int(self.patience * 1e9)
         state: int = lib.touch_frame(self._c, *places, FRAME, deadline, grace)
         if state & lib.TOUCH_NONSENSE:
             raise NotProved(f"{self.device.path} wrote a used ring that makes no sense")
@@ -153,9 +156,10 @@ class Prover:
         """Send a frame out of each place and into the next one; :class:`NotProved` naming the one not reached."""
         for i, source in enumerate(places):
             target = places[(i + 1) % len(places)]
-            state = self._touch(source, target, int(_SECONDS * 1e9) if self.loops else _GRACE_NS)
+            state = self._touch(source, target, int(self.patience * 1e9) if self.loops else _GRACE_NS)
             if not state & lib.TOUCH_SENT:
-                raise NotProved(f"the device does not reach the page at IOVA {source[0]:#x}{self._trouble()}")
+                where = f"the page at IOVA {source[0]:#x} within {self.patience:g} s"
+                raise NotProved(f"the device does not reach {where}{self._trouble()}")
             if self.loops and not state & lib.TOUCH_BACK:
                 raise NotProved(
                     f"a frame out of the page at IOVA {source[0]:#x} did not arrive whole in the page at "

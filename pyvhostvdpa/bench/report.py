@@ -16,7 +16,7 @@ import psutil
 from ..base.errors import MissingFeature
 from ..base.uapi import names
 from ..device.net import VdpaNetDevice
-from ..host import mgmt
+from ..host.parents import parent_of
 from .memory import Layout, Page
 from .plan import Mode, Options, Point, Refusal
 from .stats import Fit, Summary, fit
@@ -134,7 +134,7 @@ def place(device: VdpaNetDevice) -> dict[str, Any]:
         "accelerator": os.environ.get("PYVHOSTVDPA_LAB_ACCEL", "not in the lab"),
         "device": {
             "path": device.path,
-            "driver": mgmt.parent_of(device.path).module,
+            "driver": parent_of(device.path).module,
             "features": names(device.features),
             "backend_features": names(device.backend_features),
             "pinned": limits.pinned,

@@ -127,8 +127,8 @@ def _rate(guest: BenchGuest, mode: State, seconds: float, first: bool) -> float:
     counts = guest.nic.counts()
     if not arrived or counts.corrupted or counts.duplicated:
         raise NotProved(
-            f"{guest.device.path}, {mode.value}: {counts.lost} frames did not come back, {counts.corrupted} were "
-            f"corrupted, {counts.duplicated} duplicated",
+            f"{guest.device.path}, {mode.value}: {counts.lost} frames did not come back within {_SETTLE:g} s, "
+            f"{counts.corrupted} were corrupted, {counts.duplicated} duplicated",
             hint="a device that does not loop back needs a peer that reflects its frames",
         )
     guest.device.stop()
@@ -140,7 +140,7 @@ def _latencies(guest: BenchGuest, mode: State, frames: int, size: int) -> list[i
     arena = GuestArena(guest.memory)
     # behind the NIC's own rings and buffers, which rest meanwhile
     arena.take(guest.memory.regions[0].size * 3 // 4)
-    queues = [place_queue(arena, index, min(256, guest.device.max_ring)) for index in (0, 1)]
+    queues = [place_queue(arena, index, min(256, guest.device.largest_ring([index]))) for index in (0, 1)]
     c: Any = ffi.new("struct touch *")
     for ring, queue in zip((c.rx, c.tx), queues, strict=True):
         map_queue(ring, queue, guest.memory)

@@ -49,14 +49,15 @@ class Mapping:
 class Limits:
     """What bounds the maps of a device.
 
-    ``pinned`` tells whether the parent works on pinned pages; ``entries`` is
-    the limit per address space, None if none is known.
+    ``pinned`` tells whether the parent works on pinned pages, None if that is unknown; ``entries`` is
+    the limit per address space, None if none is known. What follows from pinning alone is refused beforehand only
+    where pinning is certain.
     """
 
     first: int
     last: int
     as_num: int
-    pinned: bool
+    pinned: bool | None
     entries: int | None
 
 
@@ -78,7 +79,13 @@ class Iotlb:
 
     def make_room(self, pinned: int) -> None:
         """Raise this process's memlock limit for ``pinned`` more bytes if that is needed and allowed."""
-        note = allow_pinning(pinned) if pinned else ""
+        try:
+            note = allow_pinning(pinned) if pinned else ""
+        except MapRejected:
+            if self.limits.pinned:
+                raise
+            # the parent may well pin nothing: the kernel has the last word
+            return
         if note:
             self.notes.append(note)
 
@@ -217,7 +224,7 @@ class Batch:
         self.planned = list(self._before)
         self.messages: list[IotlbMessage] = []
         self.pinned = 0
-        """Bytes that will be pinned anew."""
+        """Bytes that will be pinned anew, or may be where that is unknown."""
 
     def map(self, iova: int, uaddr: int, size: int, perm: Access = Access.RW) -> None:
         """Add a map; see :meth:`AddressSpace.map`."""
@@ -227,7 +234,7 @@ class Batch:
         entries = (physical_runs(uaddr, size) or 1) if self._limits.pinned else 1
         self._check_entries(what, entries)
         self.put_back(Mapping(iova, size, uaddr, perm, entries))
-        self.pinned += size if self._limits.pinned else 0
+        self.pinned += size if self._limits.pinned is not False else 0
 
     def _check_range(self, what: str, iova: int, uaddr: int, size: int) -> None:
         limits = self._limits

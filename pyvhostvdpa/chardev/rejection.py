@@ -39,7 +39,7 @@ def process_maps() -> Iterator[Vma]:
         yield Vma(start, end, permissions[3] == "s", path[0] if path and inode != "0" else "")
 
 
-def likely_cause(chardev: VhostVdpa, message: IotlbMessage, pinned: bool, limit: int | None) -> Cause:
+def likely_cause(chardev: VhostVdpa, message: IotlbMessage, pinned: bool | None, limit: int | None) -> Cause:
     """Return the likely reason for which the kernel refused ``message``.
 
     ``pinned`` and ``limit`` are the device's, see :class:`pyvhostvdpa.chardev.iotlb.Limits`.
@@ -48,7 +48,7 @@ def likely_cause(chardev: VhostVdpa, message: IotlbMessage, pinned: bool, limit:
         return Cause("this process is not the device's owner", "call set_owner() in the process that maps")
     if message.type is not IotlbType.UPDATE:
         return Cause("the address space was never used, or another one's batch is open", "map something there first")
-    return _memory(message) or (_pinning(message, limit) if pinned else None) or _tree(message)
+    return _memory(message) or (_pinning(message, limit) if pinned is not False else None) or _tree(message)
 
 
 def _owner(chardev: VhostVdpa) -> bool:

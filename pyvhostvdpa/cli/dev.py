@@ -12,6 +12,7 @@ from ..chardev.door import can_be_opened
 from ..host import mgmt
 from ..host.machine import gather
 from .table import table
+from .units import seconds
 
 SCHEMA = "pyvhostvdpa/dev/1"
 _ADD = "vhost-vdpa dev add name NAME mgmtdev MGMTDEV [mac MAC] [mtu MTU] [max_vqp N] [device_features BITS]"
@@ -28,14 +29,26 @@ def register(commands: Any) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     add = actions.add_parser("add", help="create a device", usage=_ADD)
     add.add_argument("words", nargs="+", metavar="WORD VALUE")
+    _add_timeout(add)
     add.set_defaults(run=_add)
     delete = actions.add_parser("del", help="delete a device that nobody has open")
     delete.add_argument("name", metavar="NAME")
+    _add_timeout(delete)
     delete.set_defaults(run=_delete)
     show = actions.add_parser("show", help="a device's management side: parent, queues, configuration")
     show.add_argument("name", metavar="NAME", nargs="?")
     show.add_argument("--json", "-j", action="store_true", help="print JSON")
     show.set_defaults(run=_show)
+
+
+def _add_timeout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=seconds,
+        default=str(mgmt.CHANGE_SECONDS),
+        help="how long the driver may take (default %(default)s)",
+    )
 
 
 def _add(arguments: argparse.Namespace) -> int:
@@ -44,12 +57,12 @@ def _add(arguments: argparse.Namespace) -> int:
     if len(words) % 2 or not {"name", "mgmtdev"} <= given.keys():
         raise MissingFeature("dev add: a device needs a name and a management device", hint=_ADD)
     rest = [word for pair in given.items() if pair[0] not in ("name", "mgmtdev") for word in pair]
-    mgmt.add_device(given["name"], given["mgmtdev"], *rest)
+    mgmt.add_device(given["name"], given["mgmtdev"], *rest, seconds=arguments.timeout)
     return 0
 
 
 def _delete(arguments: argparse.Namespace) -> int:
-    mgmt.delete_device(arguments.name, can_be_opened)
+    mgmt.delete_device(arguments.name, can_be_opened, arguments.timeout)
     return 0
 
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from ..host.mgmt import SYSFS_DEVICES, list_devices
+from ..host.mgmt import SYSFS_DEVICES, VdpaDevice, list_devices
+from ..host.parents import parent_of, unserved
 from .table import table
 
 SCHEMA = "pyvhostvdpa/list/1"
@@ -40,12 +42,26 @@ def run(arguments: argparse.Namespace) -> int:
             device.mgmtdev or "-",
             "-" if device.virtio_id is None else str(device.virtio_id),
             device.mac or "-",
-            ", ".join(str(holder) for holder in device.holders) or "-",
+            "-" if device.link_up is None else "up" if device.link_up else "down",
+            ", ".join(str(holder) for holder in device.holders) or ("-" if device.holders_known else "unknown"),
         ]
         for device in devices
     ]
-    print(table(["NAME", "CHARDEV", "DRIVER", "MGMTDEV", "VIRTIO-ID", "MAC", "HOLDER"], rows))
+    print(table(["NAME", "CHARDEV", "DRIVER", "MGMTDEV", "VIRTIO-ID", "MAC", "LINK", "HOLDER"], rows))
+    _explain(devices)
     return 0
+
+
+def _explain(devices: Sequence[VdpaDevice]) -> None:
+    """Say why fields are unknown, and which device nothing answers for."""
+    for why in dict.fromkeys(device.unknown for device in devices if device.unknown):
+        concerned = ", ".join(device.name for device in devices if device.unknown == why)
+        print(f"{concerned}: management device, type, MAC and link are unknown: {why}", file=sys.stderr)
+    if not all(device.holders or device.holders_known for device in devices):
+        print("holders are unknown: not every process can be seen from here; run as root on the host", file=sys.stderr)
+    for device in devices:
+        if device.chardev and (wrong := unserved(device.name, parent_of(device.chardev))):
+            print(f"{device.name}: {wrong[0]}; next: {wrong[1]}", file=sys.stderr)
 
 
 def _explain_empty() -> None:

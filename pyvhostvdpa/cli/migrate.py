@@ -16,6 +16,7 @@ from .peer import (
     Progress,
     add_options,
     add_sending_options,
+    drops_note,
     frames_table,
     gap_lines,
     guest_options,
@@ -105,14 +106,4 @@ def _notes(report: Report) -> list[str]:
     where = f"{report.outcome}; kernel {place['kernel']}, {place['cpus']} CPUs, {place['accelerator']}"
     hashed = [f"memory hash {report.sent.hash}, the same on both sides"] if report.sent.hash else []
     wrong = [f"pages that the guest's CPU found wrong: {report.bad_pages}"] if report.bad_pages else []
-    return [procedures_line(report.procedure), _drops(report), *hashed, *wrong, *report.warnings, where]
-
-
-def _drops(report: Report) -> str:
-    told = []
-    for role, counters in report.drops.items():
-        if counters is None:
-            told.append(f"{role} unknown")
-        else:
-            told += [f"{role} {name} {value}" for name, value in counters.items() if value]
-    return "device drop counters: " + (", ".join(told) or ("all 0" if any(report.drops.values()) else "none offered"))
+    return [procedures_line(report.procedure), drops_note(report.drops), *hashed, *wrong, *report.warnings, where]

@@ -19,9 +19,10 @@ from ..migration.endpoint import Tls
 from ..migration.pages import RoundStatistics
 from ..migration.saved import DEFAULT_FOLDER
 from ..migration.source import LastRound, SendOptions
+from ..net.control_queue import DEFAULT_DEADLINE
 from ..trace.gap import StopToRun
 from .table import table
-from .units import count, size
+from .units import count, seconds, size
 
 ADDRESS = "unix:PATH|tcp:HOST:PORT"
 
@@ -84,7 +85,12 @@ def guest_options(arguments: argparse.Namespace) -> GuestOptions:
 def send_options(arguments: argparse.Namespace) -> SendOptions:
     """Return how to send it."""
     return SendOptions(
-        limit=arguments.limit, downtime=arguments.downtime / 1000, hashed=arguments.hash, folder=arguments.state
+        limit=arguments.limit,
+        downtime=arguments.downtime / 1000,
+        hashed=arguments.hash,
+        folder=arguments.state,
+        control_deadline=arguments.control_deadline,
+        drain=arguments.drain,
     )
 
 
@@ -113,6 +119,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=NAMES,
         default=None,
         help="start, switch and stop the devices in this way, for comparison (default: the best that each can do)",
+    )
+    parser.add_argument(
+        "--control-deadline",
+        metavar="SECONDS",
+        type=seconds,
+        default=str(DEFAULT_DEADLINE),
+        help="how long a device may take to answer a command of its control queue (default %(default)s)",
+    )
+    parser.add_argument(
+        "--drain",
+        metavar="SECONDS",
+        type=seconds,
+        default="10",
+        help="how long the last frames may take at the end (default %(default)s)",
     )
     parser.add_argument("--json", "-j", action="store_true", help="print JSON, and nothing else on standard output")
 
@@ -179,6 +199,17 @@ def frames_table(frames: Mapping[str, int | None]) -> str:
 def milliseconds(ms: float | None) -> str:
     """Return a time for a table."""
     return "unknown" if ms is None else f"{ms:.2f}"
+
+
+def drops_note(drops: Mapping[str, Mapping[str, int] | None]) -> str:
+    """Return the devices' own counters of lost frames, by device or its role, as a line."""
+    found = []
+    for which, counters in drops.items():
+        if counters is None:
+            found.append(f"{which} unknown")
+        else:
+            found += [f"{which} {name} {value}" for name, value in counters.items() if value]
+    return "device drop counters: " + (", ".join(found) or ("all 0" if any(drops.values()) else "none offered"))
 
 
 def rounds_table(rounds: Sequence[RoundStatistics]) -> str:

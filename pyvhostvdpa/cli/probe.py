@@ -11,7 +11,9 @@ from typing import Any
 from ..base.uapi import BackendFeature, names
 from ..host import mgmt
 from ..probe.probe import Probe, look, probe
+from ..probe.proofs import MUST_MOVE_S
 from .table import table
+from .units import seconds
 
 DESCRIPTION = """\
 Tell what a device is and can do: queues, groups, address spaces, features, and what they make possible for a live
@@ -34,6 +36,13 @@ def register(commands: Any) -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--verify", action="store_true", help="prove each feature with real descriptors")
     mode.add_argument("--no-open", action="store_true", help="tell only what can be told without opening the device")
+    parser.add_argument(
+        "--patience",
+        metavar="SECONDS",
+        type=seconds,
+        default=str(MUST_MOVE_S),
+        help="with --verify: how long a device may take to finish a descriptor (default %(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -43,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.no_open:
         _print_look(look(path), arguments.json)
         return 0
-    found = probe(path, arguments.verify)
+    found = probe(path, arguments.verify, arguments.patience)
     lies = found.lies()
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))
@@ -62,7 +71,12 @@ def _print_look(told: dict[str, Any], as_json: bool) -> None:
     rows = [[key, str(device[key] or "-")] for key in ("name", "chardev", "driver", "mgmtdev", "mac")]
     rows.append(["holders", ", ".join(f"pid {h['pid']} ({h['name']})" for h in device["holders"]) or "none"])
     rows += [[key, str(told[key] or "-")] for key in ("virtio_id", "vqs_count", "vring_num", "negotiated_features")]
+    rows.append(["link", _link(device["link_up"])])
     print(table(["not opened", ""], rows))
+    if device["unknown"]:
+        print(f"\nunknown: management device, type, MAC and link: {device['unknown']}")
+    if told["unserved"]:
+        print(f"\n{device['name']}: {told['unserved']}")
     print("\nBackend features, groups and address spaces are told only by the opened device.")
 
 
@@ -76,7 +90,7 @@ def _facts(found: Probe) -> str:
     sizes = f"at most {found.vring_num}" if found.vring_sizes is None else " ".join(map(str, found.vring_sizes))
     rows = [
         ["device", f"{found.device.name} {found.device.chardev}"],
-        ["parent", f"{found.parent.module or '-'}, {'pins memory' if found.parent.pinned else 'user addresses'}"],
+        ["parent", f"{found.parent.module or 'unknown'}, {found.parent.memory}"],
         ["virtio id", str(found.virtio_id)],
         ["status after opening", names(found.status)],
         ["MAC, MTU, link", f"{config.mac or '-'}, {config.mtu or '-'}, {_link(config.link_up)}"],

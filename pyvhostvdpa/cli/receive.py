@@ -18,6 +18,7 @@ from .peer import (
     Progress,
     add_options,
     add_tls_options,
+    drops_note,
     frames_table,
     gap_lines,
     milliseconds,
@@ -75,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
             progress.phase,
             progress.tell,
             trace,
+            arguments.control_deadline,
+            arguments.drain,
             arguments.procedure,
         )
         if arguments.take is not None:
@@ -103,8 +106,13 @@ def show(report: ReceivedReport, as_json: bool) -> int:
         hashed = f"\nmemory hash {report.hash}, the same on both sides" if report.hash else ""
         rate = report.parts["destination"].rate
         print(gap_lines(join(report.steps), None, "the guest's stop, this side's part"), end="\n\n")
-        frames = frames_table(report.frames.to_dict())
-        warnings = "".join(f"\n{warning}" for warning in report.warnings)
-        print(f"{frames}\n\n{gap}\n{pages}\n{rate:,.0f} frames/s here{hashed}{warnings}")
-        print(procedures_line(report.procedure))
+        lines = [
+            gap,
+            pages,
+            f"{rate:,.0f} frames/s here",
+            procedures_line(report.procedure),
+            drops_note(report.drops) + hashed,
+            *report.warnings,
+        ]
+        print(f"{frames_table(report.frames.to_dict())}\n\n" + "\n".join(lines))
     return 0 if sound(report.frames, report.bad_pages) else 1

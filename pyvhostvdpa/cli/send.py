@@ -21,6 +21,7 @@ from .peer import (
     add_options,
     add_sending_options,
     add_tls_options,
+    drops_note,
     frames_table,
     gap_lines,
     guest_options,
@@ -67,7 +68,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _resume(arguments: argparse.Namespace, trace: Trace) -> int:
     progress = Progress(SENDING | {"destination": "traffic in passthrough"})
     receiving = Receiving(
-        arguments.devices, arguments.seconds, arguments.state, progress.phase, progress.tell, trace, arguments.procedure
+        arguments.devices,
+        arguments.seconds,
+        arguments.state,
+        progress.phase,
+        progress.tell,
+        trace=trace,
+        control_deadline=arguments.control_deadline,
+        drain=arguments.drain,
+        procedure=arguments.procedure,
     )
     return show(receiving.take(arguments.resume), arguments.json)
 
@@ -121,5 +130,17 @@ def _summary(report: SentReport) -> str:
     frames = frames_table(frames_when(report.outcome, report.frames))
     hashed = [f"memory hash {report.sent.hash}, the same on both sides"] if report.sent.hash else []
     return "\n\n".join(
-        [*tables, frames, "\n".join([procedures_line(report.procedure), report.outcome, *hashed, *report.warnings])]
+        [
+            *tables,
+            frames,
+            "\n".join(
+                [
+                    procedures_line(report.procedure),
+                    drops_note(report.drops),
+                    report.outcome,
+                    *hashed,
+                    *report.warnings,
+                ]
+            ),
+        ]
     )

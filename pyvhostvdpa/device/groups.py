@@ -25,13 +25,15 @@ class Groups:
 
     ``control`` is the control queue's group if no data queue shares it,
     ``descriptors`` the group of all data queues' rings if it is not the
-    buffers' own.
+    buffers' own. ``config`` is the configuration space as a driver with
+    these features reads it.
     """
 
     max_pairs: int
     control_index: int | None
     control: int | None
     descriptors: int | None
+    config: bytes = b""
 
 
 def probe_groups(chardev: VhostVdpa, features: Feature, vqs_count: int) -> Groups:
@@ -48,6 +50,8 @@ def probe_groups(chardev: VhostVdpa, features: Feature, vqs_count: int) -> Group
         buffers = {_group(chardev.get_vring_group, index) for index in data}
         rings = {_group(chardev.get_vring_desc_group, index) for index in data}
         control = None if control_at is None else _group(chardev.get_vring_group, control_at)
+        # before features are set the parent takes this for a legacy driver
+        config = chardev.get_config(0, chardev.get_config_size())
     finally:
         chardev.set_status(Status(0))
     # QEMU looks at queue 0 alone; a parent may well group queues differently
@@ -57,7 +61,24 @@ def probe_groups(chardev: VhostVdpa, features: Feature, vqs_count: int) -> Group
         control_index=control_at,
         control=None if control in buffers else control,
         descriptors=None if descriptors in buffers else descriptors,
+        config=config,
     )
+
+
+def ring_sizes(chardev: VhostVdpa, vqs_count: int) -> tuple[int, ...]:
+    """Return the largest ring of each queue: what the parent says of that queue, else what it says of all.
+
+    Rounded down to a power of two, as a split ring has to be (virtio 1.3, 2.7).
+    """
+    most = chardev.get_vring_num()
+    try:
+        sizes = [chardev.get_vring_size(index) or most for index in range(vqs_count)]
+    except KernelError as e:
+        # no get_vq_size in the parent, or a kernel before 6.10
+        if e.errno not in (errno.EOPNOTSUPP, errno.ENOTTY):
+            raise
+        sizes = [most] * vqs_count
+    return tuple(1 << (min(size, most).bit_length() - 1) for size in sizes)
 
 
 def _group(ask: Callable[[int], int], index: int) -> int | None:

@@ -11,24 +11,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..base.closing import Closing
-from ..base.errors import DeviceBusy, MissingFeature
+from ..base.errors import DeviceBusy, MissingFeature, VhostVdpaError
 from ..base.uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, BackendFeature
-from ..chardev.door import VhostVdpa
+from ..chardev.door import VhostVdpa, check_path
 from ..chardev.iotlb import Iotlb, Limits
 from ..host import mgmt
+from ..host.parents import check_served, parent_of
 from ..memory.guest import GuestMemory
-from ..net.control_queue import GuestControl
-from ..net.features import CONTROL, SUPPORTED, Feature, negotiate
+from ..net.control_queue import DEFAULT_DEADLINE, GuestControl
+from ..net.features import CONTROL, SUPPORTED, Feature, check_implemented, negotiate
 from ..net.guest_config import GuestConfig
 from ..trace.recorder import DeviceTrace, Trace
 from ..virtqueue.layout import GuestQueue
 from ..virtqueue.serving import RelayOptions, RingServer
-from .groups import probe_groups
+from .groups import probe_groups, ring_sizes
 from .procedure import best
 from .procedure.base import OWN_ASID, Procedure, State, Target
+from .provisioned import restore_address
 
 __all__ = ["State", "VdpaNetDevice"]
 
@@ -45,6 +47,7 @@ class VdpaNetDevice(Closing):
     best that the device can do by default, one of
     :data:`~pyvhostvdpa.device.procedure.best.NAMES` if it is to be forced, or a
     function that makes one. Which it became is in :attr:`procedure`.
+    ``control_deadline`` is :attr:`control_deadline`.
     Raises :class:`~pyvhostvdpa.DeviceBusy` naming the holder,
     :class:`~pyvhostvdpa.NotVhostVdpa`,
     :class:`~pyvhostvdpa.MissingFeature` if it is not a net device, or cannot do
@@ -58,7 +61,12 @@ class VdpaNetDevice(Closing):
         use: BackendFeature = ALL_BACKEND_FEATURES,
         wanted: Feature = SUPPORTED,
         procedure: str | Callable[[Target], Procedure] | None = None,
+        control_deadline: float = DEFAULT_DEADLINE,
     ) -> None:
+        # before the device is opened, which resets it
+        check_implemented(wanted)
+        check_path(path)
+        check_served(path)
         try:
             self.chardev = VhostVdpa(path, trace)
         except DeviceBusy as e:
@@ -66,13 +74,16 @@ class VdpaNetDevice(Closing):
         self.memory: GuestMemory | None = None
         try:
             self._inspect(use, wanted)
-            self.target = Target(self.chardev, self.iotlb, self.features, self.backend_features, self.groups)
+            self.target = Target(
+                self.chardev, self.iotlb, self.features, self.backend_features, self.groups, self.ring_sizes
+            )
             if procedure is None or isinstance(procedure, str):
                 self.procedure = best.choose(self.target, procedure)
                 self._procedure = best.make(self.procedure, self.target)
             else:
                 self._procedure = procedure(self.target)
                 self.procedure = best.Choice(type(self._procedure).__name__)
+            self._procedure.control_deadline = control_deadline
             log.debug("%s: procedure %s", self.path, self.procedure)
         except BaseException:
             self.chardev.close()
@@ -90,7 +101,9 @@ class VdpaNetDevice(Closing):
         first, last = c.get_iova_range()
         self.vqs_count = c.get_vqs_count()
         self.max_ring = c.get_vring_num()
-        parent = mgmt.parent_of(c.path)
+        self.ring_sizes = ring_sizes(c, self.vqs_count)
+        """The largest ring of each queue, by index, a power of two."""
+        parent = parent_of(c.path)
         limits = Limits(
             first=first,
             last=last,
@@ -120,6 +133,14 @@ class VdpaNetDevice(Closing):
     def state(self) -> State:
         """What the device is doing for us."""
         return State.CLOSED if self.chardev.closed else self._procedure.state
+
+    def config(self) -> bytes:
+        """Return the configuration space as it is now."""
+        return self.chardev.get_config(0, self.chardev.get_config_size())
+
+    def largest_ring(self, queues: Iterable[int]) -> int:
+        """Return the largest ring that each of ``queues`` can have (GET_VRING_SIZE, or GET_VRING_NUM without it)."""
+        return min((self.ring_sizes[index] for index in queues if index < self.vqs_count), default=self.max_ring)
 
     @property
     def shadows(self) -> Sequence[RingServer]:
@@ -206,9 +227,10 @@ class VdpaNetDevice(Closing):
         if self.state is not State.RESET:
             raise MissingFeature(f"{self.path} is in state {self.state.value}: stop() it first")
         for queue in queues:
-            if queue.index >= self.vqs_count or queue.num > self.max_ring:
+            if queue.index >= self.vqs_count or queue.num > self.ring_sizes[queue.index]:
+                most = self.largest_ring([queue.index]) if queue.index < self.vqs_count else self.max_ring
                 raise MissingFeature(
-                    f"{self.path} has {self.vqs_count} virtqueues of at most {self.max_ring}; "
+                    f"{self.path} has {self.vqs_count} virtqueues of at most {most}; "
                     f"the guest uses queue {queue.index} of {queue.num}"
                 )
         if control is not None and (self.groups.control is None or self.iotlb.limits.as_num <= OWN_ASID):
@@ -270,9 +292,30 @@ class VdpaNetDevice(Closing):
         return self._procedure.standing()
 
     def close(self) -> None:
-        """Reset and close; the kernel drops every map. Twice is no error."""
+        """Reset and close; the kernel drops every map. Twice is no error.
+
+        A MAC address that a guest has set is not left behind: the device gets the one back that it had when it was
+        opened. If that fails it is logged.
+        """
         if self.chardev.closed:
             return
         self._procedure.abandon()
-        self.chardev.close()
-        self._procedure.release()
+        try:
+            self._restore_address()
+        finally:
+            self.chardev.close()
+            self._procedure.release()
+
+    def _restore_address(self) -> None:
+        procedure = self._procedure
+        if self.mac is None or not procedure.attached or procedure.control_died:
+            return
+        try:
+            if restore_address(self.target, procedure.memories, self.mac, procedure.control_deadline):
+                log.info("%s has its MAC address %s again", self.path, self.mac.hex(":"))
+        except VhostVdpaError as e:
+            log.warning(
+                "%s keeps the MAC address of the guest that left it (%s); delete it and make it again: vdpa dev del",
+                self.path,
+                e,
+            )

@@ -51,16 +51,18 @@ class Writer:
 class Reader:
     """Takes values from bytes that nobody vouches for; :class:`StreamCorrupt` for what cannot be.
 
-    ``data`` is one whole section; ``kind`` and ``version`` are what it has to be.
+    ``data`` is one whole section; ``kind`` and ``version`` are what it has to be. With ``oldest`` an earlier version
+    is read as well; :attr:`version` is the one that was found.
     """
 
-    def __init__(self, data: bytes, kind: int, version: int, what: str) -> None:
+    def __init__(self, data: bytes, kind: int, version: int, what: str, oldest: int | None = None) -> None:
         self._what = what
         self._data, self._at = data, 0
         found_kind, found_version, length = _SECTION.unpack(self._take(_SECTION.size))
         if found_kind != kind:
             raise StreamCorrupt(f"{what}: section {found_kind} where {kind} belongs")
-        if found_version != version:
+        self.version: int = found_version
+        if not (version if oldest is None else oldest) <= found_version <= version:
             raise StreamCorrupt(
                 f"{what}: format version {found_version}, this side knows {version}",
                 hint="install the same version of pyvhostvdpa on both sides",

@@ -10,6 +10,7 @@ from typing import Any, Self
 from .._cdefs import ffi, lib
 from ..memory.guest import GuestMemory
 from ..net.control import ERR
+from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import Feature, ring_bits
 from ..virtqueue.layout import GuestQueue, indices, map_queue
 from .arena import GuestArena, place_queue
@@ -28,6 +29,9 @@ from .nic_state import (
 )
 
 CONTROL_RING = 64
+"""Descriptors of the control queue where the device takes as many."""
+ANSWER_SECONDS = 3 * DEFAULT_DEADLINE
+"""Seconds that a driver waits for an answer: one command may be several for the device, each with its deadline."""
 _BUFFER = 1 << 16
 _TABLES = 1 << 12
 TABLES_AT = _BUFFER - _TABLES
@@ -50,9 +54,9 @@ class ControlDriver:
         self._driver = d
 
     @classmethod
-    def place(cls, memory: GuestMemory, arena: GuestArena, index: int) -> Self:
-        """Set a control queue up as a driver does that starts."""
-        driver = cls(memory, place_queue(arena, index, CONTROL_RING), arena.take(_BUFFER), arena.take(1))
+    def place(cls, memory: GuestMemory, arena: GuestArena, index: int, num: int = CONTROL_RING) -> Self:
+        """Set a control queue of ``num`` descriptors, at least 2, up as a driver does that starts."""
+        driver = cls(memory, place_queue(arena, index, num), arena.take(_BUFFER), arena.take(1))
         lib.ctrl_driver_start(driver._driver)
         return driver
 
@@ -90,11 +94,13 @@ class ControlDriver:
             self._driver.tables_gpa = at
             self._driver.tables = ffi.cast("struct vring_desc *", memory.hva(at, _TABLES))
 
-    def send(self, data: bytes, seconds: float = 10.0) -> int:
+    def send(self, data: bytes, seconds: float = ANSWER_SECONDS) -> int:
         """Send a command and return its answer; TimeoutError if there is none within ``seconds``.
 
-        The same if the ring is full of commands without an answer, ValueError
-        for a command longer than the buffer.
+        A driver must not give up before the device's own deadline has passed: a
+        slow device answers late. TimeoutError too if the ring is full of
+        commands without an answer, ValueError for a command longer than the
+        buffer.
         """
         if len(data) > TABLES_AT:
             raise ValueError(f"a control command of {len(data)} bytes; the buffer takes {TABLES_AT}")

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from .._cdefs import ffi, lib
+from ..device.net import VdpaNetDevice
 from ..memory.guest import GuestMemory
 from ..net.control import ControlModel
 from ..net.features import Feature, offered_to_guest, ring_bits
 from ..net.guest_config import GuestConfig
 from ..virtqueue.layout import GuestQueue, map_queue
 from .arena import GuestArena, place_queue
-from .control_driver import ControlDriver, check_driver, driver_extents
+from .control_driver import CONTROL_RING, ControlDriver, check_driver, driver_extents
 from .nic_state import (
     MAX_INDEX,
     MAX_TIME,
@@ -75,7 +76,7 @@ class NicOptions:
     ``chained`` sends each frame as two descriptors, header and frame, as
     drivers without ``VIRTIO_F_ANY_LAYOUT`` do; with ``INDIRECT_DESC`` they
     are in a table. ``control_index`` is the control queue's index, None for
-    a NIC without.
+    a NIC without; ``control_ring`` is how many descriptors that queue has.
     """
 
     pairs: int = 1
@@ -84,6 +85,20 @@ class NicOptions:
     chained: bool = True
     features: Feature = Feature.VERSION_1
     control_index: int | None = None
+    control_ring: int = CONTROL_RING
+
+    @classmethod
+    def fitting(cls, device: VdpaNetDevice, pairs: int = 1, ring_size: int = 256, frame_size: int = 256) -> Self:
+        """Return the options of a driver that asks its device: rings of at most ``ring_size`` that each queue takes."""
+        index = device.groups.control_index
+        return cls(
+            pairs=pairs,
+            ring_size=min(ring_size, device.largest_ring(range(2 * pairs))),
+            frame_size=frame_size,
+            features=device.features,
+            control_index=index,
+            control_ring=CONTROL_RING if index is None else min(CONTROL_RING, device.largest_ring([index])),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,7 +402,7 @@ class GuestNic:
         self.control: ControlDriver | None = None
         arena = arena or GuestArena(memory)
         if options.control_index is not None:
-            self.control = ControlDriver.place(memory, arena, options.control_index)
+            self.control = ControlDriver.place(memory, arena, options.control_index, options.control_ring)
             self.control.use_ring_features(memory, options.features)
         for number in range(options.pairs):
             self.pairs.append(NicPair.place(memory, arena, number, options))

@@ -10,10 +10,11 @@ decoder takes nothing for granted: it raises
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 
 from ..memory.guest import PAGE_SIZE
+from ..net.config import MAX_CONFIG
 from ..net.control import MAX_VLAN, RSS_KEY_MAX, ControlModel, Rx
 from ..net.features import Feature
 from ..virtqueue.layout import MAX_NUM
@@ -22,6 +23,8 @@ from .nic_state import SEEN_BYTES, BadState, ControlDriverState, NicState, PairS
 
 VERSION = 1
 """Of every section. One that is not known is refused: there is no guessing at a guest's state."""
+SHAPE_VERSION = 2
+"""Of the SHAPE section: 2 has each device's configuration space at its end. Version 1 is read as well, without it."""
 SHAPE, GUEST, DEVICE = 1, 2, 3
 """Kinds of sections."""
 
@@ -38,12 +41,17 @@ _NONE = 0xFFFF
 
 @dataclass(frozen=True, slots=True)
 class DeviceShape:
-    """What a destination's device must be like: features, pairs, ring size; ``control_index`` None without one."""
+    """What a destination's device must be like: features, pairs, ring size; ``control_index`` None without one.
+
+    ``config`` is the configuration space as the guest's driver knows it, None if that is unknown. It belongs to the
+    device below and not to the guest's state, so two shapes are equal without it.
+    """
 
     features: int
     pairs: int
     ring_size: int
     control_index: int | None
+    config: bytes | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +77,14 @@ class GuestShape:
         w.each(self.memory, lambda region: w.put("QQ", *region))
         w.each(self.devices, lambda d: _put_shape(w, d))
         w.put("B", self.hashed)
-        return w.section(SHAPE, VERSION)
+        for device in self.devices:
+            _put_optional(w, device.config)
+        return w.section(SHAPE, SHAPE_VERSION)
 
     @classmethod
     def decode(cls, data: bytes) -> GuestShape:
         """Return the shape in a section."""
-        r = Reader(data, SHAPE, VERSION, "shape of the guest")
+        r = Reader(data, SHAPE, SHAPE_VERSION, "shape of the guest", oldest=1)
         number, source = r.get(f"{ID_BYTES}s"), r.text("source", _MAX_TEXT)
         page = r.get("I")
         if page != PAGE_SIZE:
@@ -89,6 +99,9 @@ class GuestShape:
         _check_memory(r, shape.memory)
         if not shape.devices:
             raise r.bad("no device")
+        if r.version > 1:
+            devices = [replace(d, config=_get_optional(r, "configuration space", MAX_CONFIG)) for d in shape.devices]
+            shape = replace(shape, devices=tuple(devices))
         r.end()
         return shape
 
@@ -208,11 +221,11 @@ def check_shapes(found: Sequence[DeviceShape], promised: Sequence[DeviceShape]) 
     if len(found) != len(promised):
         raise BadState(f"{len(found)} devices, the SHAPE section has {len(promised)}")
     for number, (device, shape) in enumerate(zip(found, promised, strict=True)):
-        for field in DeviceShape.__slots__:
-            here, there = getattr(device, field), getattr(shape, field)
+        for name in (each.name for each in fields(DeviceShape) if each.compare):
+            here, there = getattr(device, name), getattr(shape, name)
             if here != there:
                 raise BadState(
-                    f"device {number} does not match the SHAPE section: {field} {_shown(here)} here, "
+                    f"device {number} does not match the SHAPE section: {name} {_shown(here)} here, "
                     f"{_shown(there)} there"
                 )
 

@@ -20,11 +20,12 @@ from .._cdefs import ffi, lib
 from ..base.errors import MigrationFailed, MissingFeature, StreamCorrupt
 from ..device.net import VdpaNetDevice
 from ..memory.guest import DEFAULT_GPA, PAGE_SIZE, GuestMemory, Progress
+from ..net.config import MAX_CONFIG
 from ..net.control import ANNOUNCE_ACK, OK, VQ_PAIRS_SET, Class, ControlModel, command
 from ..net.control_queue import GuestControl
 from ..virtqueue.layout import GuestQueue, map_queue
 from .arena import GuestArena
-from .control_driver import ControlDriver
+from .control_driver import ANSWER_SECONDS, ControlDriver
 from .nic import FrameCounts, GuestNic, NicOptions, Window, check_nic
 from .nic_state import MAX_INDEX, BadState, Extent, check_apart, check_memory, queue_at_rest
 from .state import DeviceShape, DeviceState, GuestState, QueueState, check_shapes
@@ -39,7 +40,10 @@ MAX_WRITER_RATE = 1 << 32
 
 @dataclass(frozen=True, slots=True)
 class GuestOptions:
-    """What guest to start. ``memory`` in bytes, ``write_rate`` in bytes a second that its CPU writes, whole pages."""
+    """What guest to start. ``memory`` in bytes, ``write_rate`` in bytes a second that its CPU writes, whole pages.
+
+    ``ring_size`` is the most: a driver takes what its device's queues can have.
+    """
 
     memory: int = 1 << 30
     pairs: int = 1
@@ -102,6 +106,7 @@ class Guest:
         self.controls: list[GuestControl | None] = []
         self.traffic: list[Traffic] = []
         self.writer: GuestWriter | None = None
+        self._answer_seconds = ANSWER_SECONDS
 
     @classmethod
     def create(
@@ -122,13 +127,7 @@ class Guest:
         slice_size = (region.size - share) // len(devices) // PAGE_SIZE * PAGE_SIZE
         for number, device in enumerate(devices):
             arena = GuestArena(self.memory, region.gpa + number * slice_size, slice_size)
-            nic = NicOptions(
-                pairs=options.pairs,
-                ring_size=options.ring_size,
-                frame_size=options.frame_size,
-                features=device.features,
-                control_index=device.groups.control_index,
-            )
+            nic = NicOptions.fitting(device, options.pairs, options.ring_size, options.frame_size)
             self.add(GuestNic(self.memory, nic, arena), ControlModel(device.features, mac=device.mac))
         if share:
             rate = min(max(1, options.write_rate // PAGE_SIZE), MAX_WRITER_RATE)
@@ -223,6 +222,8 @@ class Guest:
 
     def start(self, number: int, device: VdpaNetDevice) -> None:
         """Start a device in passthrough with this guest's NIC of that number."""
+        # a driver must not give up before the device's own deadline has passed
+        self._answer_seconds = max(self._answer_seconds, 3 * device.control_deadline)
         device.guest_config = self.nics[number].config
         device.start_passthrough(self.nics[number].queues, self.controls[number])
 
@@ -231,7 +232,7 @@ class Guest:
         nic = self.nics[number]
         if nic.control is not None and len(nic.pairs) > 1:
             pairs = len(nic.pairs).to_bytes(2, "little")
-            if _answer(nic.control, command(Class.MQ, VQ_PAIRS_SET, pairs)) != OK:
+            if self._answer(nic.control, command(Class.MQ, VQ_PAIRS_SET, pairs)) != OK:
                 raise MigrationFailed(f"{path} refused to use {len(nic.pairs)} queue pairs")
 
     def announce(self) -> None:
@@ -239,7 +240,15 @@ class Guest:
         for nic in self.nics:
             nic.config.announce()
             if nic.control is not None and nic.config.asks_to_announce:
-                _answer(nic.control, command(Class.ANNOUNCE, ANNOUNCE_ACK))
+                self._answer(nic.control, command(Class.ANNOUNCE, ANNOUNCE_ACK))
+
+    def _answer(self, driver: ControlDriver, data: bytes) -> int:
+        try:
+            return driver.send(data, self._answer_seconds)
+        except TimeoutError as e:
+            raise MigrationFailed(
+                f"the guest's control queue: {e}", hint="a device that is only slow: a longer --control-deadline"
+            ) from e
 
     def run(self) -> None:
         """Let the guest's CPUs run."""
@@ -309,6 +318,7 @@ class Guest:
                 pairs=len(nic.pairs),
                 ring_size=max(queue.num for queue in nic.queues),
                 control_index=nic.control.queue.index if nic.control is not None else None,
+                config=_bounded(nic.config.known()),
             )
             for nic in self.nics
         )
@@ -386,11 +396,8 @@ def _no_eventfds(error: OSError) -> MissingFeature:
     )
 
 
-def _answer(driver: ControlDriver, data: bytes) -> int:
-    try:
-        return driver.send(data)
-    except TimeoutError as e:
-        raise MigrationFailed(f"the guest's control queue: {e}") from e
+def _bounded(config: bytes | None) -> bytes | None:
+    return None if config is None else config[:MAX_CONFIG]
 
 
 def _queue_state(queue: GuestQueue, memory: GuestMemory) -> QueueState:

@@ -19,7 +19,9 @@ from typing import Any
 from ..memory import hugepages
 from ..memory.guest import HUGE_PAGE, pinned_bytes
 from . import mgmt
-from .mgmt import Holder, Parent, VdpaDevice
+from .mgmt import VdpaDevice
+from .parents import Parent, parent_of
+from .processes import Daemon, Holder, sees_all, vduse_daemon
 
 CONFIGS = (
     "proc/config.gz",
@@ -64,6 +66,10 @@ class Machine:
     """The facts. Sizes in bytes, ``memlock`` None for unlimited.
 
     ``open_elsewhere`` are those who have a device open that the bus has no more: one that is being deleted.
+    ``stuck`` are processes that wait for one to be closed, the one that the others wait for first. ``daemons`` serve
+    VDUSE devices; None for one whose daemon is gone, or cannot be seen by this user.
+    ``management_unknown`` says why netlink told of no management device, "" if there is none.
+    ``sees_all`` tells whether all processes can be seen: as root, outside of a PID namespace.
     ``own_network`` tells of a network namespace apart from the machine's, where netlink shows no device.
     """
 
@@ -75,11 +81,13 @@ class Machine:
     bus: bool = False
     tool: bool = False
     own_network: bool = False
-    stuck: tuple[int, ...] = ()
+    stuck: tuple[Holder, ...] = ()
     open_elsewhere: tuple[Holder, ...] = ()
     management: Mapping[str, Any] = field(default_factory=dict)
+    management_unknown: str = ""
     devices: tuple[VdpaDevice, ...] = ()
     parents: Mapping[str, Parent] = field(default_factory=dict)
+    daemons: Mapping[str, Daemon | None] = field(default_factory=dict)
     net: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     nodes: Mapping[str, Node | None] = field(default_factory=dict)
     nics: tuple[Nic, ...] = ()
@@ -92,18 +100,25 @@ class Machine:
     memlock: int | None = None
     pinned: int = 0
     uid: int = 0
+    sees_all: bool = True
     selinux: bool = False
 
 
 def gather(root: Path = Path("/"), device: str | None = None) -> Machine:
-    """Read the facts; ``device`` (a chardev or vDPA name) leaves the others out."""
+    """Read the facts; ``device`` (a chardev or vDPA name) leaves the others out.
+
+    Raises :class:`~pyvhostvdpa.MissingFeature` for a name that means two devices.
+    """
     release = os.uname().release
     config, source = _kernel_config(root, release)
     here = root == Path("/")
     stuck = mgmt.stuck() if here else ()
     tool = here and shutil.which("vdpa") is not None
-    devices = tuple(d for d in (mgmt.list_devices() if here else []) if device in (None, d.name, d.chardev))
-    listed = {mgmt.device_number(d.chardev) for d in devices if d.chardev}
+    known = mgmt.list_devices() if here else []
+    devices = tuple(known if device is None else mgmt.select(known, device))
+    management, management_unknown = mgmt.ask("mgmtdev", "show") if tool and not stuck else ({}, "")
+    listed = {mgmt.number_of(d.name) for d in devices}
+    parents = {d.name: parent_of(d.chardev) for d in devices if d.chardev}
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return Machine(
         release=release,
@@ -118,10 +133,12 @@ def gather(root: Path = Path("/"), device: str | None = None) -> Machine:
         open_elsewhere=tuple(w for number, who in mgmt.openers().items() if number not in listed for w in who)
         if stuck
         else (),
-        management=mgmt.vdpa_json("mgmtdev", "show").get("mgmtdev", {}) if tool and not stuck else {},
+        management=management.get("mgmtdev", {}),
+        management_unknown=management_unknown,
         devices=devices,
-        parents={d.name: mgmt.parent_of(d.chardev) for d in devices if d.chardev and not stuck},
-        net={d.name: _net(d.name) for d in devices if d.virtio_id == 1 and not stuck},
+        parents=parents,
+        daemons={name: vduse_daemon(name) for name, parent in parents.items() if parent.module == "vduse"},
+        net={d.name: mgmt.net_config(d.name) for d in devices if d.virtio_id == 1 and not stuck},
         nodes={d.chardev: node(Path(d.chardev)) for d in devices if d.chardev},
         nics=tuple(_nics(root)),
         firmware=tuple(_firmware(root)),
@@ -133,6 +150,7 @@ def gather(root: Path = Path("/"), device: str | None = None) -> Machine:
         memlock=None if soft == resource.RLIM_INFINITY else soft,
         pinned=pinned_bytes(),
         uid=os.geteuid(),
+        sees_all=sees_all(),
         selinux=_text(root / "sys/fs/selinux/enforce") == "1",
     )
 
@@ -179,11 +197,6 @@ def _own_network(root: Path) -> bool:
         return (root / "proc/self/ns/net").stat().st_ino != (root / "proc/1/ns/net").stat().st_ino
     except OSError:
         return False
-
-
-def _net(name: str) -> dict[str, Any]:
-    config = mgmt.vdpa_json("dev", "config", "show", name).get("config", {}).get(name, {})
-    return config if isinstance(config, dict) else {}
 
 
 def node(path: Path) -> Node | None:

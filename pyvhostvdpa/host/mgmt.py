@@ -14,33 +14,52 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..base.errors import DeviceBusy, ManagementFailed, MissingFeature
+from .processes import Holder, device_number, openers, sees_all, stuck
+
+__all__ = [
+    "SYSFS_DEVICES",
+    "Holder",
+    "VdpaDevice",
+    "add_device",
+    "ask",
+    "busy",
+    "chardev_of",
+    "delete_device",
+    "device_number",
+    "holders",
+    "list_devices",
+    "name_of",
+    "net_config",
+    "number_of",
+    "openers",
+    "parse_vendor_statistics",
+    "select",
+    "stuck",
+    "vdpa_json",
+    "vendor_statistics",
+    "wait_for_chardev",
+]
 
 SYSFS_DEVICES = Path("/sys/bus/vdpa/devices")
 _VDPA_TIMEOUT = 10.0
+CHANGE_SECONDS = 60.0
+"""Seconds that making or deleting a device may take: hardware sets its queues and flows up by firmware commands."""
 _QUEUE_TIMEOUT = 2.0
 _CHARDEV_POLL = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
-    """A process that has a chardev open."""
-
-    pid: int
-    name: str
-
-    def __str__(self) -> str:
-        return f"pid {self.pid} ({self.name})"
-
-
-@dataclass(frozen=True, slots=True)
 class VdpaDevice:
-    """One device on the vdpa bus. What is not known is None."""
+    """One device on the vdpa bus. What is not known is None, and ``unknown`` says why, "" if netlink answered.
+
+    ``holders_known`` tells whether every process could be looked at; without it there may be more than ``holders``.
+    """
 
     name: str
     chardev: str | None
@@ -49,6 +68,9 @@ class VdpaDevice:
     virtio_id: int | None
     mac: str | None
     holders: tuple[Holder, ...]
+    link_up: bool | None = None
+    unknown: str = ""
+    holders_known: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON."""
@@ -59,34 +81,16 @@ class VdpaDevice:
             "mgmtdev": self.mgmtdev,
             "virtio_id": self.virtio_id,
             "mac": self.mac,
+            "link_up": self.link_up,
             "holders": [{"pid": h.pid, "name": h.name} for h in self.holders],
+            "holders_known": self.holders_known,
+            "unknown": self.unknown or None,
         }
 
 
-def _processes() -> Iterator[Path]:
-    return (entry for entry in Path("/proc").iterdir() if entry.name.isdigit())
-
-
-def stuck() -> tuple[int, ...]:
-    """Return the ``vdpa`` processes that sleep uninterruptibly: a deletion that waits for an open device.
-
-    Until it is closed every other ``vdpa`` would sleep too
-    (drivers/vhost/vdpa.c:vhost_vdpa_remove, under the lock of drivers/vdpa/vdpa.c).
-    """
-    found = []
-    for process in _processes():
-        try:
-            stat = (process / "stat").read_text()
-        except OSError:
-            continue
-        if "(vdpa) D " in stat:
-            found.append(int(process.name))
-    return tuple(found)
-
-
-def _run(arguments: Sequence[str]) -> tuple[int, str, str]:
-    """Run ``vdpa`` and return its status, output and complaints; TimeoutError if it does not come back."""
-    return _outcome([_tool(), *arguments], _VDPA_TIMEOUT)
+def _run(arguments: Sequence[str], seconds: float = _VDPA_TIMEOUT) -> tuple[int, str, str]:
+    """Run ``vdpa`` and return its status, output and complaints; TimeoutError if it does not come back in time."""
+    return _outcome([_tool(), *arguments], seconds)
 
 
 def _tool() -> str:
@@ -108,13 +112,35 @@ def _outcome(argv: Sequence[str], timeout: float) -> tuple[int, str, str]:
 
 
 def vdpa_json(*arguments: str) -> dict[str, Any]:
-    """Run ``vdpa -j ARGUMENTS`` and return what it printed; {} if it cannot tell."""
+    """Run ``vdpa -j ARGUMENTS`` and return what it printed; {} if it cannot tell, see :func:`ask`."""
+    return ask(*arguments)[0]
+
+
+def ask(*arguments: str) -> tuple[dict[str, Any], str]:
+    """Run ``vdpa -j ARGUMENTS``; return what it printed, and why it printed nothing: "" if it answered."""
     try:
-        _, said, _ = _run(["-j", *arguments])
+        status, said, complained = _run(["-j", *arguments])
         parsed = json.loads(said or "{}")
-    except (FileNotFoundError, TimeoutError, json.JSONDecodeError):
-        return {}
-    return parsed if isinstance(parsed, dict) else {}
+    except FileNotFoundError:
+        return {}, "there is no 'vdpa' command (apt-get install iproute2)"
+    except PermissionError as e:
+        return {}, f"'vdpa' cannot be run ({e.strerror})"
+    except TimeoutError:
+        return {}, f"'vdpa' did not answer within {_VDPA_TIMEOUT:g} s"
+    except json.JSONDecodeError:
+        return {}, "'vdpa' answered with something else than JSON"
+    if not status and isinstance(parsed, dict):
+        return parsed, ""
+    words = " ".join((complained or said).split())
+    why = "only the first network namespace sees vDPA's netlink"
+    return {}, f"'vdpa' failed ({words or f'status {status}'}); {why}"
+
+
+def net_config(name: str) -> dict[str, Any]:
+    """Return a net device's configuration as netlink tells it, {} if it does not."""
+    config = vdpa_json("dev", "config", "show", name).get("config", {}).get(name, {})
+    # iproute2 prints keys such as "link " with a trailing blank
+    return {key.strip(): value for key, value in config.items()} if isinstance(config, dict) else {}
 
 
 _REFUSALS = {
@@ -126,19 +152,23 @@ _REFUSALS = {
 }
 
 
-def _vdpa(*arguments: str) -> None:
+def _vdpa(*arguments: str, seconds: float) -> None:
     """Run iproute2's ``vdpa``; :class:`~pyvhostvdpa.ManagementFailed` has its words if it fails."""
     command = " ".join(["vdpa", *arguments])
+    if waiting := stuck():
+        raise ManagementFailed(
+            f"{command}: not tried, {waiting[0]} waits for an open device with the kernel's lock held",
+            hint="vhost-vdpa doctor names the holder; end that process",
+        )
     try:
-        if stuck():
-            raise TimeoutError
-        status, said, complained = _run(arguments)
+        status, said, complained = _run(arguments, seconds)
     except FileNotFoundError as e:
         raise ManagementFailed(f"{command}: there is no 'vdpa' command", hint="apt-get install iproute2") from e
     except TimeoutError as e:
+        first = next(iter(stuck()), None)
         raise ManagementFailed(
-            f"{command}: no answer; a deletion that waits for an open device holds the kernel's lock",
-            hint="vhost-vdpa doctor names the holder; end that process",
+            f"{command}: no answer within {seconds:g} s; " + (f"{first} is stuck" if first else "the driver is slow"),
+            hint="vhost-vdpa doctor names the holder; end that process" if first else "a longer --timeout",
         ) from e
     if status:
         words = complained.strip() or said.strip() or f"status {status}"
@@ -146,13 +176,16 @@ def _vdpa(*arguments: str) -> None:
         raise ManagementFailed(f"{command}: {words}", hint=hint)
 
 
-def add_device(name: str, mgmtdev: str, *attributes: str) -> None:
-    """Create a device by iproute2's ``vdpa dev add``; ``attributes`` in its words: ``"mac", "52:54:…"``."""
-    _vdpa("dev", "add", "name", name, "mgmtdev", mgmtdev, *attributes)
+def add_device(name: str, mgmtdev: str, *attributes: str, seconds: float = CHANGE_SECONDS) -> None:
+    """Create a device by iproute2's ``vdpa dev add``; ``attributes`` in its words: ``"mac", "52:54:…"``.
+
+    :class:`~pyvhostvdpa.ManagementFailed` if it fails, or takes longer than ``seconds``.
+    """
+    _vdpa("dev", "add", "name", name, "mgmtdev", mgmtdev, *attributes, seconds=seconds)
 
 
-def delete_device(name: str, can_be_opened: Callable[[str], bool]) -> None:
-    """Delete a device that no process has open.
+def delete_device(name: str, can_be_opened: Callable[[str], bool], seconds: float = CHANGE_SECONDS) -> None:
+    """Delete a device that no process has open; it may take ``seconds``.
 
     Deleting an open one would not fail but wait in the kernel, unkillable and
     with a lock that every other ``vdpa`` command needs
@@ -164,47 +197,28 @@ def delete_device(name: str, can_be_opened: Callable[[str], bool]) -> None:
     Raises :class:`~pyvhostvdpa.DeviceBusy`, :class:`~pyvhostvdpa.ManagementFailed`.
     """
     chardev = _chardev((SYSFS_DEVICES / name).resolve())
-    if chardev is not None and (holders(chardev) or not can_be_opened(chardev)):
+    held = openers().get(number_of(name) or 0, ())
+    if chardev is not None and (held or not can_be_opened(chardev)):
         raise busy(
             chardev,
             f"end that process, then delete {name}: deleting an open device hangs every 'vdpa' command until then",
+            held,
         )
-    _vdpa("dev", "del", name)
-
-
-def device_number(path: str | os.PathLike[str]) -> int | None:
-    """Return the number of the device behind a node, None if there is none."""
-    try:
-        return os.stat(path).st_rdev
-    except OSError:
-        return None
-
-
-def openers() -> dict[int, tuple[Holder, ...]]:
-    """Return the processes that have a vhost-vdpa device open, by device number, as far as this user may see.
-
-    A device that is being deleted is among them: its node is gone, its number is not.
-    """
-    found: dict[int, list[Holder]] = {}
-    for process in _processes():
-        try:
-            descriptors = [entry for entry in (process / "fd").iterdir() if "/vhost-vdpa-" in os.readlink(entry)]
-            name = (process / "comm").read_text().strip() if descriptors else ""
-        except OSError:
-            continue
-        for number in {device_number(entry) for entry in descriptors} - {None}:
-            found.setdefault(number or 0, []).append(Holder(int(process.name), name))
-    return {number: tuple(who) for number, who in found.items()}
+    _vdpa("dev", "del", name, seconds=seconds)
 
 
 def holders(chardev: str | os.PathLike[str]) -> tuple[Holder, ...]:
-    """Return the processes that have ``chardev`` open, as far as this user may see."""
-    return openers().get(device_number(chardev) or 0, ())
+    """Return the processes that have ``chardev`` open, this one included, as far as this user may see."""
+    number = device_number(chardev)
+    return openers().get(number, ()) if number is not None else ()
 
 
-def busy(chardev: str | os.PathLike[str], hint: str = "") -> DeviceBusy:
-    """Return the error for a chardev that cannot be opened because somebody has it, naming who."""
-    held_by = ", ".join(str(holder) for holder in holders(chardev))
+def busy(chardev: str | os.PathLike[str], hint: str = "", held: Sequence[Holder] = ()) -> DeviceBusy:
+    """Return the error for a chardev that cannot be opened because a process has it, naming that process.
+
+    ``held`` are its holders if they are known already; a node of this namespace may not lead to them.
+    """
+    held_by = ", ".join(str(holder) for holder in held or holders(chardev))
     return DeviceBusy(
         errno.EBUSY,
         f"open {os.fspath(chardev)}",
@@ -235,36 +249,70 @@ def list_devices() -> list[VdpaDevice]:
     """Return the devices of the vdpa bus, by name."""
     if not SYSFS_DEVICES.is_dir():
         return []
-    known = {} if stuck() else vdpa_json("dev", "show").get("dev", {})
+    waiting = stuck()
+    shown, why = ({}, f"'vdpa' would wait for {waiting[0]}") if waiting else ask("dev", "show")
     open_now = openers()
-    devices = []
-    for entry in sorted(SYSFS_DEVICES.iterdir()):
-        driver = entry / "driver"
-        chardev = _chardev(entry.resolve())
-        shown = known.get(entry.name, {})
-        is_net = shown.get("type") == "network"
-        config = vdpa_json("dev", "config", "show", entry.name).get("config", {}) if is_net else {}
-        devices.append(
-            VdpaDevice(
-                name=entry.name,
-                chardev=chardev,
-                driver=driver.resolve().name if driver.exists() else None,
-                mgmtdev=shown.get("mgmtdev"),
-                virtio_id={"network": 1, "block": 2}.get(shown.get("type", "")),
-                mac=config.get(entry.name, {}).get("mac"),
-                holders=open_now.get(device_number(chardev) or 0, ()) if chardev else (),
-            )
-        )
-    return devices
+    known = shown.get("dev", {})
+    return [_device(entry, known, why, open_now) for entry in sorted(SYSFS_DEVICES.iterdir())]
+
+
+def _device(entry: Path, known: dict[str, Any], why: str, open_now: dict[int, tuple[Holder, ...]]) -> VdpaDevice:
+    driver = entry / "driver"
+    shown = known.get(entry.name, {})
+    config = net_config(entry.name) if shown.get("type") == "network" else {}
+    link = config.get("link")
+    return VdpaDevice(
+        name=entry.name,
+        chardev=_chardev(entry.resolve()),
+        driver=driver.resolve().name if driver.exists() else None,
+        mgmtdev=shown.get("mgmtdev"),
+        virtio_id={"network": 1, "block": 2}.get(shown.get("type", "")),
+        mac=config.get("mac"),
+        holders=open_now.get(number_of(entry.name) or 0, ()),
+        link_up=None if link is None else link == "up",
+        unknown="" if shown else why or "netlink does not list it",
+        holders_known=sees_all(),
+    )
+
+
+def number_of(name: str) -> int | None:
+    """Return the number of a device's chardev as sysfs has it: the node may be missing here, or have another name."""
+    for entry in (SYSFS_DEVICES / name).resolve().glob("vhost-vdpa-*"):
+        try:
+            major, minor = (entry / "dev").read_text().split(":")
+        except OSError:
+            return None
+        return os.makedev(int(major), int(minor))
+    return None
+
+
+def select(devices: Sequence[VdpaDevice], device: str | os.PathLike[str]) -> list[VdpaDevice]:
+    """Return the one of ``devices`` that a path (by the device behind the node), vDPA name or chardev's name means.
+
+    None of them is an empty list. :class:`~pyvhostvdpa.MissingFeature` asks back if a name means two: a device may be
+    called as another one's chardev.
+    """
+    text = os.fspath(device)
+    if os.sep in text:
+        number = device_number(text)
+        return [d for d in devices if d.chardev == text or (number is not None and number == number_of(d.name))]
+    found = [d for d in devices if text in (d.name, Path(d.chardev).name if d.chardev else d.name)]
+    if len(found) > 1:
+        words = " or ".join(f"{d.name} ({d.chardev or f'no chardev, driver {d.driver}'})" for d in found)
+        paths = ", ".join(d.chardev for d in found if d.chardev)
+        raise MissingFeature(f"{text}: which device, {words}?", hint=f"name it by its path: {paths}")
+    return found
 
 
 def chardev_of(device: str | os.PathLike[str] | None) -> str:
     """Return the chardev that ``device`` means: a path, a vDPA name, or None for the only one there is.
 
-    Raises :class:`~pyvhostvdpa.MissingFeature` telling what there is instead.
+    Raises :class:`~pyvhostvdpa.MissingFeature` telling what there is instead, or that a name means two devices.
     """
-    known = list_devices() if device is None or os.sep not in os.fspath(device) else []
-    nodes = [d.chardev for d in known if d.chardev and device in (None, d.name, Path(d.chardev).name)]
+    if device is not None and os.sep in os.fspath(device):
+        return os.fspath(device)
+    known = list_devices()
+    nodes = [d.chardev for d in (known if device is None else select(known, device)) if d.chardev]
     if len(nodes) == 1:
         return nodes[0]
     if device is not None and not known:
@@ -320,47 +368,3 @@ def parse_vendor_statistics(said: str, name: str) -> dict[int, dict[str, int]]:
         if values:
             found[int(queue)] = values
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Parent:
-    """What is known of the driver that made a device.
-
-    ``pinned`` tells whether it works on pinned pages; no ioctl tells, so it
-    follows from the driver: vdpa_sim has a parameter for it (``use_va``),
-    VDUSE never pins, every other parent does. ``max_iotlb_entries`` is how
-    many entries an address space may hold, the smaller of vhost_vdpa's and
-    the parent's parameter, None where the kernel has none.
-    """
-
-    module: str | None
-    pinned: bool
-    max_iotlb_entries: int | None
-
-
-def _parent_module(name: str) -> str | None:
-    """Return the parent's kernel module; vdpa_sim's devices have no parent in sysfs, so netlink is asked then."""
-    driver = (SYSFS_DEVICES / name).resolve().parent / "driver" / "module"
-    if driver.exists():
-        return driver.resolve().name
-    mgmtdev = str(vdpa_json("dev", "show", name).get("dev", {}).get(name, {}).get("mgmtdev", ""))
-    if mgmtdev.startswith("vdpasim"):
-        return "vdpa_sim"
-    return mgmtdev.partition("/")[0] or None
-
-
-def _parameter(module: str, name: str) -> str | None:
-    try:
-        return Path(f"/sys/module/{module}/parameters/{name}").read_text().strip()
-    except OSError:
-        return None
-
-
-def parent_of(chardev: str | os.PathLike[str]) -> Parent:
-    """Return what sysfs and netlink tell of a chardev's parent driver."""
-    name = name_of(chardev)
-    module = _parent_module(name) if name else None
-    pinned = module != "vduse" and not (module == "vdpa_sim" and _parameter("vdpa_sim", "use_va") == "Y")
-    limits = [_parameter(each, "max_iotlb_entries") for each in ("vhost_vdpa", module) if each]
-    values = [int(limit) for limit in limits if limit and limit.isdigit() and int(limit) > 0]
-    return Parent(module, pinned, min(values, default=None))

@@ -21,12 +21,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NewType, Self
 
-import psutil
-
 from .._cdefs import ffi, lib
 from ..base.closing import Closing
 from ..base.errors import DeviceClosed, MapRejected, MissingFeature
-from . import hugepages
+from .available import from_pool
 
 Gpa = NewType("Gpa", int)
 """Guest physical address."""
@@ -41,13 +39,6 @@ GUEST_PAGE: int = lib.GUEST_PAGE
 HUGE_PAGE = 2 << 20
 DEFAULT_GPA = Gpa(1 << 30)
 """Where the synthetic guest's RAM starts. Not 0: some devices take IOVA 0 for no address."""
-
-
-def _huge_flags(size: int) -> int:
-    """Choose how memory becomes contiguous: shmem THP needs no flag, hugetlb does."""
-    if hugepages.advisable(hugepages.choice("shmem_enabled")) or size % HUGE_PAGE:
-        return 0
-    return os.MFD_HUGETLB if hugepages.free(HUGE_PAGE) * HUGE_PAGE >= size else 0
 
 
 Progress = Callable[[int], None]
@@ -127,8 +118,8 @@ class SharedMemory(MappedMemory):
 
     def __init__(self, name: str, size: int, progress: Progress = lambda done: None) -> None:
         super().__init__(-(-size // PAGE_SIZE) * PAGE_SIZE)
-        check_available(self.size)
-        self._map_file(name, _huge_flags(self.size), HUGE_PAGE)
+        # the pool needs a flag; memory that becomes contiguous on advice needs none
+        self._map_file(name, os.MFD_HUGETLB if from_pool(self.size) else 0, HUGE_PAGE)
         lib.advise_huge(self._address, self.size)
         try:
             self.populate(progress)
@@ -199,14 +190,11 @@ def _cannot_shrink(fd: int) -> bool:
 
 
 def check_available(size: int, copies: int = 1) -> None:
-    """Raise :class:`MissingFeature` if ``size`` bytes are not to be had now, ``copies`` times."""
-    available = psutil.virtual_memory().available
-    if copies * size > available:
-        times = f" {copies} times" if copies > 1 else ""
-        raise MissingFeature(
-            f"{size >> 20} MiB of guest memory asked for{times}, {available >> 20} MiB available",
-            hint="ask for less: --memory",
-        )
+    """Raise :class:`MissingFeature` if ``size`` bytes are not to be had now, ``copies`` times; the limit is named.
+
+    The machine's memory, cgroups and the pool of huge pages count (:mod:`pyvhostvdpa.memory.available`).
+    """
+    from_pool(size, copies)
 
 
 def physical_runs(hva: int, size: int) -> int:

@@ -81,6 +81,8 @@ def _receive(order: Order, trace: Trace, lines: Lines) -> dict[str, Any]:
         lambda phase: lines.write("phase", phase),
         lambda text: lines.write("tell", text),
         trace,
+        order.control_deadline,
+        order.drain,
         order.procedure,
     )
     with Inherited(order.fd) as stream:

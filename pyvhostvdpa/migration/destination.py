@@ -8,6 +8,7 @@ and GO this side cannot know who owns the guest: it then saves it, stopped.
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import time
@@ -34,7 +35,9 @@ from ..guest.nic import Window
 from ..guest.state import DeviceShape, DeviceState, GuestShape, GuestState
 from ..guest.synthetic import Guest
 from ..memory.guest import PAGE_SIZE, GuestMemory, IovaAllocator, SharedMemory
+from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import Feature
+from ..net.fit import misfits, unknown_fields
 from ..trace import gap
 from ..trace.phases import DEST_PREMAP, DEST_STAND_BY, DEST_START
 from ..trace.recorder import Trace
@@ -47,6 +50,8 @@ from .pages import PAGES, ZERO, PageReceiver
 from .rescue import rescue
 from .saved import DEFAULT_FOLDER, SavedGuest, check_room, load_claimed, save_held
 from .stream import Channel, Frame, Header, words
+
+log = logging.getLogger(__name__)
 
 PHASES = ("handshake", "map", "memory", "load", "ready", "start", "running")
 """Of the destination, in order."""
@@ -85,11 +90,12 @@ class Destination:
         folder: Path = DEFAULT_FOLDER,
         observer: Observer = lambda phase: None,
         tell: Tell = lambda text: None,
+        control_deadline: float = DEFAULT_DEADLINE,
         shape: GuestShape | None = None,
         procedure: str | None = None,
     ) -> None:
         """``shape`` if it was received already (:func:`receive_shape`); ``procedure`` to force one on the devices."""
-        self._procedure = procedure
+        self._control_deadline, self._procedure = control_deadline, procedure
         self.paths = [os.fspath(path) for path in paths]
         self._shape = shape
         self.channel = channel
@@ -153,7 +159,13 @@ class Destination:
         for path, device_shape in zip(self.paths, shape.devices, strict=True):
             wanted = Feature(device_shape.features)
             device = self._stack.enter_context(
-                VdpaNetDevice(path, self.trace, wanted=wanted, procedure=self._procedure)
+                VdpaNetDevice(
+                    path,
+                    self.trace,
+                    wanted=wanted,
+                    procedure=self._procedure,
+                    control_deadline=self._control_deadline,
+                )
             )
             self._devices.append(device)
             _check_fit(device, device_shape)
@@ -197,6 +209,9 @@ class Destination:
         self._cancel.check()
         with gap.step(self._devices[0].trace, gap.LOAD):
             guest = self._load(shape)
+        for device, device_shape in zip(self._devices, shape.devices, strict=True):
+            # a link may have gone down since; the source still has the guest
+            _check_config(device, device_shape, device.config())
         if shape.hashed:
             self._hash = hash_bytes(self._memory)
         return guest
@@ -390,9 +405,10 @@ def _check_fit(device: VdpaNetDevice, shape: DeviceShape) -> None:
             f"{device.path} lacks features that the guest uses on the source: {names(missing)}",
             hint="create it with the same device_features: vdpa dev add",
         )
-    if shape.pairs > device.groups.max_pairs or shape.ring_size > device.max_ring:
+    largest = device.largest_ring(range(2 * shape.pairs))
+    if shape.pairs > device.groups.max_pairs or shape.ring_size > largest:
         raise MigrationRefused(
-            f"{device.path} has {device.groups.max_pairs} queue pairs of at most {device.max_ring}, "
+            f"{device.path} has {device.groups.max_pairs} queue pairs of at most {largest}, "
             f"the guest uses {shape.pairs} of {shape.ring_size}",
             hint="vdpa dev add … max_vqp N makes one with more, where the driver can",
         )
@@ -402,6 +418,27 @@ def _check_fit(device: VdpaNetDevice, shape: DeviceShape) -> None:
             f"the source at {shape.control_index}",
             hint="create both with the same max_vqp: vdpa dev add",
         )
+    _check_config(device, shape, device.groups.config)
+
+
+def _check_config(device: VdpaNetDevice, shape: DeviceShape, config: bytes) -> None:
+    """Raise if the guest has read something in configuration space that this device does not honour."""
+    if shape.config is None:
+        log.warning(
+            "%s: the source did not send the guest's configuration space (an older version): MAC, MTU and link are "
+            "not compared",
+            device.path,
+        )
+        return
+    features = Feature(shape.features)
+    found = list(misfits(features, shape.config, config))
+    if found:
+        raise MigrationRefused(
+            f"{device.path} does not fit the guest: {'; '.join(map(str, found))}",
+            hint=" ".join(dict.fromkeys(each.hint for each in found)),
+        )
+    if unknown := unknown_fields(features, shape.config, config):
+        log.warning("%s: not compared with the source, unknown on one side: %s", device.path, ", ".join(unknown))
 
 
 def _map(device: VdpaNetDevice, memory: GuestMemory) -> None:
@@ -446,6 +483,7 @@ def take(
     paths: Sequence[str | os.PathLike[str]],
     trace: Trace | None = None,
     tell: Tell = lambda text: None,
+    control_deadline: float = DEFAULT_DEADLINE,
     procedure: str | None = None,
 ) -> Arrived:
     """Start the guest saved in a file on the devices at ``paths``, and remove the file once it runs.
@@ -465,7 +503,9 @@ def take(
         devices = []
         for name, shape in zip(paths, saved.shape.devices, strict=True):
             wanted = Feature(shape.features)
-            device = stack.enter_context(VdpaNetDevice(name, trace, wanted=wanted, procedure=procedure))
+            device = stack.enter_context(
+                VdpaNetDevice(name, trace, wanted=wanted, procedure=procedure, control_deadline=control_deadline)
+            )
             devices.append(device)
             _check_fit(device, shape)
         for device in devices:

@@ -86,9 +86,7 @@ def migrate(
     check_available(options.guest.memory, copies=2)
     third = options.seconds / 3
     observer = harmless(observer)
-    with _Destination(
-        os.fspath(destination), third, options.send.folder, trace, tell, procedure=options.procedure
-    ) as other:
+    with _Destination(os.fspath(destination), third, options.send, trace, tell, options.procedure) as other:
 
         def afterwards(cancel: Cancel) -> None:
             observer("destination")
@@ -123,10 +121,15 @@ class _Destination:
     """
 
     def __init__(
-        self, path: str, seconds: float, folder: Path, trace: Trace | None, tell: Tell, procedure: str | None = None
+        self,
+        path: str,
+        seconds: float,
+        options: SendOptions,
+        trace: Trace | None,
+        tell: Tell,
+        procedure: str | None = None,
     ) -> None:
-        self._procedure = procedure
-        self._path, self._seconds, self._folder = path, seconds, folder
+        self._path, self._seconds, self._options, self._procedure = path, seconds, options, procedure
         self._trace, self._tell = trace, harmless(tell)
         self._has_guest = False
         """Whether the guest was given to it: then it is not to be ended before its time."""
@@ -151,7 +154,15 @@ class _Destination:
         return self
 
     def _start(self, fd: int) -> subprocess.Popen[str]:
-        order = Order([self._path], fd, self._seconds, str(self._folder), procedure=self._procedure)
+        order = Order(
+            [self._path],
+            fd,
+            self._seconds,
+            str(self._options.folder),
+            control_deadline=self._options.control_deadline,
+            drain=self._options.drain,
+            procedure=self._procedure,
+        )
         if self._trace is not None:
             order = replace(order, records=str(self._records), limit=self._trace.limit)
         # of a group of its own: Ctrl-C is for the source to act on, which tells it
@@ -243,7 +254,7 @@ class _Destination:
                 if isinstance(value, KeyboardInterrupt) or self._near is not None:
                     process.terminate()
                 # a guest that runs there is not ended by what failed here
-                lives = self._has_guest and not self._silent and isinstance(value, Exception | None)
+                lives = self._has_guest and not (self._silent or self._result) and isinstance(value, Exception | None)
                 process.wait(None if lives else _END_SECONDS)
             except BaseException as e:
                 process.kill()

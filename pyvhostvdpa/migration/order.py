@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Self
 
+from ..net.control_queue import DEFAULT_DEADLINE
 from ..trace.recorder import DEFAULT_LIMIT
 
 
@@ -19,8 +20,10 @@ class Order:
     """What to receive: on which devices, from which inherited socket, for how many seconds it then runs.
 
     ``folder`` is where it is saved in need, ``records`` a file for what passed
-    the devices' doors, "" for none. ``limit`` is how many events that keeps. ``procedure`` is forced
-    on the devices, None for the best that each can do.
+    the devices' doors, "" for none. ``limit`` is how many events that keeps.
+    ``control_deadline`` and ``drain`` in seconds, as in
+    :class:`pyvhostvdpa.migration.source.SendOptions`.
+    ``procedure`` is forced on the devices, None for the best that each can do.
     """
 
     paths: Sequence[str]
@@ -29,6 +32,8 @@ class Order:
     folder: str
     records: str = ""
     limit: int = DEFAULT_LIMIT
+    control_deadline: float = DEFAULT_DEADLINE
+    drain: float = 10.0
     procedure: str | None = None
 
     def encode(self) -> str:

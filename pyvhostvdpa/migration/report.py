@@ -16,6 +16,7 @@ from ..base.uapi import names
 from ..device.net import VdpaNetDevice
 from ..guest.nic import FrameCounts
 from ..host import mgmt
+from ..host.parents import parent_of
 from ..trace import gap
 from ..trace.downtime import PhaseCost, of_all, total, worst
 from ..virtqueue.layout import GuestQueue
@@ -255,6 +256,19 @@ class Report:
         }
 
 
+_LOSS = ("drop", "overrun", "error", "filtered", "discard", "miss", "lost", "trunc", "too_long", "no_buf")
+_LOSS_WORDS = ("down", "err", "bad", "oversize", "runt")
+
+
+def means_loss(name: str) -> bool:
+    """Tell whether a parent's counter of that name counts frames that did not reach the guest or the wire.
+
+    Parents name their own counters (``vdpa dev vstats show``), so this goes by the words that drivers use.
+    """
+    lowered = name.lower().replace(" ", "_").replace("-", "_").replace(".", "_")
+    return any(part in lowered for part in _LOSS) or any(word in lowered.split("_") for word in _LOSS_WORDS)
+
+
 class Drops:
     """Frames that a device lost since this was made, by its parent's own counters, as far as it has any.
 
@@ -276,7 +290,7 @@ class Drops:
             return None
         found: dict[str, int] = {}
         for name, value in (each for counters in told.values() for each in counters.items()):
-            if any(word in name for word in ("drop", "overrun", "error")):
+            if means_loss(name):
                 found[name] = found.get(name, 0) + value
         return found
 
@@ -318,6 +332,6 @@ def environment(devices: dict[str, VdpaNetDevice], memory: int) -> dict[str, Any
 
 def _driver(path: str) -> str | None:
     try:
-        return mgmt.parent_of(path).module
+        return parent_of(path).module
     except (VhostVdpaError, OSError):
         return None

@@ -18,6 +18,7 @@ from ..guest.state import GuestShape
 from ..guest.synthetic import Guest, GuestOptions
 from ..host import mgmt
 from ..memory.guest import Progress, check_available
+from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import CONTROL, SUPPORTED
 from ..trace import gap
 from ..trace.downtime import PhaseCost, cost, measured
@@ -34,7 +35,6 @@ from .saved import DEFAULT_FOLDER, check_room
 from .source import SendOptions, Sent, Source
 from .stream import Channel, Frame
 
-_DRAIN_SECONDS = 10.0
 _STALLED_SECONDS = 2.0
 _CHECK_SECONDS = 0.05
 _TELL_SECONDS = 2.0
@@ -78,9 +78,12 @@ def let_run(
     return Part(guest.counts().received - before, time.monotonic() - begin)
 
 
-def drain(guest: Guest, devices: Sequence[VdpaNetDevice], part: Part) -> list[str]:
-    """Send no more and wait for what is under way; sentences on what did not arrive, and why as far as is known."""
-    if guest.drain(_DRAIN_SECONDS):
+def drain(guest: Guest, devices: Sequence[VdpaNetDevice], part: Part, seconds: float) -> list[str]:
+    """Send no more and wait ``seconds`` for the frames in flight.
+
+    Returns sentences on what did not arrive, and why as far as is known.
+    """
+    if guest.drain(seconds):
         return []
     counts = guest.counts()
     where = ", ".join(device.path for device in devices)
@@ -88,12 +91,12 @@ def drain(guest: Guest, devices: Sequence[VdpaNetDevice], part: Part) -> list[st
         why = [f"no frame came back since the guest runs on {where}: a queue of it never started, or it stalls"]
     else:
         why = [
-            f"virtqueue {queue} of {device.path} has work and has not moved for {seconds:.1f} s: the device stalls"
+            f"virtqueue {queue} of {device.path} has work and has not moved for {still:.1f} s: the device stalls"
             for device in devices
-            for queue, seconds in device.standing().items()
-            if seconds > _STALLED_SECONDS
+            for queue, still in device.standing().items()
+            if still > _STALLED_SECONDS
         ]
-    lost = f"{counts.sent - counts.received} frames did not come back within {_DRAIN_SECONDS:g} s"
+    lost = f"{counts.sent - counts.received} frames did not come back within {seconds:g} s (--drain)"
     return [f"{lost}: {'; '.join(why) or f'{where} lost them'}"]
 
 
@@ -148,7 +151,13 @@ class Sending:
             self.observer("start")
             devices = [
                 stack.enter_context(
-                    VdpaNetDevice(path, self.trace, wanted=SUPPORTED | CONTROL, procedure=self.procedure)
+                    VdpaNetDevice(
+                        path,
+                        self.trace,
+                        wanted=SUPPORTED | CONTROL,
+                        procedure=self.procedure,
+                        control_deadline=self.options.control_deadline,
+                    )
                 )
                 for path in self.paths
             ]
@@ -244,7 +253,7 @@ class Sending:
         self.observer("source again")
         self._parts["source again"] = part = let_run(guest, devices, self.seconds)
         self.observer("drain")
-        for warning in drain(guest, devices, part):
+        for warning in drain(guest, devices, part, self.options.drain):
             self._warn(warning)
         self._lost = {path: drops.now() for path, drops in self._drops.items()}
         guest.pause()
@@ -283,6 +292,8 @@ class Receiving:
     observer: Observer = lambda phase: None
     tell: Tell = lambda text: None
     trace: Trace = field(default_factory=Trace)
+    control_deadline: float = DEFAULT_DEADLINE
+    drain: float = 10.0
     procedure: str | None = None
     """Forced on the devices; the best that each can do without (:class:`~pyvhostvdpa.VdpaNetDevice`)."""
 
@@ -317,13 +328,22 @@ class Receiving:
     def _arrive(self, channel: Channel, cancel: Cancel, shape: GuestShape | None = None) -> Arrived:
         with channel, cancel.on_signals():
             return Destination(
-                self.paths, channel, cancel, self.trace, self.folder, self.observer, self.tell, shape, self.procedure
+                self.paths,
+                channel,
+                cancel,
+                self.trace,
+                self.folder,
+                self.observer,
+                self.tell,
+                self.control_deadline,
+                shape,
+                self.procedure,
             ).run()
 
     def take(self, path: Path) -> ReceivedReport:
         """Start the guest saved in a file, let it run."""
         check_devices(self.paths)
-        return self._live(take(path, self.paths, self.trace, self.tell, self.procedure))
+        return self._live(take(path, self.paths, self.trace, self.tell, self.control_deadline, self.procedure))
 
     def _live(self, arrived: Arrived) -> ReceivedReport:
         """Let a guest that arrived run, and account for it. What only reports may fail, and the guest runs on.
@@ -345,7 +365,7 @@ class Receiving:
             drops = drops_of(guest, devices, warn)
             part = let_run(guest, devices, self.seconds, ended.is_set)
             observer("drain")
-            for warning in drain(guest, devices, part):
+            for warning in drain(guest, devices, part, self.drain):
                 warn(warning)
             lost = {path: each.now() for path, each in drops.items()}
             guest.pause()

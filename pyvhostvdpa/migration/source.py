@@ -31,6 +31,7 @@ from ..guest.nic import Window
 from ..guest.state import ID_BYTES, GuestShape
 from ..guest.synthetic import Guest
 from ..memory.guest import GUEST_PAGE
+from ..net.control_queue import DEFAULT_DEADLINE
 from ..trace import gap
 from ..trace.phases import CANCEL_START, DT1_START, DT1_STOP, DT2_STOP
 from .alive import AliveLimit
@@ -63,13 +64,18 @@ class SendOptions:
     ``limit`` in bytes a second on the stream until the guest is stopped, None
     for none; ``downtime`` in seconds that what is left then may take;
     ``hashed`` compares a hash of all memory while the guest stands still;
-    ``folder`` is where a guest is saved whose stream breaks at the hand-over.
+    ``folder`` is where a guest is saved whose stream breaks at the hand-over;
+    ``control_deadline`` is how many seconds a device may take to answer a
+    control command before it counts as dead; ``drain`` how many seconds the
+    last frames of a guest that stayed may take.
     """
 
     limit: float | None = None
     downtime: float = 0.3
     hashed: bool = False
     folder: Path = DEFAULT_FOLDER
+    control_deadline: float = DEFAULT_DEADLINE
+    drain: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import os
 import select
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,15 @@ log = logging.getLogger(__name__)
 GUEST_COMMAND_MAX = 1 << 16
 """A guest's command longer than this is answered with ERR."""
 BUFFER_SIZE = PAGE_SIZE
-DEFAULT_DEADLINE = 1.0
-"""Seconds that the device may go on without an answer while there are commands."""
+DEFAULT_DEADLINE = 10.0
+"""Seconds that the device may take without an answer while there are commands.
+
+A busy firmware answers after seconds, a dead one never. QEMU waits as long
+(hw/virtio/vhost-shadow-virtqueue.c:vhost_svq_poll); a guest's own driver waits for ever
+(drivers/net/virtio_net.c:virtnet_send_command).
+"""
+_SLOW = 1.0
+"""Seconds after which a wait is logged."""
 _LOOK_MS = 1000
 _CLOSED = "an eventfd of the control queue was closed"
 
@@ -95,34 +103,17 @@ class ControlOptions:
     config_call: int = -1
 
 
-class ControlQueue:
-    """Serves a guest's control queue and drives the device's."""
+class DeviceControl:
+    """The driver's side of a device's control queue, in memory of our own."""
 
-    def __init__(
-        self,
-        guest: GuestControl,
-        memory: GuestMemory,
-        area: ControlArea,
-        options: ControlOptions = ControlOptions(),
-        trace: DeviceTrace | None = None,
-    ) -> None:
-        self.queue = guest.queue
-        self.model = guest.model
+    def __init__(self, area: ControlArea, options: ControlOptions, trace: DeviceTrace) -> None:
         self.area = area
         self.options = options
-        self.trace = trace or Trace().device("")
-        self.failed = ""
+        self.trace = trace
+        self.died = False
+        """Whether the device did not answer by its deadline."""
         self.kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.call = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._memory = memory
-        self._thread: threading.Thread | None = None
-        self._stopping = False
-        g: Any = ffi.new("struct ctrl_guest *")
-        map_queue(g.ring, guest.queue, memory)
-        g.memory, g.used_gpa, g.call = memory.c_map, guest.queue.used, guest.queue.call
-        g.features = options.ring
-        self._guest = g
         d: Any = ffi.new("struct ctrl_driver *")
         num = area.layout.num
         fill_vring(d.ring, num, area.hva, area.hva + area.layout.avail_offset, area.hva + area.device_area)
@@ -131,19 +122,21 @@ class ControlQueue:
         self._driver = d
         self._commands = ffi.buffer(ffi.cast("char *", area.hva + area.commands), BUFFER_SIZE)
         self._answers = ffi.buffer(ffi.cast("char *", area.hva + area.answers), BUFFER_SIZE)
-        lib.ctrl_guest_start(g)
         lib.ctrl_driver_start(d)
 
-    # -- the device's side -------------------------------------------------------
-
-    def replay(self) -> None:
-        """Bring the device, just started, to the guest's state; several commands in flight.
+    def load(self, commands: list[bytes]) -> None:
+        """Send commands that the device has to accept; several in flight, as many as its ring holds.
 
         Raises :class:`ControlFailed` if it refuses one or does not answer.
         Each command and each answer is noted, as QEMU traces its own (patches
         39 and 40 of the series).
         """
-        waiting = self.model.replay()
+        for some in self._fitting(commands):
+            self._exchange(some)
+
+    def _fitting(self, commands: Sequence[bytes]) -> Iterator[list[bytes]]:
+        """Yield the commands in groups that the ring and the buffer hold."""
+        waiting = list(commands)
         while waiting:
             count, used = 0, 0
             while count < len(waiting) and used + len(waiting[count]) <= BUFFER_SIZE:
@@ -157,7 +150,7 @@ class ControlQueue:
                     f"control command class {waiting[0][0]} number {waiting[0][1]} of {len(waiting[0])} bytes "
                     f"does not fit a queue of {self.area.layout.num} with {BUFFER_SIZE} bytes"
                 )
-            self._exchange(waiting[:count])
+            yield waiting[:count]
             del waiting[:count]
 
     def _exchange(self, commands: list[bytes]) -> None:
@@ -199,17 +192,76 @@ class ControlQueue:
         return b"".join(self._answers[place : place + 1] for place in places)
 
     def _wait(self, left: int) -> None:
-        """Wait until every command is answered, the deadline counted anew from each sign of life."""
-        deadline = self.options.deadline
+        """Wait until every command is answered, the deadline counted anew from each sign of life.
+
+        So a slow device is told from a dead one. A wait that takes long is logged.
+        """
+        deadline, who = self.options.deadline, f"{self.trace.name}: " if self.trace.name else ""
         while left:
             before = left
-            left = lib.ctrl_driver_wait(self._driver, time.monotonic_ns() + int(deadline * 1e9))
-            if left == -1:
-                raise ControlFailed("the device used a control descriptor that it was not given")
-            if left < 0:
-                raise ControlFailed(_CLOSED)
+            left = self._answered(min(_SLOW, deadline))
+            if left == before and deadline > _SLOW:
+                log.warning(
+                    "%sthe device has not answered %d control commands for %g s; waiting up to %g s",
+                    who,
+                    left,
+                    _SLOW,
+                    deadline,
+                )
+                left = self._answered(deadline - _SLOW)
             if left == before:
-                raise ControlFailed(f"the device did not answer {left} control commands within {deadline} s")
+                self.died = True
+                raise ControlFailed(
+                    f"{who}the device did not answer {left} control commands within {deadline:g} s",
+                    hint="a device that is slow and not dead takes a longer --control-deadline",
+                )
+
+    def _answered(self, seconds: float) -> int:
+        """Return how many commands are still open once one is answered, or ``seconds`` have passed."""
+        left: int = lib.ctrl_driver_wait(self._driver, time.monotonic_ns() + int(seconds * 1e9))
+        if left == -1:
+            raise ControlFailed("the device used a control descriptor that it was not given")
+        if left < 0:
+            raise ControlFailed(_CLOSED)
+        return left
+
+    def close(self) -> None:
+        """Close the eventfds."""
+        for fd in (self.kick, self.call):
+            if fd >= 0:
+                os.close(fd)
+        self.kick = self.call = -1
+
+
+class ControlQueue(DeviceControl):
+    """Serves a guest's control queue and drives the device's."""
+
+    def __init__(
+        self,
+        guest: GuestControl,
+        memory: GuestMemory,
+        area: ControlArea,
+        options: ControlOptions = ControlOptions(),
+        trace: DeviceTrace | None = None,
+    ) -> None:
+        super().__init__(area, options, trace or Trace().device(""))
+        self.queue = guest.queue
+        self.model = guest.model
+        self.failed = ""
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._memory = memory
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        g: Any = ffi.new("struct ctrl_guest *")
+        map_queue(g.ring, guest.queue, memory)
+        g.memory, g.used_gpa, g.call = memory.c_map, guest.queue.used, guest.queue.call
+        g.features = options.ring
+        self._guest = g
+        lib.ctrl_guest_start(g)
+
+    def replay(self) -> None:
+        """Bring the device, just started, to the guest's state; see :meth:`load`."""
+        self.load(self.model.replay())
 
     # -- the guest's side --------------------------------------------------------
 
@@ -235,10 +287,10 @@ class ControlQueue:
     def close(self) -> None:
         """Stop, and close the eventfds."""
         self.stop()
-        for fd in (self.kick, self.call, self._wake):
-            if fd >= 0:
-                os.close(fd)
-        self.kick = self.call = self._wake = -1
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
+        super().close()
 
     def _serve(self) -> None:
         poll = select.poll()
@@ -291,9 +343,10 @@ class ControlQueue:
         commands = self.model.for_device(data, wanted)
         if sum(map(len, commands)) > BUFFER_SIZE:
             raise BadCommand(f"command of {len(data)} bytes")
-        accepted = all(answer == OK for answer in self._send(commands))
+        accepted = all(answer == OK for some in self._fitting(commands) for answer in self._send(some))
         if not accepted and len(commands) > 1:
-            self._send(wanted.for_device(data, self.model))
+            for some in self._fitting(wanted.for_device(data, self.model)):
+                self._send(some)
         return accepted
 
     def _fail(self, why: str) -> None:

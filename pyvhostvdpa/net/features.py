@@ -76,9 +76,47 @@ CONTROL = (
 RING = Feature.EVENT_IDX | Feature.INDIRECT_DESC
 """What changes how a ring is used; both the guest's driver and the shadow virtqueue can do it."""
 
+OFFLOADS = (
+    Feature.CSUM
+    | Feature.GUEST_CSUM
+    | Feature.GUEST_TSO4
+    | Feature.GUEST_TSO6
+    | Feature.GUEST_ECN
+    | Feature.GUEST_UFO
+    | Feature.HOST_TSO4
+    | Feature.HOST_TSO6
+    | Feature.HOST_ECN
+    | Feature.HOST_UFO
+    | Feature.MRG_RXBUF
+)
+"""What changes only the header and the payload of a frame, which pass through unread."""
+
+IMPLEMENTED = SUPPORTED | CONTROL | RING | OFFLOADS | Feature.ANY_LAYOUT | Feature.SPEED_DUPLEX
+"""Everything that may be negotiated. Nothing else is, whoever asks for it and whatever a device offers.
+
+A guest that is offered a bit relies on it. RING_PACKED, IN_ORDER, NOTIFICATION_DATA and RING_RESET each change the
+rings or how they are driven, which neither shadow virtqueues nor procedures follow.
+"""
+
+
+def check_implemented(wanted: Feature) -> None:
+    """Raise :class:`MissingFeature` naming the bits of ``wanted`` that this package does not implement."""
+    beyond = Feature(wanted) & ~IMPLEMENTED
+    if beyond:
+        raise MissingFeature(
+            f"features that are not implemented here were asked for: {names(beyond)}",
+            hint="ask for a subset of pyvhostvdpa.net.features.IMPLEMENTED",
+        )
+
 
 def negotiate(offered: int, wanted: Feature = SUPPORTED) -> Feature:
-    """Return what the guest takes of a device's features; :class:`MissingFeature` if too little is offered."""
+    """Return what the guest takes of a device's features.
+
+    This is the one place that decides what is negotiated, for a device opened here and for one that a peer's SHAPE
+    describes. Raises :class:`MissingFeature` if too little is offered, or if ``wanted`` has a bit outside
+    :data:`IMPLEMENTED`.
+    """
+    check_implemented(wanted)
     missing = REQUIRED & ~Feature(offered)
     if missing:
         raise MissingFeature(

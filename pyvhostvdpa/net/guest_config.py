@@ -74,6 +74,10 @@ class GuestConfig:
             space[_STATUS] = (status | ANNOUNCE * self.asks_to_announce).to_bytes(2, "little")
         return bytes(space)
 
+    def known(self) -> bytes | None:
+        """Return what :meth:`read` does; None for a guest that has not been on a device yet."""
+        return self.read() if self._below is not None or self._last_config else None
+
     @property
     def asks_to_announce(self) -> bool:
         """Whether the guest was asked to announce itself and has not acknowledged it."""

@@ -18,11 +18,13 @@ from ..base.errors import DeviceBusy, KernelError, MissingFeature
 from ..base.uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, BackendFeature, Status, name_list, names
 from ..chardev.door import VhostVdpa, check_path
 from ..chardev.iotlb import Limits
+from ..device.groups import ring_sizes
 from ..host import mgmt
-from ..host.mgmt import Parent, VdpaDevice
+from ..host.mgmt import VdpaDevice
+from ..host.parents import Parent, check_served, parent_of, unserved
 from ..net.config import NetConfig, control_index
 from ..net.features import REQUIRED, Feature, negotiate
-from .proofs import Proof, Subject, prove
+from .proofs import MUST_MOVE_S, Proof, Subject, prove
 
 SCHEMA = "pyvhostvdpa/probe/probe/1"
 _STARTED = Status.ACKNOWLEDGE | Status.DRIVER
@@ -117,6 +119,7 @@ class Probe:
             "parent": {
                 "module": self.parent.module,
                 "pinned": self.parent.pinned,
+                "unknown": self.parent.why or None,
                 "max_iotlb_entries": self.parent.max_iotlb_entries,
             },
             "virtio_id": self.virtio_id,
@@ -217,15 +220,17 @@ def _bits(flags: enum.IntFlag) -> dict[str, Any]:
     return {"bits": hex(flags), "names": name_list(flags)}
 
 
-def probe(path: str | os.PathLike[str], verify: bool = False) -> Probe:
+def probe(path: str | os.PathLike[str], verify: bool = False, patience: float = MUST_MOVE_S) -> Probe:
     """Open ``path``, ask everything, and leave the device reset.
 
     ``verify`` proves each usable feature with descriptors of its own (net
-    devices only). Raises :class:`~pyvhostvdpa.DeviceBusy` naming the
-    holder, :class:`~pyvhostvdpa.MissingFeature` if nothing can be
+    devices only); the device may take ``patience`` seconds to finish one.
+    Raises :class:`~pyvhostvdpa.DeviceBusy` naming the holder,
+    :class:`~pyvhostvdpa.MissingFeature` if nothing can be
     proved, and whatever the kernel refuses.
     """
     check_path(path)
+    check_served(path)
     device = device_of(path)
     try:
         opened = VhostVdpa(path)
@@ -234,7 +239,7 @@ def probe(path: str | os.PathLike[str], verify: bool = False) -> Probe:
     with opened as chardev:
         chardev.set_owner()
         try:
-            return _ask(chardev, device, verify)
+            return _ask(chardev, device, patience if verify else None)
         finally:
             chardev.set_status(Status(0))
 
@@ -248,7 +253,7 @@ def device_of(path: str | os.PathLike[str]) -> VdpaDevice:
     return found
 
 
-def _ask(c: VhostVdpa, device: VdpaDevice, verify: bool) -> Probe:
+def _ask(c: VhostVdpa, device: VdpaDevice, patience: float | None) -> Probe:
     status, virtio_id = c.get_status(), c.get_device_id()
     offered = Feature(c.get_features())
     advertised = c.get_backend_features()
@@ -260,7 +265,7 @@ def _ask(c: VhostVdpa, device: VdpaDevice, verify: bool) -> Probe:
     desc_groups = _each(count, c.get_vring_desc_group)
     as_num = c.get_as_num()
     first, last = c.get_iova_range()
-    parent = mgmt.parent_of(c.path)
+    parent = parent_of(c.path)
     usable, why = _usable(c, advertised, groups, desc_groups, as_num)
     backend = Backend(advertised, usable, None, why)
     limits = Limits(first, last, as_num, parent.pinned, parent.max_iotlb_entries)
@@ -268,7 +273,7 @@ def _ask(c: VhostVdpa, device: VdpaDevice, verify: bool) -> Probe:
         device, parent, virtio_id, status, offered, accepted, config, count, c.get_vring_num(),
         _each(count, c.get_vring_size), c.get_group_num(), as_num, groups, desc_groups, (first, last), backend,
     )  # fmt: skip
-    return _verified(c, result, limits) if verify else result
+    return result if patience is None else _verified(c, result, limits, patience)
 
 
 def _accept(c: VhostVdpa, offered: Feature) -> Feature:
@@ -329,7 +334,7 @@ def _no_asids(c: VhostVdpa, as_num: int) -> str:
     return ""
 
 
-def _verified(c: VhostVdpa, found: Probe, limits: Limits) -> Probe:
+def _verified(c: VhostVdpa, found: Probe, limits: Limits, patience: float) -> Probe:
     if found.virtio_id != VIRTIO_ID_NET:
         raise MissingFeature(
             f"{c.path} is not a net device (virtio id {found.virtio_id}): there is no driver to prove things with",
@@ -344,7 +349,8 @@ def _verified(c: VhostVdpa, found: Probe, limits: Limits) -> Probe:
         limits=limits,
         data_groups=frozenset((found.vring_groups or [])[pair]),
         desc_groups=frozenset((found.vring_desc_groups or [])[pair]),
-        ring_size=min(found.vring_num, _MAX_PROOF_RING),
+        ring_size=min(_MAX_PROOF_RING, *ring_sizes(c, found.vqs_count)[pair]),
+        patience=patience,
     )
     return _with_proofs(found, list(prove(subject)))
 
@@ -364,8 +370,9 @@ def look(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     check_path(path)
     device = device_of(path)
-    parent = mgmt.parent_of(path)
-    config = mgmt.vdpa_json("dev", "config", "show", device.name).get("config", {}).get(device.name, {})
+    parent = parent_of(path)
+    wrong = unserved(device.name, parent)
+    config = mgmt.net_config(device.name)
     shown = mgmt.vdpa_json("dev", "show", device.name).get("dev", {}).get(device.name, {})
     return {
         "schema": SCHEMA,
@@ -374,11 +381,13 @@ def look(path: str | os.PathLike[str]) -> dict[str, Any]:
         "parent": {
             "module": parent.module,
             "pinned": parent.pinned,
+            "unknown": parent.why or None,
             "max_iotlb_entries": parent.max_iotlb_entries,
         },
         "virtio_id": device.virtio_id,
         "vqs_count": shown.get("max_vqs"),
         "vring_num": shown.get("max_vq_size"),
         "negotiated_features": config.get("negotiated_features"),
+        "unserved": None if wrong is None else wrong[0],
         "config": config,
     }

@@ -33,7 +33,7 @@ from ..virtqueue.layout import GuestQueue, indices
 
 GUEST_SIZE = 2 * HUGE_PAGE
 MUST_MOVE_S = 3.0
-"""How long a device may take to do what it must."""
+"""Seconds that a device may take to do what it must, unless another patience is asked for."""
 MUST_REST_S = 0.15
 """How long a device is watched doing nothing."""
 FRAMES = 8
@@ -54,7 +54,10 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The device to prove things of: what to negotiate, and where its queues' groups are."""
+    """The device to prove things of: what to negotiate, and where its queues' groups are.
+
+    ``patience`` is how many seconds it may take to do what it must: a slow device does not lie.
+    """
 
     chardev: VhostVdpa
     features: Feature
@@ -63,13 +66,20 @@ class Subject:
     data_groups: frozenset[int]
     desc_groups: frozenset[int]
     ring_size: int
+    patience: float = MUST_MOVE_S
 
 
 class Guest:
     """One RX/TX pair in memory of its own; ``buffers`` may lie in other memory at the same addresses."""
 
-    def __init__(self, rings: GuestMemory, ring_size: int, buffers: GuestMemory | None = None) -> None:
-        self.memory = rings
+    def __init__(
+        self,
+        rings: GuestMemory,
+        ring_size: int,
+        buffers: GuestMemory | None = None,
+        patience: float = MUST_MOVE_S,
+    ) -> None:
+        self.memory, self.patience = rings, patience
         self.nic = GuestNic(rings, NicOptions(ring_size=ring_size, frame_size=64))
         self.pair: NicPair = self.nic.pairs[0]
         self.c: Any = self.pair.c
@@ -102,8 +112,8 @@ class Guest:
     def moves(self) -> str:
         """Tell what moved; :class:`NotProved` if the device finishes no TX descriptor."""
         before, received = self.used(), self.c.received
-        if not self.work(MUST_MOVE_S, lambda: self.used()[1] != before[1]):
-            raise NotProved(f"no descriptor was finished within {MUST_MOVE_S:g} s")
+        if not self.work(self.patience, lambda: self.used()[1] != before[1]):
+            raise NotProved(f"no descriptor was finished within {self.patience:g} s")
         self.work(MUST_REST_S, lambda: bool(self.c.received > received))
         if self.c.corrupted or self.c.ring_errors:
             raise NotProved(f"{self.c.corrupted + self.c.ring_errors} frames came back with other bytes")
@@ -142,7 +152,7 @@ class Bench:
 
     def guest(self, rings: GuestMemory, buffers: GuestMemory | None = None) -> Guest:
         """Return a guest in ``rings``."""
-        guest = Guest(rings, self.subject.ring_size, buffers)
+        guest = Guest(rings, self.subject.ring_size, buffers, self.subject.patience)
         self._stack.callback(guest.close)
         return guest
 

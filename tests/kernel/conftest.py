@@ -61,7 +61,7 @@ def devices(loaded: dict[str, int]) -> tuple[str, str]:
 
 @pytest.fixture
 def fresh(loaded: dict[str, int]) -> tuple[str, str]:
-    """The same, made anew: a device keeps the address of the guest that it had last."""
+    """The same, made anew, whatever is left of a guest that was killed on them."""
     loaded.clear()
     lab.reload()
     return lab.DEVICES

@@ -27,6 +27,9 @@ def test_list_tells_names_drivers_and_addresses(fresh: tuple[str, str]) -> None:
             "virtio_id": 1,
             "mac": mac,
             "holders": [],
+            "link_up": True,
+            "holders_known": True,
+            "unknown": None,
         }
         for number, (device, mac) in enumerate(zip(fresh, lab.MACS, strict=True))
     ]
@@ -34,7 +37,7 @@ def test_list_tells_names_drivers_and_addresses(fresh: tuple[str, str]) -> None:
 
 def test_the_table_shows_the_same(devices: tuple[str, str]) -> None:
     table = subprocess.run(["vhost-vdpa", "list"], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert table[0].split() == ["NAME", "CHARDEV", "DRIVER", "MGMTDEV", "VIRTIO-ID", "MAC", "HOLDER"]
+    assert table[0].split() == ["NAME", "CHARDEV", "DRIVER", "MGMTDEV", "VIRTIO-ID", "MAC", "LINK", "HOLDER"]
     assert [line.split()[1] for line in table[1:]] == list(devices)
 
 

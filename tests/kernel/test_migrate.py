@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hwsim
 import lab
 import psutil
 import pytest
@@ -25,6 +27,8 @@ from pyvhostvdpa import (
     VhostVdpa,
     migrate,
 )
+from pyvhostvdpa.base.errors import MigrationEnded
+from pyvhostvdpa.cli import migrate as migrate_command
 from pyvhostvdpa.host import mgmt
 
 GUEST = GuestOptions(lab.SMALL)
@@ -212,8 +216,8 @@ def both_are_reset(devices: tuple[str, str]) -> None:
             assert dev.get_status() == 0
 
 
-@pytest.mark.parametrize("part", ["start", "passthrough", "destination"])
-def test_an_interrupt_before_and_after_ends_it_and_leaves_nothing_behind(devices: tuple[str, str], part: str) -> None:
+@pytest.mark.parametrize("part", ["start", "passthrough"])
+def test_an_interrupt_before_ends_it_and_leaves_nothing_behind(devices: tuple[str, str], part: str) -> None:
     """Raised exactly as the part begins; the leak check of every test looks at what is left."""
     with pytest.raises(KeyboardInterrupt):
         migrate(*devices, QUICK, interrupt_at(part))
@@ -230,10 +234,96 @@ def test_an_interrupt_under_way_cancels_and_the_guest_goes_on(devices: tuple[str
     both_are_reset(devices)
 
 
-def test_an_interrupt_after_the_guest_was_given_away_is_too_late(devices: tuple[str, str]) -> None:
-    report = migrate(*devices, QUICK, interrupt_at("running"))
+@pytest.mark.parametrize("part", ["running", "destination"])
+def test_an_interrupt_after_the_guest_was_given_away_is_too_late(devices: tuple[str, str], part: str) -> None:
+    report = migrate(*devices, Options(GUEST, lab.SLOW_STREAM, 15), interrupt_at(part))
     assert report.outcome == "migrated"
     assert report.frames.sent == report.frames.received
+    assert report.parts["destination"].seconds < 4
+    both_are_reset(devices)
+
+
+def test_cancelled_migration_reports_null_for_what_was_not_measured(devices: tuple[str, str]) -> None:
+    with pytest.raises(MigrationCancelled) as cancelled:
+        migrate(*devices, QUICK, interrupt_at("connect"))
+    report = cancelled.value.report.to_dict()
+    assert report["dt1_ms"] == {"worst": None, "devices": [{"device": devices[0], "ms": None}]}
+    assert report["dt2_ms"] == {"sum": None, "devices": [{"device": devices[0], "ms": None}]}
+    assert report["guest_gap_ms"]["switch"] is report["guest_gap_ms"]["move"] is None
+    with pytest.raises(MigrationCancelled) as cancelled:
+        migrate(*devices, QUICK, interrupt_at("go"))
+    report = cancelled.value.report.to_dict()
+    assert report["dt1_ms"]["worst"] > 0
+    assert report["dt2_ms"]["sum"] > 0
+    assert report["guest_gap_ms"]["switch"] > 0
+    assert report["guest_gap_ms"]["move"] is None
+    assert report["guest_gap_ms"]["back"] > report["dt2_ms"]["sum"]
+
+
+def test_migrate_in_another_thread_works_without_signals(devices: tuple[str, str]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        report = pool.submit(migrate, *devices, QUICK).result()
+    assert report.outcome == "migrated"
+    assert report.frames.sent == report.frames.received
+
+
+def test_migrate_without_a_trace_of_its_own_reports_unknown_downtimes(devices: tuple[str, str]) -> None:
+    report = migrate(*devices, QUICK, trace=Trace(limit=0))
+    assert (report.downtimes.dt1, report.downtimes.dt2) == (None, None)
+    assert report.frames.sent == report.frames.received
+    assert report.gap_switch_ms is not None
+
+
+def kill_destination_at(part: str) -> Callable[[str], None]:
+    def kill(now: str) -> None:
+        if now == part:
+            [child] = psutil.Process().children()
+            child.kill()
+            # its exit status is for whoever started it
+            lab.wait_for(lambda: child.status() == psutil.STATUS_ZOMBIE, "the destination's end")
+
+    return kill
+
+
+def test_destination_dead_from_the_start_is_named_and_the_guest_stays(pinned: tuple[str, str]) -> None:
+    with pytest.raises(MigrationEnded, match="was killed by SIGKILL; the guest goes on in passthrough") as failed:
+        migrate(*pinned, QUICK, kill_destination_at("connect"))
+    assert "MEMLOCK" not in str(failed.value)
+    assert failed.value.report.outcome == "stayed on source"
+
+
+def test_destination_that_dies_with_the_guest_is_named(pinned: tuple[str, str]) -> None:
+    with pytest.raises(MigrationFailed, match=r"ran there: .*SIGKILL\. It ended with that process") as failed:
+        migrate(*pinned, QUICK, kill_destination_at("destination"))
+    assert "MEMLOCK" not in str(failed.value)
+
+
+def test_progress_that_cannot_be_written_ends_no_guest(devices: tuple[str, str]) -> None:
+    def fail(text: str) -> None:
+        raise BrokenPipeError("standard error is closed")
+
+    report = migrate(*devices, QUICK, fail, tell=fail)
+    assert report.outcome == "migrated"
+    assert report.frames.sent == report.frames.received
+
+
+def test_stalled_destination_is_reported_in_a_sentence() -> None:
+    source, destination = hwsim.add("hw0"), hwsim.add("hw1")
+
+    def stall(now: str) -> None:
+        if now == "destination":
+            destination.write("fault/stall", "Y")
+
+    try:
+        report = migrate(source.chardev, destination.chardev, Options(GUEST, lab.SLOW_STREAM, 3), stall)
+        [warning] = report.warnings
+        assert "frames did not come back within 10 s" in warning
+        assert f"of {destination.chardev} has work and has not moved for" in warning or "no frame came back" in warning
+        assert report.frames.lost > 0
+        assert warning in migrate_command._summary(report)
+    finally:
+        for device in (source, destination):
+            hwsim.remove(device.name)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +331,6 @@ def test_an_interrupt_after_the_guest_was_given_away_is_too_late(devices: tuple[
     [
         ("opening the source", "the devices were reset and closed"),
         ("moving memory", "the guest goes on in passthrough on"),
-        ("traffic in passthrough on the destination", "the devices were reset and closed"),
     ],
 )
 def test_ctrl_c_is_status_130(devices: tuple[str, str], words: str, told: str) -> None:
@@ -255,6 +344,25 @@ def test_ctrl_c_is_status_130(devices: tuple[str, str], words: str, told: str) -
         assert process.wait() == 130
         assert told in rest
         assert "Traceback" not in rest
+    both_are_reset(devices)
+
+
+@pytest.mark.parametrize("words", ["traffic in passthrough on the destination", "waiting until it runs there"])
+def test_ctrl_c_after_the_hand_over_ends_well_with_the_tables(devices: tuple[str, str], words: str) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "--seconds", "9"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if words in line:
+                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGINT)
+                break
+        shown, rest = process.communicate()
+    assert process.returncode == 0, rest
+    assert "DT2, stop on the source" in shown
+    assert "migrated; kernel" in shown
+    assert "Traceback" not in rest
     both_are_reset(devices)
 
 

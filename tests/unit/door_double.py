@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from prepared_double import PreparedDouble
+
 from pyvhostvdpa._cdefs import ffi
 from pyvhostvdpa.base.errors import DeviceClosed, KernelError
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, BackendFeature, IotlbType, Status
@@ -55,27 +57,6 @@ class Fault:
 
     at: int
     errno: int = errno.EIO
-
-
-class _Prepared(PreparedCalls):
-    """A list whose requests are the double's methods, one after the other until one fails."""
-
-    def __init__(self, door: DoorDouble) -> None:
-        super().__init__(door)
-        self._door = door
-
-    def run(self) -> None:
-        self.done = 0
-        for place, name in enumerate(self._names):
-            self._make(place, name.removeprefix("VHOST_").removeprefix("VDPA_").lower())
-            self.done += 1
-
-    def _make(self, place: int, method: str) -> None:
-        arguments = dict(self._shown(place))
-        if method == "get_vring_base":
-            self.put(place, self._door.get_vring_base(int(arguments["index"])))
-            return
-        getattr(self._door, method)(*arguments.values())
 
 
 @dataclass
@@ -148,7 +129,7 @@ class DoorDouble:
         return -1
 
     def prepare(self) -> PreparedCalls:
-        return _Prepared(self)
+        return PreparedDouble(self)
 
     def close(self) -> None:
         if not self.closed:

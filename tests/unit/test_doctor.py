@@ -11,7 +11,9 @@ import pytest
 from pyvhostvdpa.host.doctor import CHECKS, Level, Plan, examine, healthy, to_dict
 from pyvhostvdpa.host.doctor.finding import Finding
 from pyvhostvdpa.host.machine import Firmware, Machine, Nic, Node, gather
-from pyvhostvdpa.host.mgmt import Holder, Parent, VdpaDevice
+from pyvhostvdpa.host.mgmt import VdpaDevice
+from pyvhostvdpa.host.parents import Parent
+from pyvhostvdpa.host.processes import Daemon, Holder
 
 GIB = 1 << 30
 DEVICE = VdpaDevice("vdpa0", "/dev/vhost-vdpa-0", "vhost_vdpa", "pci/0000:01:00.2", 1, "52:54:91:a1:b2:c1", ())
@@ -98,7 +100,7 @@ PAINS = {
         Level.WARN,
         "lists nothing",
     ),
-    "D02 a deletion that hangs": (replace(SOUND, stuck=(4711,)), Level.FAIL, "pid 4711"),
+    "D02 a deletion that hangs": (replace(SOUND, stuck=(Holder(4711, "vdpa"),)), Level.FAIL, "pid 4711"),
     "D03 a NIC with a vDPA driver": (
         replace(SOUND, nics=(Nic("0000:01:00.0", "15b3:101d", "mlx5_core", 0, 8),)),
         Level.INFO,
@@ -265,3 +267,75 @@ def test_an_empty_root_is_no_error(tmp_path: Path) -> None:
     machine = gather(tmp_path)
     assert (machine.config, machine.installed, machine.nics) == (None, None, ())
     assert {finding.id for finding in examine(machine)} == set(CHECKS)
+
+
+# -- what cannot be known ----------------------------------------------------------------
+
+WHY = "there is no 'vdpa' command (apt-get install iproute2)"
+UNKNOWN = replace(
+    SOUND,
+    tool=False,
+    devices=(replace(DEVICE, mac=None, mgmtdev=None, virtio_id=None, unknown=WHY),),
+    parents={"vdpa0": Parent(None, None, 2048, WHY)},
+    net={},
+    memlock=8 << 20,
+    uid=1000,
+)
+
+
+def test_an_unknown_parent_is_never_said_to_pin_memory() -> None:
+    findings = examine(UNKNOWN)
+    assert not any(
+        "devices here pin" in f.what or "pinning the guest takes" in f.what for f in findings if f.level is Level.FAIL
+    )
+    assert f"whether it pins memory is unknown ({WHY})" in only(UNKNOWN, "M05").what
+    assert only(UNKNOWN, "M05").level is Level.WARN
+    assert only(UNKNOWN, "M07").level is Level.INFO
+    assert "unknown" in only(UNKNOWN, "M07").what
+    assert "unknown" in only(UNKNOWN, "G16").what
+    assert f"unknown driver ({WHY})" in only(UNKNOWN, "G13").what
+
+
+def test_management_devices_that_netlink_does_not_tell_are_unknown_and_not_missing() -> None:
+    finding = only(replace(SOUND, management={}, management_unknown="'vdpa' failed (no netlink)"), "D02")
+    assert "lists nothing: 'vdpa' failed (no netlink)" in finding.what
+    assert "unknown" in finding.why
+    assert "unknown" not in only(replace(SOUND, management={}), "D02").why
+
+
+def test_an_unknown_mac_address_is_not_said_to_be_zero() -> None:
+    creation = only(UNKNOWN, "D20")
+    assert creation.level is Level.INFO
+    assert f"MAC address, MTU and link are unknown: {WHY}" in creation.what
+
+
+def test_a_link_that_is_down_is_warned_of() -> None:
+    machine = replace(SOUND, net={"vdpa0": {"mtu": 1500, "link": "down"}})
+    assert any(f.level is Level.WARN and "vdpa0: its link is down" in f.what for f in found(machine, "D20"))
+    assert not any("down" in f.what for f in found(replace(SOUND, net={"vdpa0": {"link": "up"}}), "D20"))
+
+
+def test_a_removal_that_waits_for_a_device_is_named_before_what_waits_for_it() -> None:
+    machine = replace(SOUND, stuck=(Holder(30, "rmmod"), Holder(40, "vdpa")), open_elsewhere=(Holder(7, "qemu"),))
+    finding = only(machine, "D02")
+    assert finding.what == "'rmmod' is stuck (pid 30): it removes the driver of a device that pid 7 (qemu) has open"
+    assert "behind it: pid 40 (vdpa)" in finding.why
+    assert finding.next == "kill 7"
+
+
+SERVED = replace(SOUND, parents=parent("vduse", False))
+
+
+def test_a_vduse_daemon_that_is_stopped_is_named_with_the_command_that_continues_it() -> None:
+    machine = replace(SERVED, daemons={"vdpa0": Daemon(11, "vduse_net", "T")})
+    assert any(
+        f.level is Level.FAIL and "VDUSE daemon pid 11 (vduse_net) is stopped" in f.what and f.next == "kill -CONT 11"
+        for f in found(machine, "O10")
+    )
+
+
+def test_a_vduse_daemon_that_is_gone_is_said_only_where_all_processes_can_be_seen() -> None:
+    gone = replace(SERVED, daemons={"vdpa0": None})
+    assert any(f.level is Level.FAIL and "no process serves it" in f.what for f in found(gone, "O10"))
+    assert not any("no process" in f.what for f in found(replace(gone, sees_all=False), "O10"))
+    assert any("as far as this user may see" in f.what for f in found(replace(gone, sees_all=False), "O10"))

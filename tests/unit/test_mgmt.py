@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
+
+from pyvhostvdpa.base.errors import ManagementFailed
+from pyvhostvdpa.host import mgmt
 from pyvhostvdpa.host.mgmt import parse_vendor_statistics
 
 SAID = """
@@ -22,3 +29,41 @@ def test_a_queue_of_which_nothing_was_said_is_left_out() -> None:
 
 def test_another_devices_numbers_are_not_taken() -> None:
     assert parse_vendor_statistics(SAID, "vdpa1") == {}
+
+
+# -- iproute2 that is slow, missing, or out of netlink's reach -----------------------------
+
+
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    path = tmp_path / "vdpa"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+def test_add_device_that_takes_longer_than_it_may_says_how_long_and_which_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool(tmp_path, monkeypatch, "exec sleep 30")
+    with pytest.raises(ManagementFailed, match=r"no answer within 0\.3 s; the driver is slow") as failed:
+        mgmt.add_device("vdpa9", "vdpasim_net", seconds=0.3)
+    assert failed.value.hint == "a longer --timeout"
+
+
+def test_ask_says_why_it_has_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool(tmp_path, monkeypatch, "echo 'Failed to connect to vdpa Netlink' >&2; exit 1")
+    told, why = mgmt.ask("dev", "show")
+    assert told == {}
+    assert "Failed to connect to vdpa Netlink" in why
+    assert "first network namespace" in why
+    tool(tmp_path, monkeypatch, "echo no json")
+    assert "something else than JSON" in mgmt.ask("dev", "show")[1]
+    tool(tmp_path, monkeypatch, "echo '{\"dev\":{}}'")
+    assert mgmt.ask("dev", "show") == ({"dev": {}}, "")
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert "no 'vdpa' command" in mgmt.ask("dev", "show")[1]
+
+
+def test_net_config_has_keys_without_the_blanks_of_iproute2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool(tmp_path, monkeypatch, """echo '{"config":{"vdpa0":{"mac":"52:54:00:00:00:0a","link ":"down"}}}'""")
+    assert mgmt.net_config("vdpa0") == {"mac": "52:54:00:00:00:0a", "link": "down"}

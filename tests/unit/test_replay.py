@@ -59,3 +59,30 @@ def test_commands_are_noted_before_they_are_sent(make: Make) -> None:
         ("vhost_vdpa_net_load_cmd", {"class": 4, "cmd": 0, "data_num": 1, "data_size": 2}),
     ]
     assert all(event.result is None for event in trace.events)
+
+
+def test_a_wait_beyond_the_deadline_says_how_long_it_was(make: Make) -> None:
+    queue, _ = make(pairs=3)
+    with pytest.raises(
+        ControlFailed, match=r"a: the device did not answer 1 control commands within 0\.01 s"
+    ) as failed:
+        queue.replay()
+    assert "--control-deadline" in failed.value.hint
+    assert queue.died
+
+
+def test_a_long_wait_is_logged_before_the_deadline(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pyvhostvdpa.net.control_queue._SLOW", 0.005)
+    queue, _ = make(pairs=3)
+    with pytest.raises(ControlFailed):
+        queue.replay()
+    [record] = caplog.records
+    assert record.getMessage() == "a: the device has not answered 1 control commands for 0.005 s; waiting up to 0.01 s"
+
+
+@pytest.mark.parametrize(("num", "groups"), [(2, [1, 1, 1, 1, 1]), (4, [2, 2, 1]), (64, [5])])
+def test_commands_are_sent_in_groups_that_the_ring_holds(make: Make, num: int, groups: list[int]) -> None:
+    queue, _ = make(num=num)
+    assert [len(group) for group in queue._fitting([b"\0\0\0"] * 5)] == groups

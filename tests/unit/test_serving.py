@@ -28,7 +28,9 @@ PROCEDURES = Path(pyvhostvdpa.__file__).parent / "device" / "procedure"
 
 
 def target(features: Feature, serving: Serving = SHADOWED) -> Target:
-    return Target(cast(Any, None), cast(Any, None), features, BackendFeature(0), Groups(1, None, None, None), serving)
+    return Target(
+        cast(Any, None), cast(Any, None), features, BackendFeature(0), Groups(1, None, None, None), serving=serving
+    )
 
 
 @pytest.mark.parametrize("name", ["base", "direct", "series"])

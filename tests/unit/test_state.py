@@ -104,7 +104,7 @@ def test_what_follows_the_end_is_refused(sections: list[tuple[bytes, Callable[[b
 
 def test_another_version_is_refused_by_name(sections: list[tuple[bytes, Callable[[bytes], Any]]]) -> None:
     for data, decode in sections:
-        with pytest.raises(StreamCorrupt, match="format version 9, this side knows 1") as refused:
+        with pytest.raises(StreamCorrupt, match=r"format version 9, this side knows [12]") as refused:
             decode(data[:2] + b"\x09\0" + data[4:])
         assert "same version" in refused.value.hint
 

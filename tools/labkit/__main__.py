@@ -2,6 +2,14 @@
 
 import sys
 
-from labkit.cli import main
+from labkit import output
+from labkit.errors import EXIT_INTERRUPTED
 
-sys.exit(main(sys.argv[1:]))
+try:
+    from labkit.cli import main
+
+    status = main(sys.argv[1:])
+except KeyboardInterrupt:
+    output.say("lab: interrupted")
+    status = EXIT_INTERRUPTED
+sys.exit(status)

@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from labkit.errors import LabError
@@ -13,7 +13,14 @@ from labkit.errors import LabError
 DEFAULT = "/var/cache/pyvhostvdpa"
 VARIABLE = "PYVHOSTVDPA_CACHE"
 PARTIAL = ".partial"
+DONE = "done"
+"""In a half-made folder: a file for each step of its making that need not be done again."""
 KEPT_LOGS = 20
+MARKER = ".pyvhostvdpa-lab"
+"""In a cache folder: it was made by the lab, and so was everything in it that has one of the lab's names."""
+FOLDERS = ("trees", "kernels", "environments", "apt-lists", "logs", "results", "mnt", "debug", "mypy", "mutants")
+FILES = (MARKER, "accelerator.json", "latest-kernel", "setup.lock", "debug.lock", "use.lock")
+SCRATCH = "uml-"
 
 
 class Cache:
@@ -30,16 +37,39 @@ class Cache:
         self.mount_point = self.root / "mnt"
         self.accelerator = self.root / "accelerator.json"
         self.latest_kernel = self.root / "latest-kernel"
+        self.mutants = self.root / "mutants"
 
     def create(self) -> None:
-        """Make the folder; say what is wrong when that cannot be done."""
+        """Make the folder; say what is wrong when that cannot be done. A folder with other things in it is refused."""
         try:
+            if not (self.root / MARKER).exists():
+                self._adopt()
             self.mount_point.mkdir(parents=True, exist_ok=True)
             self.logs.mkdir(exist_ok=True)
         except OSError as error:
             raise LabError(
                 f"the cache folder {self.root} cannot be made", str(error), f"set {VARIABLE} to a folder of your choice"
             ) from error
+
+    def _adopt(self) -> None:
+        """Put the marker into a folder that is new, empty, or a cache of a lab that had no marker yet."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        if any(self.root.iterdir()) and not self._is_ours():
+            raise LabError(
+                f"{self.root} is no cache folder of the lab",
+                "It has other files in it, and no file named " + MARKER + ".",
+                f"set {VARIABLE} to a folder that is new or empty",
+            )
+        (self.root / MARKER).write_text("Made by tools/lab of pyvhostvdpa; tools/lab clean removes it.\n")
+
+    def _is_ours(self) -> bool:
+        """Tell whether the lab made the folder: by its marker, or by its lock and nothing that is not the lab's."""
+        return (self.root / MARKER).exists() or ((self.root / "setup.lock").exists() and not self._foreign())
+
+    def _foreign(self) -> list[str]:
+        """Return the names in the folder that are none of the lab's."""
+        names = sorted(path.name for path in self.root.iterdir())
+        return [name for name in names if name not in (*FOLDERS, *FILES) and not name.startswith(SCRATCH)]
 
     @contextlib.contextmanager
     def _locked(self, name: str, kind: int, busy: str, wait: bool) -> Iterator[None]:
@@ -71,18 +101,32 @@ class Cache:
         return self._locked("use.lock", fcntl.LOCK_EX, "a VM of the lab is running from this cache", wait=False)
 
     def clean(self) -> int:
-        """Remove it all, unless it is in use; return how many bytes that freed."""
+        """Remove what the lab made, unless it is in use; return how many bytes that freed.
+
+        The folder goes too if nothing else is in it. LabError if it is not the lab's, or another user's.
+        """
+        if self.root.exists() and not self._is_ours():
+            raise LabError(
+                f"{self.root} was not made by the lab; nothing is removed",
+                f"It has no file named {MARKER}.",
+                f"set {VARIABLE} to the lab's cache folder, or remove that folder yourself",
+            )
         with self.removing():
+            foreign = self._foreign()
             freed = used(self.root)
             try:
-                shutil.rmtree(self.root)
+                for path in sorted(self.root.iterdir(), key=lambda path: path.name == MARKER):
+                    if path.name not in foreign:
+                        remove(path)
+                if not foreign and not self.root.is_symlink():
+                    self.root.rmdir()
             except PermissionError as error:
                 raise LabError(f"{self.root} cannot be removed", str(error), "sudo tools/lab clean") from error
-        return freed
+        return freed - (used(self.root) if foreign else 0)
 
     def log(self, name: str) -> Path:
         """Return a path for a log, and drop the oldest ones."""
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self.create()
         old = sorted(self.logs.iterdir(), key=lambda path: path.stat().st_mtime)
         for path in old[:-KEPT_LOGS]:
             path.unlink(missing_ok=True)
@@ -101,11 +145,15 @@ class Cache:
 
 
 @contextlib.contextmanager
-def building(target: Path) -> Iterator[Path]:
-    """Build a folder as TARGET.partial and rename it when whole; remove what an interrupted build left."""
+def building(target: Path, goes_on: bool = False) -> Iterator[Path]:
+    """Build a folder as TARGET.partial and rename it when whole.
+
+    What an interrupted build left is removed; or gone on with, by a builder whose steps are done by `once()`.
+    """
     partial = target.with_name(target.name + PARTIAL)
-    remove(partial)
-    partial.mkdir(parents=True)
+    if not (goes_on and (partial / DONE).is_dir()):
+        remove(partial)
+    partial.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
     except OSError as error:
@@ -115,7 +163,17 @@ def building(target: Path) -> Iterator[Path]:
             "free some space and run the same command again" if error.errno == 28 else "run the same command again",
         ) from error
     remove(target)
+    remove(partial / DONE)
     partial.rename(target)
+
+
+def once(partial: Path, step: str, act: Callable[[], None]) -> None:
+    """Do a step of building a folder, unless an earlier attempt has done it; `act` may find its own half-made work."""
+    mark = partial / DONE / step
+    if not mark.exists():
+        act()
+        mark.parent.mkdir(exist_ok=True)
+        mark.touch()
 
 
 def remove(path: Path) -> None:

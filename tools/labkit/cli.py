@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
 
-from labkit import cache, devices, ladder, pair, soak, status, testing, uml
-from labkit.errors import EXIT_INTERRUPTED, LabError
+from labkit import cache, devices, ladder, mutants, output, pair, soak, status, testing, uml, values
+from labkit.errors import EXIT_INTERRUPTED, EXIT_PIPE, LabError
 from labkit.session import PROJECT, Request, Session
 
 EPILOG = """exit status of run: that of COMMAND; 124 when --timeout is over, 125 when the lab itself fails (set-up,
@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _vm_options(test)
     soak = commands.add_parser("soak", help="tests that are too long for every day; without a name: which there are")
     soak.add_argument("name", nargs="?", metavar="NAME")
+    soak.add_argument("--only", default="", metavar="TEXT", help="mutants: those with TEXT in their name or file")
     soak.add_argument("--minutes", type=float, default=10.0, metavar="M")
     soak.add_argument(
         "--debug-kernel", action="store_true", help="User Mode Linux with KASAN and lock checking; vdpa_hwsim alone"
@@ -96,25 +97,13 @@ def request(options: argparse.Namespace, command: Sequence[str]) -> Request:
         command=command,
         kernel=options.kernel,
         devices=options.devices,
-        cpus=options.cpus,
-        memory=options.memory,
+        cpus=values.cpus(options.cpus),
+        memory=f"{values.memory(options.memory) >> 20}M",
         accel=options.accel,
         icount=options.icount,
-        timeout=options.timeout,
-        environment=parse_environment(options.env),
+        timeout=values.duration("--timeout", options.timeout),
+        environment=values.variables(options.env),
     )
-
-
-def parse_environment(words: Sequence[str]) -> dict[str, str]:
-    """Read the values of --env; a name alone takes this process's value."""
-    result = {}
-    for word in words:
-        name, given, value = word.partition("=")
-        if given:
-            result[name] = value
-        elif name in os.environ:
-            result[name] = os.environ[name]
-    return result
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -133,14 +122,22 @@ def _setup(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    state = status.collect(Session())
+    session = Session()
+    try:
+        state = status.collect(session)
+    except PermissionError as error:
+        raise LabError(
+            f"the cache folder {session.cache.root} cannot be read",
+            f"{error.filename}: {error.strerror}. The lab makes it as root.",
+            "sudo tools/lab status",
+        ) from error
     print(json.dumps(state, indent=2) if options.json else status.render(state))
     return 0
 
 
 def _clean(_: argparse.Namespace) -> int:
     session = Session()
-    if not session.cache.root.exists():
+    if not os.path.lexists(session.cache.root):
         session.progress.say(f"there is no cache folder {session.cache.root}")
         return 0
     freed = session.cache.clean()
@@ -161,18 +158,23 @@ def _soak(options: argparse.Namespace) -> int:
     if options.name is None:
         for name, path in soak.available(PROJECT).items():
             print(f"{name:<24} {soak.summary(path)}")
+        print(f"{mutants.NAME:<24} {mutants.SUMMARY}")
         return 0
+    if options.name == mutants.NAME:
+        return mutants.run(Session(), request(options, ()), options.only)
     path = soak.choose(PROJECT, options.name)
     wished = build_parser().parse_args(["soak", *soak.options(path), *options.given])
     words = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "-s", *soak.tests(PROJECT, path)]
     asked = request(wished, words)
+    values.duration("--minutes", wished.minutes, "minutes")
     minutes = {"PYVHOSTVDPA_SOAK_MINUTES": f"{wished.minutes:g}"}
     asked = replace(asked, environment={**minutes, **asked.environment})
     return uml.run(Session(), asked) if wished.debug_kernel else Session().run(asked, "soak")
 
 
 def _ladder(options: argparse.Namespace) -> int:
-    return Session().run(ladder.request(options.rest, options.kernel, options.timeout), "ladder")
+    timeout = values.duration("--timeout", options.timeout)
+    return Session().run(ladder.request(options.rest, options.kernel, timeout), "ladder")
 
 
 def _pair(options: argparse.Namespace) -> int:
@@ -231,15 +233,35 @@ def _terminate(signum: int, _: FrameType | None) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one sub-command and return the exit status."""
+    """Run one sub-command and return the exit status; whatever it fails by becomes a sentence."""
+    output.occupy_standard_files()
+    try:
+        status = _act(argv)
+        sys.stdout.flush()
+    except LabError as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        return _refuse(LabError("interrupted", status=EXIT_INTERRUPTED))
+    except BrokenPipeError:
+        return _refuse(LabError("nobody reads the output any more", status=EXIT_PIPE))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _refuse(LabError(f"{where}{error.strerror or error}", "", "tools/lab status"))
+    except MemoryError:
+        return _refuse(
+            LabError("there is not enough memory", "", "end other programs, then run the same command again")
+        )
+    return status
+
+
+def _act(argv: Sequence[str]) -> int:
     options = parse(argv)
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
-    try:
-        return ACTIONS[options.action](options)
-    except LabError as error:
-        print(error.render(), file=sys.stderr, flush=True)
-        return error.status
-    except KeyboardInterrupt:
-        print("lab: interrupted", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
+    return ACTIONS[options.action](options)
+
+
+def _refuse(error: LabError) -> int:
+    output.say(error.render())
+    output.forget_unwritten()
+    return error.status

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from labkit import archive
-from labkit.cache import building, remove, size
+from labkit.cache import building, once, remove, size
 from labkit.errors import LabError
 from labkit.kernel import Builder
 from labkit.modules import own_sources
@@ -123,7 +123,7 @@ class DebugBuilder:
             "the build takes 10 to 40 minutes, once"
         )
         target = self.root / f"{choice.version.replace(':', '_')}-{self.recipe()}"
-        with building(target) as partial:
+        with building(target, goes_on=True) as partial:
             self._build(partial, choice.source, choice.version)
         builds = sorted(self.root.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
         for old in builds[KEPT:]:
@@ -131,17 +131,38 @@ class DebugBuilder:
         return DebugKernel(target)
 
     def _build(self, partial: Path, source: archive.Package, version: str) -> None:
-        work, build, tools = partial / "work", partial / "build", partial / "tools"
-        for folder in (work, build, tools, partial / "layer"):
-            folder.mkdir()
+        build, tools = partial / "build", partial / "tools"
+        once(partial, "fetch", lambda: self._fetch(partial / "work", source))
+        once(partial, "unpack", lambda: self._unpack_source(partial, source))
+        once(partial, "build", lambda: self._compile(partial))
+        shutil.move(build / "linux", partial / "linux")
+        shutil.rmtree(tools)
+        [modules] = (partial / "layer/usr/lib/modules").iterdir()
+        for link in ("build", "source"):
+            (modules / link).unlink(missing_ok=True)
+        (partial / "kernel.json").write_text(json.dumps({"release": modules.name, "version": version}) + "\n")
+
+    def _fetch(self, work: Path, source: archive.Package) -> None:
+        remove(work)
+        work.mkdir()
         self.stock.apt("fetching its source", "debug-fetch", ["apt-get", "download", source.pin], {work: "/lab/debs"})
         argv = ["apt-get", "install", "-y", "--download-only", "--no-install-recommends"]
         argv += ["-o", "Dir::Cache::Archives=/lab/debs", *TOOLS]
         self.stock.apt("fetching what building it needs", "debug-fetch-tools", argv, {work: "/lab/debs"})
-        binds = {work: "/lab/work", build: "/lab/build", tools: "/lab/tools", partial / "layer": "/lab/layer"}
+
+    def _unpack_source(self, partial: Path, source: archive.Package) -> None:
+        binds = {partial / name: f"/lab/{name}" for name in ("work", "build", "tools")}
+        for name in ("build", "tools"):
+            remove(partial / name)
+            (partial / name).mkdir()
         self._script("unpacking its source", "unpack", self._unpack(source.name), binds)
-        shutil.rmtree(work)
-        del binds[work]
+        remove(partial / "work")
+
+    def _compile(self, partial: Path) -> None:
+        build, tools, layer = partial / "build", partial / "tools", partial / "layer"
+        remove(layer)
+        layer.mkdir()
+        binds = {build: "/lab/build", tools: "/lab/tools", layer: "/lab/layer"}
         (build / "lab.config").write_text(configuration(SETTINGS))
         lines = [f"{BUILD} defconfig", "cat lab.config >>.config", f"{BUILD} olddefconfig"]
         self._script("configuring it", "configure", ["cd /lab/build", *lines], binds, (tools,))
@@ -156,12 +177,6 @@ class DebugBuilder:
         lines = [f"nice {BUILD} -j{jobs} linux modules", f"{BUILD} INSTALL_MOD_PATH=/lab/layer/usr modules_install"]
         self._script("building it", "build", ["cd /lab/build", *lines], binds, (tools,))
         self._script("removing what is not needed any more", "prune", self._prune(), binds)
-        shutil.move(build / "linux", partial / "linux")
-        shutil.rmtree(tools)
-        [modules] = (partial / "layer/usr/lib/modules").iterdir()
-        for link in ("build", "source"):
-            (modules / link).unlink(missing_ok=True)
-        (partial / "kernel.json").write_text(json.dumps({"release": modules.name, "version": version}) + "\n")
 
     @staticmethod
     def _unpack(package: str) -> list[str]:
@@ -169,8 +184,7 @@ class DebugBuilder:
         return [
             f"dpkg-deb --fsys-tarfile /lab/work/{package}_*.deb | tar -xO ./usr/src/{package}.tar.xz "
             f"| tar -xJ -C /lab/build --strip-components=1 {left_out}",
-            f"rm /lab/work/{package}_*.deb",
-            'for deb in /lab/work/*.deb; do dpkg-deb -x "$deb" /lab/tools; done',
+            f"find /lab/work -name '*.deb' -not -name '{package}_*' -exec dpkg-deb -x '{{}}' /lab/tools ';'",
         ]
 
     @staticmethod

@@ -40,7 +40,7 @@ _HWSIM = dict.fromkeys(
         *("nas", "single_group", "dma_map", "identity", "suspend", "resume", "enable_after_driver_ok", "desc_asid"),
         *("persist", "clean_map", "vq_size", "ring_max", "doorbell_us", "base_avail", "inflight", "inflight_us"),
         *("reorder", "resume_cvq", "indirect_in_data", "filter", "wire", "extra_features", "cost_profile"),
-        *("mem_scale", "heavy_min"),
+        *("mem_scale", "scale_min", "heavy_min"),
     ),
     "vdpa_hwsim",
 )

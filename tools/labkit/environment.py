@@ -70,11 +70,12 @@ class Environment:
             self.folder.touch()
             return
         with building(self.folder) as partial:
-            self._install(partial)
+            self.install(partial)
             make_image(self.cache, self.progress, partial / "site", partial / "site.img", "writing the project's image")
         self._forget_old()
 
-    def _install(self, partial: Path) -> None:
+    def install(self, partial: Path) -> None:
+        """Install the project into the folder `site` in another one."""
         source, site = partial / "source", partial / "site"
         site.mkdir()
         for path in self.sources():

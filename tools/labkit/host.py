@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from labkit.progress import Progress
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 SUITE_KEY = Path("/usr/share/keyrings/debian-archive-trixie-stable.gpg")
+SYSTEMS = "Debian 12 or 13, or Ubuntu 24.04 or newer"
+KEYRING_PAGE = "https://packages.debian.org/trixie/all/debian-archive-keyring/download"
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 ACQUIRE = ("Acquire::http::Proxy", "Acquire::https::Proxy", "Acquire::Check-Valid-Until", "Acquire::Check-Date")
 ACQUIRE_PREFIXES = ("Acquire::http::Proxy::", "Acquire::https::Proxy::", "Acquire::https::CAInfo")
@@ -42,13 +45,13 @@ def check_machine(command: str = "setup") -> None:
         raise LabError(
             f"this machine is {platform.machine()}; the lab runs on x86_64 only",
             "Its kernels and its VM are amd64.",
-            "run it on an x86_64 machine with Debian 12 or 13",
+            f"run it on an x86_64 machine with {SYSTEMS}",
         )
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
         raise LabError(
             "this is not a Debian system (no apt-get, no dpkg)",
             "The lab makes its VM from Debian packages, with Debian's tools.",
-            "run it on Debian 12 or 13",
+            f"run it on {SYSTEMS}",
         )
     if os.geteuid() != 0:
         raise LabError(
@@ -64,25 +67,76 @@ def missing_packages(needed: tuple[tuple[str, str], ...] = NEEDED) -> list[str]:
 
 
 def ensure_packages(cache: Cache, progress: Progress) -> None:
-    """Install what is missing on the host, after saying what that is."""
+    """Install what is missing on the host, after saying all that this touches."""
     missing = missing_packages()
     if not missing:
         return
     progress.say(f"this machine lacks what the lab needs; installing the Debian packages: {' '.join(missing)}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     progress.call("reading the package index", ["apt-get", "update"], cache.log("host-apt-update"), environment)
-    progress.call(
-        "finishing interrupted installations", ["dpkg", "--configure", "-a"], cache.log("host-dpkg"), environment
-    )
-    argv = ["apt-get", "-o", "DPkg::Lock::Timeout=120", "install", "-y", "--no-install-recommends", *missing]
+    interrupted = interrupted_packages(_output("dpkg", "--audit"))
+    if interrupted:
+        progress.say(f"dpkg --configure -a finishes what an earlier installation left: {' '.join(interrupted)}")
+        argv = ["dpkg", "--configure", "-a"]
+        progress.call("finishing interrupted installations", argv, cache.log("host-dpkg"), environment)
+    words = ["install", "-y", "--no-install-recommends", *missing]
+    for line in changes(_output("apt-get", "--simulate", *words)):
+        progress.say(line)
+    argv = ["apt-get", "-o", "DPkg::Lock::Timeout=120", *words]
     progress.call(f"installing {' '.join(missing)}", argv, cache.log("host-apt-install"), environment)
     still = missing_packages()
     if still:
-        raise LabError(
-            f"apt installed {' '.join(still)}, but not what the lab needs from it",
-            "Missing: " + ", ".join(path for path, package in NEEDED if package in still),
-            f"apt-get install {' '.join(still)}   (of Debian 12's or 13's latest point release)",
+        raise _not_brought(still)
+
+
+def _output(*argv: str) -> str:
+    environment = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(argv, capture_output=True, text=True, check=False, env=environment).stdout
+
+
+def interrupted_packages(audit: str) -> list[str]:
+    """Return the packages that `dpkg --audit` complains of."""
+    return [found[1] for line in audit.splitlines() if (found := re.match(r" (\S+) ", line))]
+
+
+def changes(simulation: str) -> list[str]:
+    """Say what `apt-get --simulate install` would do: which packages are new, upgraded, removed."""
+    new: list[str] = []
+    upgraded: list[str] = []
+    removed: list[str] = []
+    for line in simulation.splitlines():
+        if found := re.match(r"Inst (\S+) (\[)?", line):
+            (upgraded if found[2] else new).append(found[1])
+        elif found := re.match(r"Remv (\S+) ", line):
+            removed.append(found[1])
+    kinds = (("installs", new), ("upgrades", upgraded), ("removes", removed))
+    return [f"apt {verb} {len(names)} packages: {' '.join(names)}" for verb, names in kinds if names]
+
+
+def _not_brought(packages: list[str]) -> LabError:
+    """Return the error for packages of this distribution that are older than what the lab needs of them."""
+    lacking = [path for path, package in NEEDED if package in packages]
+    name = distribution()
+    if lacking == [str(SUITE_KEY)] and not name.startswith("Debian"):
+        return LabError(
+            f"{name} has no key of Debian 13, of which the lab makes its tree",
+            f"Its package debian-archive-keyring is older, and has no {SUITE_KEY}.",
+            f"dpkg -i debian-archive-keyring_*_all.deb   (from {KEYRING_PAGE})",
         )
+    return LabError(
+        f"apt installed {' '.join(packages)}, but not what the lab needs from it",
+        f"Missing on {name}: {', '.join(lacking)}",
+        f"apt-get install {' '.join(packages)}   (of Debian 12's or 13's latest point release)",
+    )
+
+
+def distribution(release: Path = Path("/etc/os-release")) -> str:
+    """Return what this machine's distribution calls itself."""
+    try:
+        found = re.search(r'^PRETTY_NAME="?([^"\n]+)', release.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else "this system"
 
 
 def acquire_options() -> list[str]:

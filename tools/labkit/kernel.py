@@ -10,7 +10,7 @@ from pathlib import Path
 
 from labkit import archive
 from labkit.archive import KernelChoice
-from labkit.cache import Cache, building, size
+from labkit.cache import DONE, Cache, building, once, remove, size
 from labkit.errors import LabError
 from labkit.images import make_image
 from labkit.progress import Progress
@@ -95,7 +95,7 @@ class Builder:
         self.progress.say(
             f"kernel {choice.release} ({choice.version}): {size(choice.download)} to download (image, headers, source)"
         )
-        with building(kernel.folder) as partial:
+        with building(kernel.folder, goes_on=True) as partial:
             self._build(partial, choice)
         return kernel
 
@@ -125,8 +125,10 @@ class Builder:
     def _build(self, partial: Path, choice: KernelChoice) -> None:
         work = partial / "work"
         debs = work / "debs"
-        debs.mkdir(parents=True)
-        self._download(debs, choice)
+        once(partial, f"download-{choice.version.replace('/', '_')}", lambda: self._download(debs, choice))
+        for path in (*work.iterdir(), *partial.iterdir()):
+            if path not in (debs, work, partial / DONE):
+                remove(path)
         self._unpack(work, debs, choice)
         self._keep_image(partial, work, choice)
         self._build_modules(partial, work, choice)
@@ -138,6 +140,8 @@ class Builder:
         (partial / "kernel.json").write_text(json.dumps({"release": choice.release, "version": choice.version}) + "\n")
 
     def _download(self, debs: Path, choice: KernelChoice) -> None:
+        remove(debs)
+        debs.mkdir(parents=True)
         pins = sorted({package.pin for package in (*choice.image, *choice.headers, choice.source)})
         binds = {debs: "/lab/debs"}
         self.apt(f"fetching the kernel, {size(choice.download)}", "kernel-fetch", ["apt-get", "download", *pins], binds)

@@ -4,25 +4,36 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from labkit import values
+from labkit.errors import LabError
 from labkit.session import Request
 
 DEVICES = ("vdpa_hwsim:0",)
 GUEST_MEMORY = 1 << 30
 ROOM = 3 << 29
 """What the VM has beside the guest memory of the ladder."""
+NOT_HERE = ("--devices", "--cpus", "--accel", "--icount", "--env")
+"""Options of `tools/lab run`, which are none of `vhost-vdpa ladder`."""
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
 def request(given: Sequence[str], kernel: str, timeout: float | None) -> Request:
     """Return the VM for a ladder with these options."""
     command, shares = ["vhost-vdpa", "ladder", *given], []
+    _refuse_options_of_run(given)
     report = value(given, "--report")
     if report is not None:
         folder = Path(report).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LabError(
+                f"--report {report}: this folder cannot be made", str(error), "--report a folder that is new"
+            ) from error
         shares.append(folder)
         command = [str(folder) if word == report else word.replace(f"={report}", f"={folder}") for word in command]
     need = memory(value(given, "--memory")) + ROOM
+    values.check_memory(need, "--memory: guest memory and what the VM has beside it")
     return Request(
         command=command,
         kernel=kernel,
@@ -32,6 +43,17 @@ def request(given: Sequence[str], kernel: str, timeout: float | None) -> Request
         timeout=timeout,
         shares=shares,
     )
+
+
+def _refuse_options_of_run(given: Sequence[str]) -> None:
+    for word in given:
+        option = word.partition("=")[0]
+        if option in NOT_HERE:
+            raise LabError(
+                f"ladder takes no {option}",
+                "It has a VM of its own: one CPU, virtual time, as much memory as its guest needs.",
+                "tools/lab run -- vhost-vdpa ladder --help",
+            )
 
 
 def value(given: Sequence[str], option: str) -> str | None:

@@ -1,9 +1,50 @@
-"""Where the output of commands in VMs goes."""
+"""Where the output of commands in VMs goes, and the lab's own."""
 
+import contextlib
 import os
+import sys
+from collections.abc import Callable
 
 from labkit.errors import EXIT_PIPE, LabError
-from labkit.vm import Sink
+
+Sink = Callable[[bytes], None]
+
+
+def occupy_standard_files() -> None:
+    """See to it that no file that is opened later becomes this process's standard input, output or error.
+
+    One that was closed is a file that cannot be written to, so that whoever wants to finds out.
+    """
+    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)
+            if number:
+                setattr(sys, name, os.fdopen(number, "w", closefd=False))
+
+
+def say(text: str) -> None:
+    """Print a line on standard error, if that can be written to: it is never a reason to fail."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def say_live(text: str) -> None:
+    """Write a piece of a line that changes to standard error; as say()."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def forget_unwritten() -> None:
+    """Drop what standard output and error did not take, so that the interpreter does not try it again at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def writer(descriptor: int) -> Sink:
@@ -16,6 +57,12 @@ def writer(descriptor: int) -> Sink:
                 view = view[os.write(descriptor, view) :]
         except BrokenPipeError as error:
             raise LabError("nobody reads the command's output any more", status=EXIT_PIPE) from error
+        except OSError as error:
+            raise LabError(
+                f"the command's output cannot be written: {error.strerror}",
+                f"It was to go to file descriptor {descriptor}; the VM was stopped.",
+                "free some space, or send the output somewhere else",
+            ) from error
 
     return write
 

@@ -5,7 +5,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import replace
 
-from labkit import output, vm
+from labkit import output, values, vm
 from labkit.errors import LabError
 from labkit.session import Request, Session
 
@@ -32,6 +32,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def run(session: Session, request: Request, words: Sequence[str]) -> int:
     """Run one command in each of two VMs; return the first exit status that is not 0."""
     commands = split(words)
+    values.check_memory(2 * values.memory(request.memory), f"two VMs with --memory {request.memory} each")
     chosen = session.set_up(request.kernel, "pair")
     with session.using(), selectors.DefaultSelector() as selector:
         mode = session.mode(request, chosen)

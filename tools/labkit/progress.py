@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from labkit import output
 from labkit.errors import LabError
 
 REFRESH_S = 0.2
@@ -46,6 +47,11 @@ DIAGNOSES: tuple[tuple[str, str, str], ...] = (
         r"|NewConnectionError|Failed to establish a new connection|No route to host|Failed to fetch",
         "The network or the archive cannot be reached.",
         "check the network (http_proxy, https_proxy and apt's own settings are honoured), then run the same again",
+    ),
+    (
+        r"Unable to locate package|has no installation candidate",
+        "This machine's package sources do not have it.",
+        "Ubuntu: add-apt-repository universe; Debian: add `main` to the sources; then run the same command again",
     ),
     (
         r"dpkg was interrupted|Could not get lock",
@@ -95,19 +101,17 @@ class Progress:
         """Print one line."""
         self._clear()
         if not self.quiet:
-            print(f"lab: {text}", file=sys.stderr, flush=True)
+            output.say(f"lab: {text}")
 
     def _clear(self) -> None:
         if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            output.say_live("\r\x1b[K")
             self._shown = False
 
     def _tick(self, title: str, elapsed: float, detail: str) -> None:
         width = shutil.get_terminal_size((100, 24)).columns - 1
         line = f"lab: {title} … {seconds(elapsed)}  {detail}"
-        sys.stderr.write(f"\r\x1b[K{line[:width]}")
-        sys.stderr.flush()
+        output.say_live(f"\r\x1b[K{line[:width]}")
         self._shown = True
 
     @contextlib.contextmanager

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from labkit import accelerator, console, devices, host, kernel, modules, output, vm
-from labkit.cache import Cache, leftovers, remove
+from labkit import accelerator, archive, console, devices, host, kernel, modules, output, vm
+from labkit.cache import DONE, PARTIAL, Cache, leftovers, remove
 from labkit.environment import Environment
 from labkit.errors import LabError
 from labkit.kernel import Kernel
@@ -57,15 +57,26 @@ class Session:
             return found
         begin = time.monotonic()
         with self.cache.setting_up():
-            for path in leftovers(self.cache.root):
-                self.progress.say(f"removing what an interrupted set-up left: {path.name}")
-                remove(path)
+            self._look_at_leftovers(wanted)
             host.ensure_packages(self.cache, self.progress)
             self.tree.ensure()
             found = kernel.Builder(self.cache, self.tree, self.progress).ensure(wanted, refresh)
             self.environment.ensure()
         self.progress.say(f"set-up: done, {seconds(time.monotonic() - begin)}; kept in {self.cache.root}")
         return found
+
+    def _look_at_leftovers(self, wanted: str) -> None:
+        """Remove what an interrupted set-up left, unless this one goes on with it."""
+        for path in leftovers(self.cache.root):
+            whole = path.with_name(path.name.removesuffix(PARTIAL))
+            needed = whole == self.tree.folder or (
+                whole.parent == self.cache.kernels and archive.fits(whole.name, wanted)
+            )
+            if needed and (path / DONE).is_dir():
+                self.progress.say(f"going on with what an interrupted set-up left: {path.name}")
+            else:
+                self.progress.say(f"removing what an interrupted set-up left: {path.name}")
+                remove(path)
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from labkit import host
-from labkit.cache import Cache, building, remove
+from labkit.cache import Cache, building, once, remove
 from labkit.chroot import Chroot, contained
 from labkit.images import make_image
 from labkit.progress import Progress
@@ -77,15 +77,16 @@ class Tree:
         if self.ready:
             return
         self.cache.require_space(NEEDED_BYTES, "the Debian tree")
-        with building(self.folder) as partial:
-            self._bootstrap(partial / "root")
-            self._python_packages(partial)
+        with building(self.folder, goes_on=True) as partial:
+            once(partial, "bootstrap", lambda: self._bootstrap(partial / "root"))
+            once(partial, "python-packages", lambda: self._python_packages(partial))
             make_image(self.cache, self.progress, partial / "root", partial / "root.img", "writing the tree's image")
         trees = sorted(self.cache.trees.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
         for old in trees[KEPT:]:
             remove(old)
 
     def _bootstrap(self, root: Path) -> None:
+        remove(root)
         options = [*KEPT_APT, *host.acquire_options()]
         argv = ["mmdebstrap", "--mode=root", "--variant=apt", "--architectures=amd64", f"--keyring={host.KEYRING}"]
         argv += [f"--include={','.join(PACKAGES)}", *(f"--aptopt={option}" for option in options)]
@@ -96,6 +97,7 @@ class Tree:
 
     def _python_packages(self, partial: Path) -> None:
         out = partial / "pip"
+        remove(out)
         out.mkdir()
         chroot = self.chroot(
             root=partial / "root",

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from labkit import kernel_log
+from labkit import kernel_log, xstate
 from labkit.debug_kernel import OWN, DebugBuilder, DebugKernel
 from labkit.environment import INSIDE
 from labkit.errors import EXIT_TIMEOUT, LabError
@@ -71,7 +71,9 @@ def command_line(memory: str = MEMORY) -> list[str]:
 def _drive(session: Session, kernel: DebugKernel, folder: Path, limit: float) -> None:
     binds = {PROJECT: SHARED, session.environment.site: INSIDE, folder: RUN, kernel.folder: KERNEL}
     chroot = session.tree.chroot(layers=(kernel.layer,), binds=binds)
-    argv = ["setpriv", "--pdeathsig", "KILL", *chroot.argv(command_line())]
+    variables = xstate.environment(session.tree, session.progress, folder, RUN)
+    words = ["env", *(f"{name}={value}" for name, value in variables.items()), *command_line()]
+    argv = ["setpriv", "--pdeathsig", "KILL", *chroot.argv(words)]
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True) as process:
         try:
             if not wait_for_end(process, folder / "ended", limit):

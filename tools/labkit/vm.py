@@ -16,6 +16,7 @@ from labkit.devices import Plan
 from labkit.environment import INSIDE
 from labkit.errors import EXIT_TIMEOUT, LabError, NotBooted
 from labkit.images import Cpio
+from labkit.output import Sink
 
 GUEST = Path(__file__).with_name("guest")
 BOOT_LIMIT_S = {"kvm": 60.0, "tcg": 180.0, "icount": 400.0}
@@ -24,8 +25,6 @@ PANIC = "Kernel panic - not syncing"
 # The VM tells how many bytes its command wrote; if it cannot (a process left behind holds the output open), no more
 # is expected after this long without any.
 DRAIN_S = 2.0
-
-Sink = Callable[[bytes], None]
 
 
 @dataclass(frozen=True)
@@ -289,7 +288,9 @@ class Machine:
             what = f"the VM ended before its command started (QEMU's status {self._process.returncode})"
         else:
             what = "the VM stopped before the command ended"
-        kind = LabError if self.booted else NotBooted
+        # a QEMU that ends by itself with an error refuses its command line or lacks something: so it would again
+        refused = self._process.returncode > 0 and PANIC not in console
+        kind = LabError if self.booted or refused else NotBooted
         return kind(what, "\n".join(part for part in (said, console) if part), self._look())
 
     def _console(self) -> str:

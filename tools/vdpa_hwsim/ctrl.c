@@ -9,7 +9,10 @@
 #include <linux/slab.h>
 #include <linux/unaligned.h>
 
-#include "hwsim.h"
+#include "cost.h"
+#include "ctrl.h"
+#include "device.h"
+#include "ring.h"
 
 #define HWSIM_CTRL_BURST	16
 
@@ -393,7 +396,7 @@ static bool do_command(struct hwsim_dev *dev)
 		op.id = HWSIM_OP_CVQ_REFUSED;
 	hwsim_op_end(&op, 0);
 	if (dev->ctrl.pairs > pairs)
-		hwsim_kick_all(dev);
+		hwsim_look_at_data(dev);
 	return true;
 }
 

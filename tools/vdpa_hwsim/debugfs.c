@@ -8,7 +8,12 @@
 #include <linux/string.h>
 #include <linux/uaccess.h>
 
-#include "hwsim.h"
+#include "cost.h"
+#include "debugfs.h"
+#include "device.h"
+#include "map.h"
+#include "stats.h"
+#include "wire.h"
 
 static struct dentry *hwsim_debugfs;
 
@@ -31,6 +36,7 @@ static const char * const cost_names[HWSIM_NCOSTS] = {
 
 static const char * const fail_names[HWSIM_NFAILS] = {
 	[HWSIM_FAIL_SET_MAP] = "fail_set_map",
+	[HWSIM_FAIL_CLEAN_MAP] = "fail_clean_map",
 	[HWSIM_FAIL_SUSPEND] = "fail_suspend",
 	[HWSIM_FAIL_RESUME] = "fail_resume",
 	[HWSIM_FAIL_VQ_CREATE] = "fail_vq_create",
@@ -97,8 +103,10 @@ static void show_maps(struct seq_file *s, const struct hwsim_dev *dev)
 
 		for (; entry; entry = vhost_iotlb_itree_next(entry, 0, U64_MAX))
 			bytes += entry->size;
-		seq_printf(s, "as%u.entries=%u\nas%u.bytes=%llu\nas%u.given=%llu\n", i,
-			   map->nmaps, i, bytes, i, dev->as[i].given);
+		seq_printf(s, "as%u.entries=%u\nas%u.referenced=%u\nas%u.bytes=%llu\n", i,
+			   map->nmaps, i, hwsim_as_referenced(&dev->as[i]), i, bytes);
+		seq_printf(s, "as%u.given=%llu\nas%u.guest=%llu\n", i, dev->as[i].given, i,
+			   dev->as[i].guest_bytes);
 	}
 }
 
@@ -199,7 +207,9 @@ static int link_get(void *data, u64 *up)
 {
 	struct hwsim_dev *dev = data;
 
+	down_read(&dev->dp);
 	*up = !!(dev->config.status & (__force __virtio16)cpu_to_le16(VIRTIO_NET_S_LINK_UP));
+	up_read(&dev->dp);
 	return 0;
 }
 DEFINE_DEBUGFS_ATTRIBUTE(link_fops, link_get, link_set, "%llu\n");
@@ -259,16 +269,19 @@ static const struct file_operations peer_fops = {
 static ssize_t profile_write(struct file *file, const char __user *buf, size_t len, loff_t *pos)
 {
 	struct hwsim_dev *dev = file->private_data;
+	const struct hwsim_profile *profile;
 	char line[64];
 	ssize_t ret = get_line(line, sizeof(line), buf, len);
-	int err;
 
 	if (ret < 0)
 		return ret;
+	profile = hwsim_cost_find(line);
+	if (!profile)
+		return -EINVAL;
 	mutex_lock(&dev->ctl);
-	err = hwsim_cost_set_profile(dev, line);
+	hwsim_cost_set_profile(dev, profile);
 	mutex_unlock(&dev->ctl);
-	return err ? err : ret;
+	return ret;
 }
 
 static ssize_t profile_read(struct file *file, char __user *buf, size_t len, loff_t *pos)

@@ -79,6 +79,8 @@
 #define HWSIM_RSS_TABLE		128
 #define HWSIM_RSS_KEY		40
 #define HWSIM_FAULT_TEXT	96
+/* vhost-vdpa limits its own trees; this only keeps a broken caller from filling memory. */
+#define HWSIM_MAX_ENTRIES	(1U << 20)
 
 /* Numbers as in mlx5_vdpa (mlx5_vdpa.h); the control queue's descriptors are in its own group. */
 enum hwsim_group {
@@ -150,6 +152,7 @@ enum hwsim_cost {
 /* Countdowns: n hits the n-th event from now, 0 never. */
 enum hwsim_fail {
 	HWSIM_FAIL_SET_MAP,
+	HWSIM_FAIL_CLEAN_MAP,
 	HWSIM_FAIL_SUSPEND,
 	HWSIM_FAIL_RESUME,
 	HWSIM_FAIL_VQ_CREATE,
@@ -179,6 +182,7 @@ struct hwsim_options {
 	unsigned int mem_scale;
 	unsigned int doorbell_us;
 	unsigned long heavy_min;
+	unsigned long scale_min;
 	bool single_group;
 	bool dma_map;
 	bool identity;
@@ -193,13 +197,22 @@ struct hwsim_options {
 	bool wire;
 };
 
+/* What was mapped, or unmapped, without a gap between: vhost-vdpa does that piece by piece. */
+struct hwsim_run {
+	u64 end, bytes;
+};
+
 struct hwsim_as {
 	struct vhost_iotlb *map;
 	/*
-	 * Bytes in the tree of the latest set_map(). A reset does not touch
-	 * vhost-vdpa's tree and its pinned pages, so it does not touch this.
+	 * Bytes in the tree of the latest set_map(), and what of them is guest
+	 * memory: .guest has these ranges (NULL for none), .guest_bytes their sum.
+	 * A reset does not touch vhost-vdpa's tree and its pinned pages, so it
+	 * does not touch this.
 	 */
-	u64 given;
+	u64 given, guest_bytes;
+	struct vhost_iotlb *guest;
+	struct hwsim_run mapped, unmapped;	/* with dma_map */
 };
 
 struct hwsim_seg {
@@ -365,146 +378,5 @@ static inline bool hwsim_flawed(const struct hwsim_dev *dev, enum hwsim_flaw whi
 {
 	return READ_ONCE(dev->flaw[which]);
 }
-
-/* main.c */
-void hwsim_free(struct vdpa_device *vdpa);
-
-/* ops.c */
-extern const struct vdpa_config_ops hwsim_ops;
-void hwsim_freeze(struct hwsim_dev *dev, bool frozen);
-void hwsim_kick_all(struct hwsim_dev *dev);
-void hwsim_config_changed(struct hwsim_dev *dev);
-void hwsim_update_cvq_index(struct hwsim_dev *dev);
-
-/* vq.c */
-int hwsim_set_vq_address(struct vdpa_device *vdpa, u16 index, u64 desc, u64 driver, u64 device);
-void hwsim_set_vq_num(struct vdpa_device *vdpa, u16 index, u32 num);
-void hwsim_kick_vq(struct vdpa_device *vdpa, u16 index);
-void hwsim_set_vq_cb(struct vdpa_device *vdpa, u16 index, struct vdpa_callback *cb);
-void hwsim_set_vq_ready(struct vdpa_device *vdpa, u16 index, bool ready);
-bool hwsim_get_vq_ready(struct vdpa_device *vdpa, u16 index);
-int hwsim_set_vq_state(struct vdpa_device *vdpa, u16 index, const struct vdpa_vq_state *state);
-int hwsim_get_vq_state(struct vdpa_device *vdpa, u16 index, struct vdpa_vq_state *state);
-u16 hwsim_get_vq_size(struct vdpa_device *vdpa, u16 index);
-u32 hwsim_get_vq_align(struct vdpa_device *vdpa);
-u32 hwsim_get_vq_group(struct vdpa_device *vdpa, u16 index);
-u32 hwsim_get_vq_desc_group(struct vdpa_device *vdpa, u16 index);
-int hwsim_set_group_asid(struct vdpa_device *vdpa, unsigned int group, unsigned int asid);
-struct vdpa_notification_area hwsim_get_vq_notification(struct vdpa_device *vdpa, u16 index);
-void hwsim_doorbell_work(struct work_struct *work);
-int hwsim_vqs_init(struct hwsim_dev *dev);
-void hwsim_vqs_free(struct hwsim_dev *dev);
-void hwsim_reset_vq(struct hwsim_dev *dev, struct hwsim_vq *vq);
-
-/* map.c */
-int hwsim_as_init(struct hwsim_dev *dev);
-void hwsim_as_free(struct hwsim_dev *dev);
-void hwsim_as_clean(struct hwsim_dev *dev);
-void hwsim_as_forget(struct hwsim_dev *dev);
-int hwsim_set_map(struct vdpa_device *vdpa, unsigned int asid, struct vhost_iotlb *iotlb);
-int hwsim_dma_map(struct vdpa_device *vdpa, unsigned int asid, u64 iova, u64 size,
-		  u64 pa, u32 perm, void *opaque);
-int hwsim_dma_unmap(struct vdpa_device *vdpa, unsigned int asid, u64 iova, u64 size);
-int hwsim_reset_map(struct vdpa_device *vdpa, unsigned int asid);
-int hwsim_copy(struct hwsim_dev *dev, unsigned int asid, u64 iova, void *buf, size_t len,
-	       bool write);
-int hwsim_read16(struct hwsim_dev *dev, unsigned int asid, u64 iova, u16 *value);
-int hwsim_write16(struct hwsim_dev *dev, unsigned int asid, u64 iova, u16 value);
-
-/* ring.c */
-void hwsim_fault(struct hwsim_dev *dev, const struct hwsim_vq *vq, const char *what);
-int hwsim_vq_fetch(struct hwsim_dev *dev, struct hwsim_vq *vq, unsigned int want);
-u16 hwsim_vq_take(struct hwsim_dev *dev, struct hwsim_vq *vq);
-void hwsim_vq_put_back(struct hwsim_vq *vq, const u16 *heads, unsigned int n);
-int hwsim_chain_add(struct hwsim_dev *dev, struct hwsim_vq *vq, u16 head,
-		    struct hwsim_chain *chain);
-int hwsim_chain_read(struct hwsim_dev *dev, struct hwsim_vq *vq,
-		     const struct hwsim_chain *chain, void *buf, size_t len);
-int hwsim_chain_write(struct hwsim_dev *dev, struct hwsim_vq *vq,
-		      const struct hwsim_chain *chain, u64 offset, const void *buf, size_t len);
-int hwsim_vq_complete(struct hwsim_dev *dev, struct hwsim_vq *vq, u16 head, u32 len);
-int hwsim_vq_publish(struct hwsim_dev *dev, struct hwsim_vq *vq);
-void hwsim_vq_signal(struct hwsim_dev *dev, struct hwsim_vq *vq);
-
-/* net.c */
-int hwsim_net_init(struct hwsim_dev *dev);
-void hwsim_net_free(struct hwsim_dev *dev);
-size_t hwsim_hdr_len(const struct hwsim_dev *dev);
-void hwsim_receive(struct hwsim_dev *dev, unsigned int pair, const void *frame, size_t len,
-		   bool csum_ok, const struct hwsim_vq *own);
-
-/* rss.c */
-struct hwsim_hash {
-	u32 value;
-	u16 type;		/* VIRTIO_NET_HASH_REPORT_* */
-};
-
-struct hwsim_hash hwsim_hash(const struct hwsim_dev *dev, const void *frame, size_t len);
-unsigned int hwsim_steer(const struct hwsim_dev *dev, unsigned int pair,
-			 const struct hwsim_hash *hash);
-
-/* tso.c */
-struct hwsim_tso {
-	size_t l3, l4, headers, payload;	/* where they begin; lengths */
-	u16 size;
-	bool v6;
-	unsigned int segs;
-};
-
-bool hwsim_tso_parse(const struct hwsim_dev *dev, const struct virtio_net_hdr *hdr,
-		     const u8 *frame, size_t len, struct hwsim_tso *tso);
-size_t hwsim_tso_segment(const struct hwsim_tso *tso, const u8 *frame, unsigned int i, u8 *out);
-
-/* wire.c */
-void hwsim_wire_add(struct hwsim_dev *dev);
-void hwsim_wire_del(struct hwsim_dev *dev);
-int hwsim_wire_connect(struct hwsim_dev *dev, const char *name);
-void hwsim_wire_show(struct hwsim_dev *dev, char *buf, size_t len);
-bool hwsim_wire_send(struct hwsim_dev *dev, unsigned int pair, const void *frame, size_t len,
-		     bool csum_ok);
-
-/* ctrl.c */
-void hwsim_ctrl_reset(struct hwsim_dev *dev);
-void hwsim_cvq_work(struct work_struct *work);
-bool hwsim_accepts(const struct hwsim_dev *dev, const void *frame, size_t len);
-
-/* cost.c */
-struct hwsim_op {
-	struct hwsim_dev *dev;
-	enum hwsim_op_id id;
-	u64 charged;
-	ktime_t start;
-};
-
-struct hwsim_map_cost {
-	u64 pin, build, swap;
-	bool heavy;
-};
-
-int hwsim_cost_set_profile(struct hwsim_dev *dev, const char *profile);
-const char *hwsim_cost_profile(const struct hwsim_dev *dev);
-void hwsim_op_begin(struct hwsim_op *op, struct hwsim_dev *dev, enum hwsim_op_id id);
-void hwsim_op_charge(struct hwsim_op *op, u64 ns);
-void hwsim_op_end(struct hwsim_op *op, int err);
-u64 hwsim_cost_bytes(const struct hwsim_dev *dev, enum hwsim_cost per_gib, u64 bytes);
-void hwsim_cost_set_map(struct hwsim_dev *dev, struct hwsim_as *as,
-			struct vhost_iotlb *tree, struct hwsim_map_cost *cost);
-int hwsim_cost_create_vqs(struct hwsim_dev *dev);
-void hwsim_cost_destroy_vqs(struct hwsim_dev *dev);
-u64 hwsim_cost_vqs(const struct hwsim_dev *dev, enum hwsim_cost base, enum hwsim_cost per_vq);
-
-/* stats.c */
-extern const char * const hwsim_op_names[HWSIM_NOPS];
-extern const char * const hwsim_vq_counter_names[HWSIM_VQ_NCOUNTERS];
-extern const char * const hwsim_counter_names[HWSIM_NCOUNTERS];
-void hwsim_stats_reset(struct hwsim_dev *dev);
-int hwsim_vendor_vq_stats(struct vdpa_device *vdpa, u16 index, struct sk_buff *msg,
-			  struct netlink_ext_ack *extack);
-
-/* debugfs.c */
-void hwsim_debugfs_init(void);
-void hwsim_debugfs_exit(void);
-void hwsim_debugfs_add(struct hwsim_dev *dev);
-void hwsim_debugfs_del(struct hwsim_dev *dev);
 
 #endif /* HWSIM_H */

@@ -14,13 +14,22 @@
 #include <uapi/linux/virtio_ids.h>
 
 #include "compat.h"
-#include "hwsim.h"
+#include "cost.h"
+#include "ctrl.h"
+#include "debugfs.h"
+#include "device.h"
+#include "map.h"
+#include "ops.h"
+#include "tx.h"
+#include "vq.h"
+#include "wire.h"
 
 static struct hwsim_options defaults = {
 	.nas = 2,
 	.ring_max = HWSIM_DEF_RING,
 	.inflight_us = 20000,
 	.mem_scale = 1,
+	.scale_min = SZ_2M,
 	.heavy_min = SZ_64M,
 	.suspend = true,
 	.resume = true,
@@ -59,7 +68,8 @@ HWSIM_PARAM(resume_cvq, bool, "RESUME makes the control queue ready again (mlx5_
 HWSIM_PARAM(indirect_in_data, bool, "Indirect tables are reached through the data group");
 HWSIM_PARAM(filter, bool, "Filter what is received by MAC and VLAN (default Y)");
 HWSIM_PARAM(wire, bool, "Wire each device to the next instead of looping back");
-HWSIM_PARAM(mem_scale, uint, "Charge memory this many times (default 1)");
+HWSIM_PARAM(mem_scale, uint, "Charge guest memory this many times (default 1)");
+HWSIM_PARAM(scale_min, ulong, "Bytes from which on a piece is guest memory (default 2 MiB)");
 HWSIM_PARAM(heavy_min, ulong, "Bytes from which on a set_map counts as heavy (default 64 MiB)");
 module_param(cost_profile, charp, 0644);
 MODULE_PARM_DESC(cost_profile, "none (default), series-2023 or mlx5-2025");
@@ -87,16 +97,45 @@ MODULE_PARM_DESC(extra_features, "Feature bits to offer beside those mlx5_vdpa o
 	 BIT_ULL(VIRTIO_RING_F_EVENT_IDX) | BIT_ULL(VIRTIO_F_ANY_LAYOUT) | \
 	 BIT_ULL(VIRTIO_F_RING_RESET))
 
+/* What is asked of one device. Parameters may be written at any time, so they are read once. */
+struct request {
+	struct hwsim_options opt;
+	const struct hwsim_profile *profile;
+	u64 features;
+};
+
+static void read_parameters(struct request *asked, const struct vdpa_dev_set_config *add)
+{
+	kernel_param_lock(THIS_MODULE);
+	asked->opt = defaults;
+	asked->profile = hwsim_cost_find(cost_profile);
+	asked->features = HWSIM_FEATURES | (extra_features & HWSIM_MORE_FEATURES);
+	kernel_param_unlock(THIS_MODULE);
+	if (add->mask & BIT_ULL(VDPA_ATTR_DEV_FEATURES))
+		asked->features = add->device_features;
+}
+
 static int check_options(const struct hwsim_options *opt)
 {
 	if (!opt->nas || opt->nas > HWSIM_MAX_NAS || opt->inflight > HWSIM_MAX_INFLIGHT ||
 	    !is_power_of_2(opt->ring_max) || opt->ring_max > HWSIM_MAX_RING ||
-	    !opt->mem_scale || opt->mem_scale > SZ_4K ||
+	    !opt->mem_scale || opt->mem_scale > SZ_4K || !opt->scale_min ||
 	    opt->doorbell_us > USEC_PER_SEC) {
 		pr_err("a parameter is out of range\n");
 		return -EINVAL;
 	}
 	return 0;
+}
+
+/* The last reference is gone, or dev_add() failed half-way. */
+static void hwsim_free(struct vdpa_device *vdpa)
+{
+	struct hwsim_dev *dev = hwsim_from(vdpa);
+
+	hwsim_tx_free(dev);
+	hwsim_as_free(dev);
+	hwsim_vqs_free(dev);
+	kfree(dev->cvq_buf);
 }
 
 /* vhost-vdpa offers a backend feature if the operation behind it is there. */
@@ -106,6 +145,7 @@ static void choose_ops(struct hwsim_dev *dev)
 	struct vdpa_config_ops *ops = &dev->ops;
 
 	*ops = hwsim_ops;
+	ops->free = hwsim_free;
 	if (opt->dma_map) {
 		ops->set_map = NULL;
 	} else {
@@ -129,13 +169,6 @@ static void choose_ops(struct hwsim_dev *dev)
 	dev->vdpa.config = ops;
 }
 
-static u64 choose_features(const struct vdpa_dev_set_config *add)
-{
-	if (add->mask & BIT_ULL(VDPA_ATTR_DEV_FEATURES))
-		return add->device_features;
-	return HWSIM_FEATURES | (READ_ONCE(extra_features) & HWSIM_MORE_FEATURES);
-}
-
 static int check_features(u64 features)
 {
 	u64 needed = BIT_ULL(VIRTIO_F_VERSION_1) | BIT_ULL(VIRTIO_F_ACCESS_PLATFORM);
@@ -144,6 +177,20 @@ static int check_features(u64 features)
 		return -EINVAL;
 	/* As mlx5_vdpa_dev_add(). */
 	return (features & needed) == needed ? 0 : -EOPNOTSUPP;
+}
+
+static int check(const struct request *asked, const struct vdpa_dev_set_config *add)
+{
+	int err = check_options(&asked->opt);
+
+	if (err)
+		return err;
+	if (!asked->profile)
+		return -EINVAL;
+	if ((add->mask & BIT_ULL(VDPA_ATTR_DEV_NET_CFG_MAX_VQP)) &&
+	    add->net.max_vq_pairs > HWSIM_MAX_PAIRS)
+		return -EINVAL;
+	return check_features(asked->features);
 }
 
 static void init_config(struct hwsim_dev *dev, const struct vdpa_dev_set_config *add)
@@ -169,7 +216,8 @@ static void init_config(struct hwsim_dev *dev, const struct vdpa_dev_set_config 
 }
 
 /* Everything but what vdpa_alloc_device() does; on an error hwsim_free() has the rest. */
-static int init_device(struct hwsim_dev *dev, const struct vdpa_dev_set_config *add)
+static int init_device(struct hwsim_dev *dev, const struct request *asked,
+		       const struct vdpa_dev_set_config *add)
 {
 	int err;
 
@@ -181,7 +229,8 @@ static int init_device(struct hwsim_dev *dev, const struct vdpa_dev_set_config *
 	INIT_WORK(&dev->doorbell_work, hwsim_doorbell_work);
 	dev->npairs = add->mask & BIT_ULL(VDPA_ATTR_DEV_NET_CFG_MAX_VQP) ?
 		      add->net.max_vq_pairs : 1;
-	dev->features = choose_features(add);
+	dev->features = asked->features;
+	hwsim_cost_set_profile(dev, asked->profile);
 	init_config(dev, add);
 	hwsim_ctrl_reset(dev);
 	hwsim_update_cvq_index(dev);
@@ -193,24 +242,8 @@ static int init_device(struct hwsim_dev *dev, const struct vdpa_dev_set_config *
 	if (!err)
 		err = hwsim_as_init(dev);
 	if (!err)
-		err = hwsim_net_init(dev);
-	if (err)
-		return err;
-	kernel_param_lock(THIS_MODULE);
-	err = hwsim_cost_set_profile(dev, cost_profile);
-	kernel_param_unlock(THIS_MODULE);
+		err = hwsim_tx_init(dev);
 	return err;
-}
-
-/* The last reference is gone, or dev_add() failed half-way. */
-void hwsim_free(struct vdpa_device *vdpa)
-{
-	struct hwsim_dev *dev = hwsim_from(vdpa);
-
-	hwsim_net_free(dev);
-	hwsim_as_free(dev);
-	hwsim_vqs_free(dev);
-	kfree(dev->cvq_buf);
 }
 
 static struct device *hwsim_root;
@@ -218,33 +251,30 @@ static struct device *hwsim_root;
 static int hwsim_dev_add(struct vdpa_mgmt_dev *mgmt, const char *name,
 			 const struct vdpa_dev_set_config *add)
 {
-	unsigned int ngroups = defaults.single_group ? 1 : HWSIM_NGROUPS;
-	struct hwsim_options opt = defaults;
+	struct request asked;
 	struct hwsim_dev *dev;
 	int err;
 
-	err = check_options(&opt);
-	if (!err)
-		err = check_features(choose_features(add));
-	if (!err && (add->mask & BIT_ULL(VDPA_ATTR_DEV_NET_CFG_MAX_VQP)) &&
-	    add->net.max_vq_pairs > HWSIM_MAX_PAIRS)
-		err = -EINVAL;
+	read_parameters(&asked, add);
+	err = check(&asked, add);
 	if (err)
 		return err;
 
-	dev = hwsim_vdpa_alloc(struct hwsim_dev, vdpa, hwsim_root, &hwsim_ops, ngroups,
-			       opt.nas, name);
+	dev = hwsim_vdpa_alloc(struct hwsim_dev, vdpa, hwsim_root, &hwsim_ops,
+			       asked.opt.single_group ? 1 : HWSIM_NGROUPS, asked.opt.nas, name);
 	if (IS_ERR(dev))
 		return PTR_ERR(dev);
-	dev->opt = opt;
+	dev->opt = asked.opt;
 	choose_ops(dev);
-	err = init_device(dev, add);
+	err = init_device(dev, &asked, add);
 	if (err)
 		goto put;
 	dev->vdpa.mdev = mgmt;
 	hwsim_set_dma_dev(&dev->vdpa, &dev->vdpa.dev);
 	if (dev->precreate)
-		hwsim_cost_create_vqs(dev);
+		err = hwsim_cost_create_vqs(dev);
+	if (err)
+		goto put;
 
 	/* Else rmmod waits for whoever has the device open, and all of vdpa's netlink for rmmod. */
 	__module_get(THIS_MODULE);

@@ -18,10 +18,9 @@
 #include <linux/ioport.h>
 #include <linux/mm.h>
 
-#include "hwsim.h"
-
-/* vhost-vdpa limits its own trees; this only keeps a broken caller from filling memory. */
-#define HWSIM_MAX_ENTRIES	(1U << 20)
+#include "cost.h"
+#include "device.h"
+#include "map.h"
 
 /* Kept in vhost_iotlb_map.opaque: does this entry hold references to its pages? */
 #define HWSIM_REFS		((void *)1)
@@ -95,15 +94,28 @@ static bool identity_valid(u64 pa)
 	return pfn_valid(PHYS_PFN(pa)) && page_is_ram(PHYS_PFN(pa));
 }
 
+/* The same pages at the same place in @map, with references to them; or NULL. */
+static struct vhost_iotlb_map *twin(struct vhost_iotlb *map, const struct vhost_iotlb_map *entry)
+{
+	struct vhost_iotlb_map *other = vhost_iotlb_itree_first(map, entry->start, entry->last);
+
+	if (other && other->opaque == HWSIM_REFS && other->start == entry->start &&
+	    other->last == entry->last && other->addr == entry->addr)
+		return other;
+	return NULL;
+}
+
 /*
- * Make a table like @tree. References are moved over from the entries it has in
- * common with the present table, which is why a small change beside the guest's
- * memory does not cost a walk over all of its pages.
+ * Make a table like @tree. Entries that it has in common with the present table
+ * get no references: they are handed those of the present one when that is no
+ * longer in use (hand_over()). That is why a small change beside the guest's memory
+ * does not cost a walk over all of its pages. The present table is only looked at,
+ * because the data path goes on with it.
  */
 static struct vhost_iotlb *copy_map(struct hwsim_as *as, struct vhost_iotlb *tree)
 {
 	struct vhost_iotlb *map = vhost_iotlb_alloc(HWSIM_MAX_ENTRIES, 0);
-	struct vhost_iotlb_map *entry, *old;
+	struct vhost_iotlb_map *entry;
 
 	if (!map)
 		return NULL;
@@ -116,17 +128,24 @@ static struct vhost_iotlb *copy_map(struct hwsim_as *as, struct vhost_iotlb *tre
 	}
 	/* From here on nothing fails. */
 	for (entry = first_entry(map); entry; entry = next_entry(entry)) {
-		old = vhost_iotlb_itree_first(as->map, entry->start, entry->last);
-		if (old && old->opaque == HWSIM_REFS && old->start == entry->start &&
-		    old->last == entry->last && old->addr == entry->addr)
-			old->opaque = NULL;
-		else
+		if (!twin(as->map, entry))
 			entry_refs(entry, true);
 		entry->opaque = HWSIM_REFS;
 	}
 	return map;
 }
 
+/* @old is out of use: the references that copy_map() counted on are the new table's now. */
+static void hand_over(struct vhost_iotlb *old, struct vhost_iotlb *map)
+{
+	struct vhost_iotlb_map *entry;
+
+	for (entry = first_entry(old); entry; entry = next_entry(entry))
+		if (entry->opaque == HWSIM_REFS && twin(map, entry))
+			entry->opaque = NULL;
+}
+
+/* ctl held since @map was made. */
 static void replace_map(struct hwsim_dev *dev, unsigned int asid, struct vhost_iotlb *map)
 {
 	struct vhost_iotlb *old;
@@ -135,6 +154,7 @@ static void replace_map(struct hwsim_dev *dev, unsigned int asid, struct vhost_i
 	old = dev->as[asid].map;
 	dev->as[asid].map = map;
 	up_write(&dev->dp);
+	hand_over(old, map);
 	drop_map(old);
 }
 
@@ -157,28 +177,35 @@ void hwsim_as_free(struct hwsim_dev *dev)
 {
 	unsigned int i;
 
-	for (i = 0; dev->as && i < dev->opt.nas; i++)
+	for (i = 0; dev->as && i < dev->opt.nas; i++) {
 		drop_map(dev->as[i].map);
+		vhost_iotlb_free(dev->as[i].guest);
+	}
 	kfree(dev->as);
 }
 
 static int clean_as(struct hwsim_dev *dev, unsigned int asid)
 {
-	struct vhost_iotlb *map = default_map(dev);
+	struct vhost_iotlb *map;
 
+	if (hwsim_fail(dev, HWSIM_FAIL_CLEAN_MAP))
+		return -EIO;
+	map = default_map(dev);
 	if (!map)
 		return -ENOMEM;
 	replace_map(dev, asid, map);
 	return 0;
 }
 
-/* Back to the default everywhere; ctl held and the data path at rest. */
-void hwsim_as_clean(struct hwsim_dev *dev)
+/* Back to the default everywhere, where that is possible; ctl held and the data path at rest. */
+int hwsim_as_clean(struct hwsim_dev *dev)
 {
 	unsigned int i;
+	int err = 0;
 
 	for (i = 0; i < dev->opt.nas; i++)
-		clean_as(dev, i);
+		err = clean_as(dev, i) ?: err;
+	return err;
 }
 
 /* Another user than the one whose trees were given before. */
@@ -187,7 +214,7 @@ void hwsim_as_forget(struct hwsim_dev *dev)
 	unsigned int i;
 
 	for (i = 0; i < dev->opt.nas; i++)
-		dev->as[i].given = 0;
+		hwsim_cost_forget(dev, &dev->as[i]);
 }
 
 int hwsim_set_map(struct vdpa_device *vdpa, unsigned int asid, struct vhost_iotlb *iotlb)
@@ -205,7 +232,9 @@ int hwsim_set_map(struct vdpa_device *vdpa, unsigned int asid, struct vhost_iotl
 	hwsim_op_begin(&op, dev, HWSIM_OP_SET_MAP);
 	heavy = op;
 	heavy.id = HWSIM_OP_SET_MAP_HEAVY;
-	hwsim_cost_set_map(dev, &dev->as[asid], iotlb, &cost);
+	err = hwsim_cost_set_map(dev, &dev->as[asid], iotlb, &cost);
+	if (err)
+		goto end;
 
 	/* As when an MR cannot be made: the former one stays (set_map_data()). */
 	if (hwsim_fail(dev, HWSIM_FAIL_SET_MAP)) {
@@ -232,6 +261,7 @@ out:
 		heavy.charged = op.charged;
 		hwsim_op_end(&heavy, err);
 	}
+end:
 	hwsim_op_end(&op, err);
 	mutex_unlock(&dev->ctl);
 	return err;
@@ -269,7 +299,8 @@ int hwsim_dma_map(struct vdpa_device *vdpa, unsigned int asid, u64 iova, u64 siz
 	mutex_lock(&dev->ctl);
 	hwsim_op_begin(&op, dev, HWSIM_OP_DMA_MAP);
 	hwsim_op_charge(&op, dev->cost[HWSIM_COST_SET_MAP_ENTRY] +
-			hwsim_cost_bytes(dev, HWSIM_COST_MAP_GIB, size));
+			hwsim_cost_run(dev, HWSIM_COST_MAP_GIB, &dev->as[asid].mapped,
+				       iova, size));
 	hwsim_count(dev, HWSIM_MAP_ENTRIES, 1);
 	hwsim_count(dev, HWSIM_MAP_PAGES, PFN_UP(size));
 
@@ -296,7 +327,8 @@ int hwsim_dma_unmap(struct vdpa_device *vdpa, unsigned int asid, u64 iova, u64 s
 
 	mutex_lock(&dev->ctl);
 	hwsim_op_begin(&op, dev, HWSIM_OP_DMA_UNMAP);
-	hwsim_op_charge(&op, hwsim_cost_bytes(dev, HWSIM_COST_UNMAP_GIB, size));
+	hwsim_op_charge(&op, hwsim_cost_run(dev, HWSIM_COST_UNMAP_GIB, &dev->as[asid].unmapped,
+					    iova, size));
 	hwsim_count(dev, HWSIM_UNMAP_PAGES, PFN_UP(size));
 
 	down_write(&dev->dp);
@@ -321,13 +353,23 @@ int hwsim_reset_map(struct vdpa_device *vdpa, unsigned int asid)
 	mutex_lock(&dev->ctl);
 	hwsim_op_begin(&op, dev, HWSIM_OP_RESET_MAP);
 	/* vhost-vdpa has unpinned everything (vhost_vdpa_remove_as()). */
-	hwsim_op_charge(&op, hwsim_cost_bytes(dev, HWSIM_COST_UNMAP_GIB, dev->as[asid].given));
 	hwsim_count(dev, HWSIM_UNMAP_PAGES, PFN_UP(dev->as[asid].given));
-	dev->as[asid].given = 0;
+	hwsim_op_charge(&op, hwsim_cost_forget(dev, &dev->as[asid]));
 	err = clean_as(dev, asid);
 	hwsim_op_end(&op, err);
 	mutex_unlock(&dev->ctl);
 	return err;
+}
+
+/* Entries whose pages are held; dp held. */
+unsigned int hwsim_as_referenced(const struct hwsim_as *as)
+{
+	struct vhost_iotlb_map *entry;
+	unsigned int n = 0;
+
+	for (entry = first_entry(as->map); entry; entry = next_entry(entry))
+		n += entry->opaque == HWSIM_REFS;
+	return n;
 }
 
 /* Physical address of @iova, and in @len how much follows it in the same page. */

@@ -7,52 +7,13 @@
 #include <uapi/linux/vhost_types.h>
 #include <uapi/linux/virtio_ids.h>
 
-#include "hwsim.h"
-
-/*
- * virtio 1.3, 5.1.2: behind the queues of all pairs if more than the first can
- * be used, which RSS allows as well. Then, and only then, is no queue of a pair
- * in use taken for it. dp held for writing.
- */
-void hwsim_update_cvq_index(struct hwsim_dev *dev)
-{
-	bool many = hwsim_has(dev, VIRTIO_NET_F_MQ) || hwsim_has(dev, VIRTIO_NET_F_RSS);
-
-	WRITE_ONCE(dev->cvq_index, many ? 2 * dev->npairs : 2);
-}
-
-void hwsim_kick_all(struct hwsim_dev *dev)
-{
-	unsigned int i;
-
-	for (i = 0; i < dev->npairs; i++)
-		queue_work(dev->wq, &dev->pairs[i].work);
-	queue_work(dev->wq, &dev->cvq_work);
-	if (dev->opt.doorbell_us)
-		queue_work(dev->wq, &dev->doorbell_work);
-}
-
-/* A modelled pause of the data path, without a lock held meanwhile; ctl held. */
-void hwsim_freeze(struct hwsim_dev *dev, bool frozen)
-{
-	down_write(&dev->dp);
-	dev->frozen = frozen;
-	up_write(&dev->dp);
-	if (!frozen)
-		hwsim_kick_all(dev);
-}
-
-/* dp held, so that the callback cannot be replaced under us. */
-void hwsim_config_changed(struct hwsim_dev *dev)
-{
-	struct vdpa_callback *cb = &dev->config_cb;
-
-	WRITE_ONCE(dev->generation, dev->generation + 1);
-	if (!cb->callback)
-		return;
-	hwsim_count(dev, HWSIM_CONFIG_CALLS, 1);
-	cb->callback(cb->private);
-}
+#include "cost.h"
+#include "ctrl.h"
+#include "device.h"
+#include "map.h"
+#include "ops.h"
+#include "stats.h"
+#include "vq.h"
 
 static u64 hwsim_get_device_features(struct vdpa_device *vdpa)
 {
@@ -78,11 +39,14 @@ static int hwsim_set_driver_features(struct vdpa_device *vdpa, u64 features)
 	    BIT_ULL(VIRTIO_NET_F_MQ))
 		return -EINVAL;
 
+	/* A command under way looks at what it changes with ctl held, and not always dp. */
+	mutex_lock(&dev->ctl);
 	down_write(&dev->dp);
-	dev->driver_features = features & dev->features;
+	WRITE_ONCE(dev->driver_features, features & dev->features);
 	hwsim_update_cvq_index(dev);
 	hwsim_ctrl_reset(dev);
 	up_write(&dev->dp);
+	mutex_unlock(&dev->ctl);
 	return 0;
 }
 
@@ -150,13 +114,18 @@ static bool default_rings(struct hwsim_dev *dev)
 
 static int start(struct hwsim_dev *dev)
 {
+	bool valid, by_default;
 	struct hwsim_op op;
 	u64 cost = 0;
 	int err = 0;
 
-	if (!rings_valid(dev))
+	down_read(&dev->dp);
+	valid = rings_valid(dev);
+	by_default = default_rings(dev);
+	up_read(&dev->dp);
+	if (!valid)
 		return -EINVAL;
-	if (dev->vqs_created && !default_rings(dev))
+	if (dev->vqs_created && !by_default)
 		hwsim_cost_destroy_vqs(dev);
 	/* Queues come into being running; those that were there before are resumed. */
 	if (dev->vqs_created)
@@ -173,10 +142,11 @@ static int start(struct hwsim_dev *dev)
 static void hwsim_set_status(struct vdpa_device *vdpa, u8 status)
 {
 	struct hwsim_dev *dev = hwsim_from(vdpa);
-	bool starts = status & ~dev->status & VIRTIO_CONFIG_S_DRIVER_OK;
+	bool starts;
 	int err = 0;
 
 	mutex_lock(&dev->ctl);
+	starts = status & ~dev->status & VIRTIO_CONFIG_S_DRIVER_OK;
 	/* Only a reset takes DRIVER_OK back. */
 	if (dev->status & ~status & VIRTIO_CONFIG_S_DRIVER_OK)
 		goto out;
@@ -187,9 +157,9 @@ static void hwsim_set_status(struct vdpa_device *vdpa, u8 status)
 	down_write(&dev->dp);
 	WRITE_ONCE(dev->status, status & ~VIRTIO_CONFIG_S_NEEDS_RESET);
 	up_write(&dev->dp);
-	/* Kicks before now were for nothing, so look once at every queue. */
+	/* Kicks before now were for nothing; hardware looks at its queues when they start. */
 	if (starts && !err)
-		hwsim_kick_all(dev);
+		hwsim_look_at_data(dev);
 out:
 	mutex_unlock(&dev->ctl);
 }
@@ -219,6 +189,7 @@ static int hwsim_compat_reset(struct vdpa_device *vdpa, u32 flags)
 	struct hwsim_dev *dev = hwsim_from(vdpa);
 	bool clean = flags & VDPA_RESET_F_CLEAN_MAP;
 	struct hwsim_op op;
+	int err = 0;
 	bool used;
 
 	mutex_lock(&dev->ctl);
@@ -226,7 +197,7 @@ static int hwsim_compat_reset(struct vdpa_device *vdpa, u32 flags)
 	hwsim_op_begin(&op, dev, clean ? HWSIM_OP_RESET_CLEAN : HWSIM_OP_RESET);
 	reset_state(dev);
 	if (clean || hwsim_flawed(dev, HWSIM_LIE_PERSIST))
-		hwsim_as_clean(dev);
+		err = hwsim_as_clean(dev);
 	/*
 	 * reset_map() tells when vhost-vdpa is closed. A device without it has no
 	 * PERSIST either, so that a reset without CLEAN_MAP is that of the next open().
@@ -236,14 +207,16 @@ static int hwsim_compat_reset(struct vdpa_device *vdpa, u32 flags)
 	/* A device that was not started is as good as reset (needs_vqs_reset()). */
 	if (used)
 		hwsim_op_charge(&op, dev->cost[HWSIM_COST_RESET]);
-	hwsim_op_end(&op, 0);
+	hwsim_op_end(&op, err);
 	if (used)
 		hwsim_cost_destroy_vqs(dev);
 	dev->vqs_used = false;
+	/* If that fails, DRIVER_OK tries it again, and says so (setup_vq_resources()). */
 	if (dev->precreate && !dev->vqs_created)
 		hwsim_cost_create_vqs(dev);
 	mutex_unlock(&dev->ctl);
-	return 0;
+	/* Everything else is reset; but maps that should have gone are still there. */
+	return err;
 }
 
 static int hwsim_reset(struct vdpa_device *vdpa)
@@ -257,7 +230,7 @@ static void set_suspended(struct hwsim_dev *dev, bool suspended)
 	dev->suspended = suspended;
 	/* mlx5_vdpa_cvq_suspend(); its resume does not undo that. */
 	if (suspended && !dev->opt.resume_cvq)
-		dev->vqs[dev->cvq_index].ready = false;
+		WRITE_ONCE(dev->vqs[dev->cvq_index].ready, false);
 	up_write(&dev->dp);
 }
 
@@ -291,7 +264,10 @@ static int hwsim_resume(struct vdpa_device *vdpa)
 	hwsim_op_charge(&op, hwsim_cost_vqs(dev, HWSIM_COST_RESUME, HWSIM_COST_RESUME_VQ));
 	if (!err && !hwsim_flawed(dev, HWSIM_LIE_RESUME)) {
 		set_suspended(dev, false);
-		hwsim_kick_all(dev);
+		hwsim_look_at_data(dev);
+		/* A device that keeps the queue ready owes it the kicks that came meanwhile. */
+		if (dev->opt.resume_cvq)
+			queue_work(dev->wq, &dev->cvq_work);
 	}
 	hwsim_op_end(&op, err);
 	mutex_unlock(&dev->ctl);
@@ -326,7 +302,6 @@ static u32 hwsim_get_generation(struct vdpa_device *vdpa)
 	return READ_ONCE(hwsim_from(vdpa)->generation);
 }
 
-/* The complete table; each device has a copy without what it was told not to have. */
 const struct vdpa_config_ops hwsim_ops = {
 	.set_vq_address = hwsim_set_vq_address,
 	.set_vq_num = hwsim_set_vq_num,
@@ -365,5 +340,4 @@ const struct vdpa_config_ops hwsim_ops = {
 	.dma_unmap = hwsim_dma_unmap,
 	.reset_map = hwsim_reset_map,
 	.set_group_asid = hwsim_set_group_asid,
-	.free = hwsim_free,
 };

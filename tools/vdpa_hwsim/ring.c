@@ -14,7 +14,9 @@
 #include <linux/bottom_half.h>
 #include <linux/virtio_ring.h>
 
-#include "hwsim.h"
+#include "device.h"
+#include "map.h"
+#include "ring.h"
 
 static unsigned int data_asid(const struct hwsim_dev *dev, const struct hwsim_vq *vq)
 {
@@ -26,18 +28,6 @@ static unsigned int ring_asid(const struct hwsim_dev *dev, const struct hwsim_vq
 	if (!dev->opt.desc_asid || hwsim_flawed(dev, HWSIM_LIE_DESC_ASID))
 		return data_asid(dev, vq);
 	return dev->asid[hwsim_is_cvq(dev, vq->index) ? HWSIM_GROUP_CVQ : HWSIM_GROUP_DESC];
-}
-
-/* virtio 1.3, 2.1.2: tell the driver, and do nothing more until it resets us. */
-void hwsim_fault(struct hwsim_dev *dev, const struct hwsim_vq *vq, const char *what)
-{
-	hwsim_count(dev, HWSIM_FAULTS, 1);
-	if (test_and_set_bit(0, &dev->needs_reset))
-		return;
-	spin_lock(&dev->fault_lock);
-	snprintf(dev->fault, sizeof(dev->fault), "vq %u: %s", vq->index, what);
-	spin_unlock(&dev->fault_lock);
-	hwsim_config_changed(dev);
 }
 
 static u64 avail_entry(const struct hwsim_vq *vq, u16 index)

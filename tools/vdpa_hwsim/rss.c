@@ -5,7 +5,7 @@
 #include <linux/ipv6.h>
 #include <linux/unaligned.h>
 
-#include "hwsim.h"
+#include "rss.h"
 
 /* Two IPv6 addresses and two ports. */
 #define HWSIM_HASH_INPUT	36

@@ -6,7 +6,7 @@
 #include <net/netlink.h>
 #include <uapi/linux/vdpa.h>
 
-#include "hwsim.h"
+#include "stats.h"
 
 const char * const hwsim_op_names[HWSIM_NOPS] = {
 	[HWSIM_OP_SET_MAP] = "set_map",

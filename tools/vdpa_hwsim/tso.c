@@ -11,7 +11,7 @@
 #include <net/checksum.h>
 #include <net/ip6_checksum.h>
 
-#include "hwsim.h"
+#include "tso.h"
 
 /* What TCP calls the smallest sensible segment; also bounds how many there are. */
 #define HWSIM_MIN_MSS	48

@@ -7,7 +7,8 @@
 #include <linux/io.h>
 #include <linux/sched.h>
 
-#include "hwsim.h"
+#include "cost.h"
+#include "vq.h"
 
 /* In a queue's doorbell page: nobody has rung. No queue has this index. */
 #define HWSIM_NO_DOORBELL	0xffffffff
@@ -40,18 +41,25 @@ void hwsim_set_vq_num(struct vdpa_device *vdpa, u16 index, u32 num)
 	up_write(&dev->dp);
 }
 
-static void look_at(struct hwsim_dev *dev, u16 index)
+static void look_at_data(struct hwsim_dev *dev, u16 index)
 {
-	if (hwsim_is_cvq(dev, index))
-		queue_work(dev->wq, &dev->cvq_work);
-	else if (index / 2 < dev->npairs)
+	if (!hwsim_is_cvq(dev, index) && index / 2 < dev->npairs)
 		queue_work(dev->wq, &dev->pairs[index / 2].work);
 }
 
+/*
+ * mlx5_vdpa_kick_vq(): a kick of a control queue that is not enabled is dropped,
+ * and nothing looks at the ring instead of it, neither enabling nor DRIVER_OK.
+ */
 static void kick(struct hwsim_dev *dev, u16 index)
 {
-	hwsim_vq_count(&dev->vqs[index], HWSIM_VQ_KICKS, 1);
-	look_at(dev, index);
+	struct hwsim_vq *vq = &dev->vqs[index];
+
+	hwsim_vq_count(vq, HWSIM_VQ_KICKS, 1);
+	if (!hwsim_is_cvq(dev, index))
+		look_at_data(dev, index);
+	else if (READ_ONCE(vq->ready))
+		queue_work(dev->wq, &dev->cvq_work);
 }
 
 /* In the wake-up of an eventfd, interrupts off. */
@@ -78,11 +86,11 @@ void hwsim_set_vq_ready(struct vdpa_device *vdpa, u16 index, bool ready)
 	if (dev->driver_features &&
 	    !(ready && hwsim_flawed(dev, HWSIM_LIE_ENABLE) &&
 	      (dev->status & VIRTIO_CONFIG_S_DRIVER_OK)))
-		to_vq(vdpa, index)->ready = ready;
+		WRITE_ONCE(to_vq(vdpa, index)->ready, ready);
 	up_write(&dev->dp);
 
 	if (ready)
-		look_at(dev, index);
+		look_at_data(dev, index);
 }
 
 bool hwsim_get_vq_ready(struct vdpa_device *vdpa, u16 index)
@@ -130,9 +138,14 @@ int hwsim_get_vq_state(struct vdpa_device *vdpa, u16 index, struct vdpa_vq_state
 
 u16 hwsim_get_vq_size(struct vdpa_device *vdpa, u16 index)
 {
+	struct hwsim_dev *dev = hwsim_from(vdpa);
 	struct hwsim_vq *vq = to_vq(vdpa, index);
+	u16 size;
 
-	return vq->ready ? vq->num : hwsim_from(vdpa)->opt.ring_max;
+	down_read(&dev->dp);
+	size = vq->ready ? vq->num : dev->opt.ring_max;
+	up_read(&dev->dp);
+	return size;
 }
 
 u32 hwsim_get_vq_align(struct vdpa_device *vdpa)
@@ -193,7 +206,7 @@ struct vdpa_notification_area hwsim_get_vq_notification(struct vdpa_device *vdpa
 
 /*
  * Nothing tells us that a page was written to, so look, as long as the device
- * runs. Whatever starts the device again queues this again (hwsim_kick_all()).
+ * runs. Whatever starts the device again queues this again (hwsim_look_at_data()).
  */
 void hwsim_doorbell_work(struct work_struct *work)
 {
@@ -223,7 +236,7 @@ void hwsim_doorbell_work(struct work_struct *work)
 /* The size is the one queues are created with unless told otherwise (mvqs_set_defaults()). */
 void hwsim_reset_vq(struct hwsim_dev *dev, struct hwsim_vq *vq)
 {
-	vq->ready = false;
+	WRITE_ONCE(vq->ready, false);
 	vq->signalled = false;
 	vq->next_avail = 0;
 	vq->next_used = 0;

@@ -2,7 +2,8 @@
 /* Which devices there are, and which two are the ends of one wire. */
 #include <linux/list.h>
 
-#include "hwsim.h"
+#include "rx.h"
+#include "wire.h"
 
 /* Protects the list, and peer and wired of every device on it. */
 static DECLARE_RWSEM(hwsim_wire);

@@ -60,13 +60,17 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An opened device: its door, its address spaces, what was negotiated, how its queues are grouped and served."""
+    """An opened device: its door, its address spaces, what was negotiated, how its queues are grouped and served.
+
+    ``ring_sizes`` are the largest of each queue, by index; empty where nobody asked.
+    """
 
     chardev: VhostVdpa
     iotlb: Iotlb
     features: Feature
     backend_features: BackendFeature
     groups: Groups
+    ring_sizes: tuple[int, ...] = ()
     serving: Serving = SHADOWED
 
     @property
@@ -89,6 +93,10 @@ class Target:
         if self.iotlb.limits.as_num <= OWN_ASID:
             return f"there are {self.iotlb.limits.as_num} address spaces, {OWN_ASID + 1} are needed"
         return ""
+
+    def fitting(self, index: int, num: int) -> int:
+        """Return the size of a ring of ours for a queue: ``num``, or what the device takes if that is less."""
+        return min(num, self.ring_sizes[index]) if index < len(self.ring_sizes) else num
 
     @property
     def control_apart(self) -> bool:
@@ -116,6 +124,8 @@ class Procedure(ABC):
         """Bytes of our memory that the shadow rings take."""
         self.relay_options = RelayOptions()
         self.control_deadline = DEFAULT_DEADLINE
+        self.control_died = False
+        """Whether the control queue has stopped answering, since the device was opened."""
         self.guest_config: GuestConfig | None = None
         self._relay: ServerThreads | None = None
         self._control: ControlQueue | None = None
@@ -170,6 +180,11 @@ class Procedure(ABC):
         c = self.target.chardev
         rings = c.get_vqs_count() * ring_layout(c.get_vring_num(), ring_bits(self.target.features)).size
         return -(-(rings + CONTROL_ROOM) // HUGE_PAGE) * HUGE_PAGE
+
+    @property
+    def attached(self) -> bool:
+        """Whether :meth:`attach` was called."""
+        return self._memories is not None
 
     @property
     def memories(self) -> Memories:
@@ -391,7 +406,9 @@ class Procedure(ABC):
     def _make_control(self, control: GuestControl) -> ControlQueue:
         """Make our side of the control queue, at the end of our memory; its IOVA is taken from the holes."""
         own = self.memories.own
-        layout = ring_layout(control.queue.num, ring_bits(self.target.features))
+        # it need not be as long as the guest's: commands are copied
+        num = self.target.fitting(control.queue.index, control.queue.num)
+        layout = ring_layout(num, ring_bits(self.target.features))
         size = ControlArea(layout, 0, 0).size
         area = ControlArea(layout, own.hva + own.size - size, self._allocate(size))
         options = ControlOptions(self.control_deadline, ring_bits(self.target.features), self._config_call)
@@ -504,6 +521,7 @@ class Procedure(ABC):
     def _close_queues(self) -> None:
         self._close_shadows()
         if self._control is not None:
+            self.control_died |= self._control.died
             self._control.close()
             self._control = None
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..machine import Machine
+from ..mgmt import VdpaDevice
 from .finding import Level, Plan, Told, driver_of, named
 
 
@@ -58,10 +59,32 @@ def held(machine: Machine, _: Plan) -> Iterator[Told]:
             )
         else:
             yield Told(Level.PASS, f"{device.chardev} ({device.name}) is free" + _unseen(machine))
+        yield from _served(machine, device)
+
+
+def _served(machine: Machine, device: VdpaDevice) -> Iterator[Told]:
+    """A VDUSE device is as alive as its daemon: every request waits for that one, and fails after its time limit."""
+    if device.name not in machine.daemons:
+        return
+    daemon = machine.daemons[device.name]
+    if daemon is None and machine.sees_all:
+        yield Told(
+            Level.FAIL,
+            f"{device.name}: no process serves it: its VDUSE daemon is gone",
+            "nothing answers the driver's requests",
+            "start its daemon again, or delete the device: vdpa dev del " + device.name,
+        )
+    elif daemon is not None and daemon.stopped:
+        yield Told(
+            Level.FAIL,
+            f"{device.name}: its VDUSE daemon {daemon} is stopped (state {daemon.state})",
+            "each request to the device waits for it, 30 s by default, and then fails (drivers/vdpa/vdpa_user)",
+            f"kill -CONT {daemon.pid}",
+        )
 
 
 def _unseen(machine: Machine) -> str:
-    return "" if machine.uid == 0 else ", as far as this user may see"
+    return "" if machine.sees_all else ", as far as this user may see"
 
 
 def node_names(machine: Machine, _: Plan) -> Iterator[Told]:

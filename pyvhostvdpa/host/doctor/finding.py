@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from ..drivers import DRIVERS, Driver
 from ..machine import Machine
-from ..mgmt import Parent, VdpaDevice
+from ..mgmt import VdpaDevice
+from ..parents import Parent
 
 DEFAULT_MEMORY = 1 << 30
 """Guest memory in bytes to reckon with unless told otherwise: what ``vhost-vdpa migrate`` takes by default."""
@@ -73,7 +74,7 @@ def named(machine: Machine) -> Iterator[tuple[VdpaDevice, Parent]]:
     """Yield the devices that vhost_vdpa has, with their parents."""
     for device in machine.devices:
         if device.chardev:
-            yield device, machine.parents.get(device.name, Parent(None, True, None))
+            yield device, machine.parents.get(device.name, Parent(None, None, None, device.unknown))
 
 
 def driver_of(parent: Parent) -> Driver | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ..drivers import DRIVERS, NICS
 from ..machine import Machine
+from ..processes import Holder
 from .finding import Level, Plan, Told
 
 
@@ -64,8 +65,8 @@ def management_device(machine: Machine, _: Plan) -> Iterator[Told]:
         who = ", ".join(str(holder) for holder in machine.open_elsewhere) or "a process that is not visible from here"
         yield Told(
             Level.FAIL,
-            f"'vdpa' is stuck (pid {', '.join(map(str, machine.stuck))}): it deletes a device that {who} has open",
-            "every vdpa command waits with it, unkillable (drivers/vhost/vdpa.c:vhost_vdpa_remove)",
+            f"{_waiting(machine.stuck[0])} a device that {who} has open",
+            "every vdpa command waits with it, unkillable (drivers/vhost/vdpa.c:vhost_vdpa_remove)" + _behind(machine),
             f"kill {' '.join(str(holder.pid) for holder in machine.open_elsewhere)}".strip(),
         )
     elif not machine.tool:
@@ -80,10 +81,22 @@ def management_device(machine: Machine, _: Plan) -> Iterator[Told]:
     else:
         yield Told(
             Level.WARN,
-            "'vdpa mgmtdev show' lists nothing",
-            "no driver here offers to make a vDPA device",
+            "'vdpa mgmtdev show' lists nothing" + (f": {why}" if (why := machine.management_unknown) else ""),
+            "whether a driver here makes vDPA devices is unknown" if why else "no driver here makes vDPA devices",
             _first_step(machine),
         )
+
+
+def _waiting(first: Holder) -> str:
+    if first.name == "vdpa":
+        return f"'vdpa' is stuck (pid {first.pid}): it deletes"
+    return f"'{first.name}' is stuck (pid {first.pid}): it removes the driver of"
+
+
+def _behind(machine: Machine) -> str:
+    """Tell the other processes that wait: they are not the reason."""
+    others = ", ".join(str(each) for each in machine.stuck[1:])
+    return f"; behind it: {others}" if others else ""
 
 
 def _first_step(machine: Machine) -> str:

@@ -10,6 +10,13 @@ from ...memory.hugepages import advisable
 from ..machine import Machine
 from .finding import Level, Plan, Told, mebibytes, named
 
+_ASK = "as root, in the first network namespace, with iproute2: vhost-vdpa list"
+
+
+def _unknown(machine: Machine) -> str:
+    """Say of which devices it is unknown whether they pin memory, and why; "" if it is known of all."""
+    return "; ".join(f"{device.name}: {parent.memory}" for device, parent in named(machine) if parent.pinned is None)
+
 
 def memlock(machine: Machine, plan: Plan) -> Iterator[Told]:
     """RLIMIT_MEMLOCK suffices for the guest, once per device; root is not exempt."""
@@ -27,6 +34,8 @@ def memlock(machine: Machine, plan: Plan) -> Iterator[Told]:
         yield Told(Level.INFO, f"{what}; as root this tool raises its own limit", why, f"for other programs: {fix}")
     elif pinning or not machine.devices:
         yield Told(Level.FAIL if pinning else Level.WARN, what, why, fix)
+    elif unknown := _unknown(machine):
+        yield Told(Level.WARN, f"{what}; {unknown}", why, fix)
     else:
         yield Told(Level.INFO, f"{what}; the devices here pin nothing", why)
 
@@ -54,7 +63,7 @@ def entry_limit(machine: Machine, plan: Plan) -> Iterator[Told]:
 
 def private_memory(machine: Machine, _: Plan) -> Iterator[Told]:
     """Devices that translate to user addresses skip private memory without an error."""
-    users = [device.name for device, parent in named(machine) if not parent.pinned]
+    users = [device.name for device, parent in named(machine) if parent.pinned is False]
     if users:
         yield Told(
             Level.WARN,
@@ -62,6 +71,8 @@ def private_memory(machine: Machine, _: Plan) -> Iterator[Told]:
             "a map of private memory returns success and maps nothing (drivers/vhost/vdpa.c:vhost_vdpa_va_map)",
             "use memfd (SharedMemory does); to imitate hardware: modprobe vdpa_sim use_va=0",
         )
+    elif unknown := _unknown(machine):
+        yield Told(Level.INFO, unknown, "one that works on user addresses maps shared memory only", _ASK)
     elif machine.devices:
         yield Told(Level.PASS, "the devices here pin what is mapped; private memory is mapped too")
 
@@ -83,7 +94,8 @@ def map_cost(machine: Machine, plan: Plan) -> Iterator[Told]:
     """What mapping the guest may cost in downtime."""
     pinning = [device for device, parent in named(machine) if parent.pinned]
     if not pinning:
-        yield Told(Level.SKIP, "no device that pins memory: mapping costs next to nothing")
+        unknown = _unknown(machine)
+        yield Told(Level.SKIP, unknown or "no device that pins memory: mapping costs next to nothing")
         return
     contiguous = advisable(machine.shmem_huge) or machine.free_huge
     runs = plan.memory // (HUGE_PAGE if contiguous else PAGE_SIZE)

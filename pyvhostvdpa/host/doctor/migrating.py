@@ -15,7 +15,8 @@ def migration(machine: Machine, _: Plan) -> Iterator[Told]:
         driver = driver_of(parent)
         probe = PROBE.format(device.name)
         if driver is None:
-            yield Told(Level.INFO, f"{device.name}: nothing is known of driver {parent.module}", next=probe)
+            what = f"nothing is known of driver {parent.module}" if parent.module else f"unknown driver ({parent.why})"
+            yield Told(Level.INFO, f"{device.name}: {what}", next=probe)
         elif driver.suspend != "yes":
             yield Told(
                 Level.WARN,
@@ -127,8 +128,23 @@ def creation(machine: Machine, _: Plan) -> Iterator[Told]:
     """MAC, MTU and the number of queue pairs are given at creation."""
     for device in machine.devices:
         config = machine.net.get(device.name)
-        if config is None:
+        if config is None and not device.unknown:
             continue
+        if not config:
+            yield Told(
+                Level.INFO,
+                f"{device.name}: MAC address, MTU and link are unknown: {device.unknown or 'netlink shows none'}",
+                "they are told by netlink alone while a device is not open",
+                "as root, in the first network namespace, with iproute2: vhost-vdpa list",
+            )
+            continue
+        if config.get("link") == "down":
+            yield Told(
+                Level.WARN,
+                f"{device.name}: its link is down",
+                "a guest on it has no network, and one that is migrated to it is refused",
+                "bring the link of the device's port up: ip link set PORT up",
+            )
         pairs, mtu = config.get("max_vq_pairs") or 1, config.get("mtu") or "?"
         mac = device.mac or "00:00:00:00:00:00"
         unset = set(mac) <= set("0:")

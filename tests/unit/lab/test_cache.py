@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from labkit import cache as module
-from labkit.cache import building, leftovers
+from labkit.cache import building, leftovers, once
 from labkit.errors import LabError
 
 TOOLS = Path(module.__file__).parents[1]
@@ -83,12 +83,100 @@ def test_second_set_up_waits_for_the_first(cache):
 
 def test_clean_is_refused_while_in_use(cache):
     cache.create()
-    (cache.root / "file").write_bytes(b"x" * 10000)
+    (cache.logs / "file").write_bytes(b"x" * 10000)
     with cache.in_use(), pytest.raises(LabError, match="running"):
         cache.clean()
     assert cache.root.exists()
     assert cache.clean() > 0
     assert not cache.root.exists()
+
+
+FOREIGN = {
+    "files of its owner": ["thesis.txt"],
+    "files with the lab's names": ["logs/mine.log", "results/mine.csv"],
+    "an empty folder": [],
+    "a lock of the lab and other files": ["setup.lock", "thesis.txt"],
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_clean_removes_nothing_from_a_folder_that_the_lab_did_not_make(cache, case):
+    cache.root.mkdir()
+    for name in FOREIGN[case]:
+        (cache.root / name).parent.mkdir(exist_ok=True)
+        (cache.root / name).write_text("x")
+    before = sorted(cache.root.rglob("*"))
+    with pytest.raises(LabError, match="was not made by the lab; nothing is removed"):
+        cache.clean()
+    assert sorted(cache.root.rglob("*")) == before
+
+
+def test_clean_leaves_what_others_put_into_the_labs_folder(cache):
+    cache.create()
+    (cache.logs / "file").write_bytes(b"x" * 100000)
+    (cache.root / "thesis.txt").write_text("x")
+    assert cache.clean() >= 100000
+    assert [path.name for path in cache.root.iterdir()] == ["thesis.txt"]
+
+
+def test_clean_does_not_follow_links_out_of_the_folder(cache, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "thesis.txt").write_text("x")
+    cache.create()
+    (cache.root / "results").symlink_to(outside)
+    cache.clean()
+    assert (outside / "thesis.txt").exists()
+    assert not cache.root.exists()
+
+
+def test_folder_with_other_files_is_not_made_a_cache(cache):
+    cache.root.mkdir()
+    (cache.root / "logs").mkdir()
+    (cache.root / "logs" / "mine.log").write_text("x")
+    with pytest.raises(LabError, match="is no cache folder of the lab"):
+        cache.create()
+    assert [path.name for path in cache.root.iterdir()] == ["logs"]
+
+
+def test_cache_of_a_lab_without_a_marker_is_taken_over_and_cleaned(cache):
+    for name in ("trees", "kernels", "logs", "mnt"):
+        (cache.root / name).mkdir(parents=True)
+    (cache.root / "setup.lock").touch()
+    cache.create()
+    assert cache.clean() > 0
+    assert not cache.root.exists()
+
+
+def test_build_goes_on_where_it_failed(tmp_path):
+    done = []
+
+    def build(broken):
+        with building(tmp_path / "a" / "tree", goes_on=True) as partial:
+            once(partial, "first", lambda: done.append("first"))
+            (partial / "file").write_text("x")
+            if broken:
+                raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+            once(partial, "second", lambda: done.append("second"))
+
+    for _ in range(2):
+        with pytest.raises(LabError, match="failed while building tree"):
+            build(broken=True)
+    build(broken=False)
+    assert done == ["first", "second"]
+    assert [path.name for path in (tmp_path / "a" / "tree").iterdir()] == ["file"]
+
+
+def test_step_that_failed_is_done_again(tmp_path):
+    def fails():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        once(tmp_path, "step", fails)
+    done = []
+    once(tmp_path, "step", lambda: done.append(1))
+    once(tmp_path, "step", lambda: done.append(2))
+    assert done == [1]
 
 
 def test_not_enough_space_is_said_before(cache):

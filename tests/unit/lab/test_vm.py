@@ -138,6 +138,28 @@ def test_nothing_else_is_tried_again(tmp_path, monkeypatch, mode, outcomes):
     assert not boots.outcomes
 
 
+@pytest.mark.parametrize(
+    ("status", "console", "kind"),
+    [
+        (1, "", LabError),
+        (0, "", NotBooted),
+        (-11, "", NotBooted),
+        (1, f"{vm.PANIC}: Attempted to kill init", NotBooted),
+    ],
+    ids=["QEMU refuses", "the VM ends", "QEMU crashes", "the kernel panics"],
+)
+def test_a_qemu_that_refuses_its_command_line_is_not_started_again(tmp_path, status, console, kind):
+    (tmp_path / "console").write_text(console)
+    machine = vm.Machine(spec(console_log=tmp_path / "console"), silent, silent)
+    with subprocess.Popen(["sh", "-c", "echo why"], stdout=subprocess.PIPE) as process:
+        machine._process = process
+        process.wait()
+        process.returncode = status
+        death = machine._death()
+    assert type(death) is kind
+    assert "why" in death.why
+
+
 @pytest.mark.parametrize(("reached", "after", "kind"), [("", 91, NotBooted), ("booted", 181, LabError)])
 def test_a_vm_has_its_time_to_boot_and_to_begin(reached, after, kind):
     machine = vm.Machine(spec(), silent, silent)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""The driver that made a device, its parent: which one it is, and whether it pins memory.
+
+No ioctl tells. sysfs names the driver of hardware, netlink that of simulated devices, and in a container, without
+root or without iproute2 neither may answer: then the parent is unknown, which is an answer of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from ..base.errors import MissingFeature
+from .mgmt import SYSFS_DEVICES, ask, name_of
+from .processes import sees_all, stuck, vduse_daemon
+
+
+class Parent(NamedTuple):
+    """What is known of the driver that made a device.
+
+    ``module`` is None if it is unknown, and ``why`` says why. ``pinned`` tells whether it works on pinned pages; no
+    ioctl tells, so it follows from the driver: vdpa_sim has a parameter for it (``use_va``), VDUSE never pins, every
+    other parent does; None for an unknown one. ``max_iotlb_entries`` is how many entries an address space may hold,
+    the smaller of vhost_vdpa's and the parent's parameter, None where the kernel has none.
+    """
+
+    module: str | None
+    pinned: bool | None
+    max_iotlb_entries: int | None
+    why: str = ""
+
+    @property
+    def memory(self) -> str:
+        """How it reaches memory, in words."""
+        if self.pinned is None:
+            return f"whether it pins memory is unknown ({self.why or 'its driver is unknown'})"
+        return "pins memory" if self.pinned else "user addresses"
+
+
+def _module(name: str) -> tuple[str | None, str]:
+    """Return the parent's kernel module, and why it is unknown if it is None.
+
+    Simulated devices have no driver in sysfs, so netlink is asked then.
+    """
+    device = (SYSFS_DEVICES / name).resolve()
+    for link in (device.parent / "driver" / "module", device.parent / "module"):
+        if link.exists():
+            return link.resolve().name, ""
+    if "vduse" in device.parts:
+        return "vduse", ""
+    if waiting := stuck():
+        return None, f"'vdpa' would wait for {waiting[0]}"
+    shown, why = ask("dev", "show", name)
+    mgmtdev = str(shown.get("dev", {}).get(name, {}).get("mgmtdev", ""))
+    if mgmtdev.startswith("vdpasim"):
+        return "vdpa_sim", ""
+    module = mgmtdev.partition("/")[0] or None
+    return module, "" if module else why or "netlink does not list the device"
+
+
+def _parameter(module: str, name: str) -> str | None:
+    try:
+        return Path(f"/sys/module/{module}/parameters/{name}").read_text().strip()
+    except OSError:
+        return None
+
+
+def _pins(module: str | None) -> tuple[bool | None, str]:
+    if module is None or module == "vduse":
+        return (None if module is None else False), ""
+    if module == "vdpa_sim":
+        use_va = _parameter("vdpa_sim", "use_va")
+        return (None, "vdpa_sim's parameter use_va cannot be read") if use_va is None else (use_va != "Y", "")
+    return True, ""
+
+
+def parent_of(chardev: str | os.PathLike[str]) -> Parent:
+    """Return what sysfs and netlink tell of a chardev's parent driver."""
+    name = name_of(chardev)
+    module, why = _module(name) if name else (None, "sysfs does not know the device behind this node")
+    pinned, no_parameter = _pins(module)
+    limits = [_parameter(each, "max_iotlb_entries") for each in ("vhost_vdpa", module) if each]
+    values = [int(limit) for limit in limits if limit and limit.isdigit() and int(limit) > 0]
+    return Parent(module, pinned, min(values, default=None), why or no_parameter)
+
+
+def unserved(name: str, parent: Parent) -> tuple[str, str] | None:
+    """Return why nothing answers for a VDUSE device, and the next command; None while its daemon may answer.
+
+    The kernel waits for the daemon, 30 s for each request by default, before it fails it with EIO
+    (drivers/vdpa/vdpa_user/vduse_dev.c:vduse_dev_msg_sync).
+    """
+    if parent.module != "vduse":
+        return None
+    daemon = vduse_daemon(name)
+    if daemon is not None and daemon.stopped:
+        return f"its VDUSE daemon {daemon} is stopped (state {daemon.state}) and does not answer", (
+            f"kill -CONT {daemon.pid}"
+        )
+    if daemon is None and sees_all():
+        return "no process serves it: its VDUSE daemon is gone", f"start the daemon again, or: vdpa dev del {name}"
+    return None
+
+
+def check_served(chardev: str | os.PathLike[str]) -> None:
+    """Raise :class:`~pyvhostvdpa.MissingFeature` if a VDUSE device's daemon cannot answer; opens nothing."""
+    name = name_of(chardev)
+    wrong = unserved(name, parent_of(chardev)) if name else None
+    if wrong:
+        raise MissingFeature(f"{os.fspath(chardev)} ({name}): {wrong[0]}", hint=wrong[1])

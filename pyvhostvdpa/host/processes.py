@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: MIT
+"""What ``/proc`` tells of vDPA devices: which process has one open, waits for one, or serves one.
+
+A descriptor counts by the number of the device behind it. Names prove nothing: a container runtime calls a node what
+it likes, and a device that is being deleted has no node any more.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_PROC = Path("/proc")
+_SECOND_LOOK = 0.05
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC
+"""Its inode (include/linux/proc_ns.h:PROC_PID_INIT_INO)."""
+_REMOVERS = ("rmmod", "modprobe", "kmod")
+_PARENTS = ("vdpa", "vduse", "ifcvf", "mlx5_core")
+
+
+class Holder(NamedTuple):
+    """A process that has a chardev open, or waits for one."""
+
+    pid: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} ({self.name})"
+
+
+class Daemon(NamedTuple):
+    """A process that serves a VDUSE device. ``state`` is the letter of proc(5): T stopped, t traced, Z zombie."""
+
+    pid: int
+    name: str
+    state: str
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} ({self.name})"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it cannot answer the kernel now, however long one waits."""
+        return self.state in "TtZX"
+
+
+class _Stat(NamedTuple):
+    name: str
+    state: str
+    began: int
+
+
+def _processes(proc: Path) -> Iterator[Path]:
+    return (entry for entry in proc.iterdir() if entry.name.isdigit())
+
+
+def _descriptors(process: Path) -> list[Path]:
+    try:
+        return list((process / "fd").iterdir())
+    except OSError:
+        return []
+
+
+def _stat(process: Path) -> _Stat | None:
+    """Read a process's name, state and start (clock ticks since boot); None if it is gone."""
+    try:
+        text = (process / "stat").read_text()
+    except OSError:
+        return None
+    # the name is in brackets and may contain any character
+    name, _, rest = text.partition("(")[2].rpartition(")")
+    fields = rest.split()
+    return _Stat(name, fields[0], int(fields[19])) if len(fields) > 19 else None
+
+
+def device_number(path: str | os.PathLike[str]) -> int | None:
+    """Return the number of the device behind a node, None if there is none."""
+    try:
+        return os.stat(path).st_rdev
+    except OSError:
+        return None
+
+
+def _majors(proc: Path) -> frozenset[int]:
+    """Return the major numbers that the kernel gave to vhost-vdpa."""
+    try:
+        lines = (proc / "devices").read_text().partition("Block devices:")[0].splitlines()
+    except OSError:
+        return frozenset()
+    numbered = (line.split(maxsplit=1) for line in lines)
+    return frozenset(int(words[0]) for words in numbered if len(words) == 2 and words[1] == "vhost-vdpa")
+
+
+def _opened(descriptor: Path, majors: frozenset[int]) -> int | None:
+    """Return the number of the vhost-vdpa device that a descriptor is open on; None for any other, or a closed one."""
+    try:
+        target = os.readlink(descriptor)
+        if not target.startswith("/"):
+            return None
+        info = os.stat(descriptor)
+    except OSError:
+        return None
+    device = stat.S_ISCHR(info.st_mode) and os.major(info.st_rdev) in majors
+    return info.st_rdev if device or "/vhost-vdpa-" in target else None
+
+
+def sees_all(proc: Path = _PROC) -> bool:
+    """Tell whether every process of this machine can be seen from here: by root, outside of a PID namespace.
+
+    Elsewhere "no holder" means that none is visible.
+    """
+    try:
+        return os.geteuid() == 0 and (proc / "self/ns/pid").stat().st_ino == _FIRST_PID_NAMESPACE
+    except OSError:
+        return False
+
+
+def openers(proc: Path = _PROC) -> dict[int, tuple[Holder, ...]]:
+    """Return the processes that have a vhost-vdpa device open, by device number, as far as this user may see.
+
+    This process counts like any other. A device that is being deleted is among them: its node is gone, its number is
+    not. ``proc`` is where procfs is mounted.
+    """
+    majors = _majors(proc)
+    found: dict[int, list[Holder]] = {}
+    for process in _processes(proc):
+        numbers = {_opened(descriptor, majors) for descriptor in _descriptors(process)} - {None}
+        if not numbers:
+            continue
+        status = _stat(process)
+        for number in numbers:
+            found.setdefault(number or 0, []).append(Holder(int(process.name), status.name if status else "?"))
+    return {number: tuple(who) for number, who in found.items()}
+
+
+def _waits(process: Path) -> tuple[int, int, str] | None:
+    """Return when a process began that sleeps uninterruptibly in vDPA's management, its pid and its name."""
+    status = _stat(process)
+    if status is None or status.state != "D":
+        return None
+    if status.name != "vdpa" and not (status.name in _REMOVERS and _removes_a_parent(process)):
+        return None
+    return status.began, int(process.name), status.name
+
+
+def _removes_a_parent(process: Path) -> bool:
+    try:
+        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    removing = "rmmod" in words[0] or any(word in ("-r", "--remove") for word in words)
+    return removing and any(parent in word for word in words[1:] for parent in _PARENTS)
+
+
+def stuck(proc: Path = _PROC) -> tuple[Holder, ...]:
+    """Return the processes that sleep uninterruptibly in vDPA's management, the one that the others wait for first.
+
+    A deletion (``vdpa dev del``) or the removal of a parent driver (``rmmod``) waits until the device is closed, with a
+    lock that every ``vdpa`` command needs (drivers/vhost/vdpa.c:vhost_vdpa_remove, drivers/vdpa/vdpa.c). The first is
+    the one that began first. Looked at twice: any process sleeps like that for a moment now and then.
+    """
+    found = sorted(waiting for process in _processes(proc) if (waiting := _waits(process)))
+    if not found:
+        return ()
+    time.sleep(_SECOND_LOOK)
+    return tuple(Holder(pid, name) for _, pid, name in found if _waits(proc / str(pid)))
+
+
+def vduse_daemon(name: str, proc: Path = _PROC) -> Daemon | None:
+    """Return the process that serves a VDUSE device; None if there is none that this user may see."""
+    wanted = f"/dev/vduse/{name}"
+    for process in _processes(proc):
+        for descriptor in _descriptors(process):
+            try:
+                target = os.readlink(descriptor)
+            except OSError:
+                continue
+            if target == wanted:
+                status = _stat(process)
+                return Daemon(int(process.name), status.name, status.state) if status else None
+    return None

@@ -1,0 +1,154 @@
+"""`tools/lab soak mutants`: its list, and what it makes of what pytest says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from labkit import cli, mutants
+from labkit.errors import LabError
+from labkit.mutants import Mutant, Result
+
+PROJECT = Path(__file__).resolve().parents[3]
+ENTRY = """[[mutant]]
+name = "{name}"
+file = "code.c"
+old = "{old}"
+new = "b"
+kind = "{kind}"
+tests = ["tests/unit/test_x.py", "-k", "some"]
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "code.c").write_text("a\nx\nx\n")
+    (tmp_path / mutants.FOLDER).mkdir(parents=True)
+
+    def write(*entries, file="some.toml"):
+        (tmp_path / mutants.FOLDER / file).write_text("\n".join(entries))
+        return tmp_path
+
+    return write
+
+
+def entry(name="one", old="a", kind="unit"):
+    return ENTRY.format(name=name, old=old, kind=kind)
+
+
+def test_every_mutant_of_the_project_fits_its_file_and_its_tests_are_there():
+    found = mutants.load(PROJECT)
+    assert len(found) >= 25
+    for mutant in found:
+        assert mutant.old != mutant.new, mutant.name
+        paths = [word for word in mutant.tests if word.startswith("tests/")]
+        assert paths, mutant.name
+        for path in paths:
+            folder = {"unit": "tests/unit", "lab": "tests/kernel"}[mutant.kind]
+            assert path.startswith(folder), mutant.name
+            assert (PROJECT / path.partition("::")[0]).exists(), mutant.name
+
+
+def test_names_of_tests_in_the_list_are_names_of_tests():
+    """A selection that fits no test would let every mutant live."""
+    for mutant in mutants.load(PROJECT):
+        words = list(mutant.tests)
+        if "-k" not in words:
+            continue
+        text = "".join((PROJECT / word).read_text() for word in words if word.startswith("tests/"))
+        for name in words[words.index("-k") + 1].split(" or "):
+            assert all(part in text for part in name.split(" and ")), f"{mutant.name}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([entry(old="missing")], "occurs 0 times"),
+        ([entry(old="x")], "occurs 2 times"),
+        ([entry(kind="somewhere")], "it needs a kind"),
+        ([entry(), entry(old="a")], "same name: one"),
+        ([entry().replace("new =", "other =")], "unexpected keyword"),
+    ],
+)
+def test_bad_list_is_refused_before_anything_is_built(project, entries, said):
+    with pytest.raises(LabError) as caught:
+        mutants.load(project(*entries))
+    assert said in f"{caught.value.what} {caught.value.why}"
+
+
+def test_mutants_are_selected_by_name_or_file(project):
+    folder = project(entry("one"), entry("two"))
+    assert [mutant.name for mutant in mutants.load(folder, "two")] == ["two"]
+    assert [mutant.name for mutant in mutants.load(folder, "code.c")] == ["one", "two"]
+    assert mutants.load(folder, "nothing") == []
+
+
+def test_change_is_made_in_the_copy_alone(project, tmp_path):
+    [mutant] = mutants.load(project(entry()))
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "code.c").write_text((tmp_path / "code.c").read_text())
+    mutant.apply(copy)
+    assert (copy / "code.c").read_text() == "b\nx\nx\n"
+    assert (tmp_path / "code.c").read_text() == "a\nx\nx\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict"),
+    [(0, "survived"), (1, "killed"), (124, "killed"), (2, "broken"), (4, "broken"), (5, "broken")],
+)
+def test_only_a_failed_test_or_one_that_hangs_kills(status, verdict):
+    assert mutants._verdict(status, "why")[0] == verdict
+
+
+def test_survivors_are_listed_with_the_reason():
+    def of(name, survives=""):
+        return Mutant(name, "f.c", "a", "b", "lab", ["tests/x.py"], survives)
+
+    results = [
+        Result(of("noticed"), "killed"),
+        Result(of("alive"), "survived"),
+        Result(of("same"), "survived"),
+        Result(of("bad"), "broken", "it does not compile"),
+    ]
+    results[2].mutant = of("same", "nothing can notice it")
+    text = mutants.render(results).splitlines()
+    assert text[0] == "1 of 4 mutants were noticed"
+    assert text[1:] == [
+        "survived  alive  f.c: no test of tests/x.py fails",
+        "survived  same  f.c: nothing can notice it",
+        "broken    bad  f.c: it does not compile",
+    ]
+    assert [result.good for result in results] == [True, False, True, False]
+
+
+class Session:
+    """Stands for VMs: what each comes to, as lines of the file of results and perhaps an error."""
+
+    def __init__(self, *boots):
+        self.boots, self.plans, self.said = list(boots), [], []
+        self.progress = self
+
+    def say(self, text):
+        self.said.append(text)
+
+    def run(self, request, _):
+        plan, results = (Path(word) for word in request.command[-2:])
+        self.plans.append([step["name"] for step in json.loads(plan.read_text())])
+        lines, error = self.boots.pop(0)
+        results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if error:
+            raise error
+
+
+def test_mutant_that_ends_the_vm_is_noticed_and_the_rest_go_on_in_another(tmp_path):
+    run = mutants.Run.__new__(mutants.Run)
+    run.session = Session(
+        ([{"name": "one"}, {"name": "one", "status": 1}, {"name": "two"}], LabError("the VM's kernel panicked")),
+        ([{"name": "three"}, {"name": "three", "status": 0}], None),
+    )
+    run.folder, run.request = tmp_path, cli.request(cli.parse(["soak", "mutants"]), ())
+    plan = [{"name": name} for name in ("one", "two", "three")]
+    assert run._boot(plan) == {"one": 1, "two": 124}
+    assert run._boot(plan[2:]) == {"three": 0}
+    assert run.session.plans == [["one", "two", "three"], ["three"]]

@@ -1,0 +1,61 @@
+"""In the VM: try each mutant of a plan, and write down what pytest said of it.
+
+Arguments: the plan (a list of name, module to load, folder of the installed package if it is changed, tests) and the
+file of results, one JSON object a line: the name when a mutant is begun, name and status when it is done.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+LIMIT_S = 240.0
+EXIT_TIMEOUT = 124
+BUS = Path("/sys/bus/vdpa/devices")
+LOADED = Path("/sys/module/vdpa_hwsim")
+
+
+def load(module: str) -> bool:
+    """Put a module in the place of the one that is loaded; False if that one does not go."""
+    if LOADED.exists():
+        for device in sorted(BUS.iterdir()):
+            if device.resolve().parent.name == "vdpa_hwsim":
+                subprocess.run(["timeout", "20", "vdpa", "dev", "del", device.name], check=False)
+        if subprocess.run(["timeout", "20", "rmmod", "vdpa_hwsim"], check=False).returncode:
+            return False
+    return subprocess.run(["insmod", module], check=False).returncode == 0
+
+
+def attempt(step: dict[str, object]) -> int:
+    """Return pytest's exit status for a step."""
+    environment = dict(os.environ)
+    if "site" in step:
+        environment["PYTHONPATH"] = str(step["site"])
+    tests = step["tests"]
+    assert isinstance(tests, list)
+    argv = ["python3", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", *tests]
+    limit = LIMIT_S * max(1, len(tests))
+    return subprocess.run(["timeout", "-k", "5", f"{limit:g}", *argv], env=environment, check=False).returncode
+
+
+def main(plan: Path, results: Path) -> int:
+    """Work off a plan; 1 if a new VM has to go on with it."""
+    with results.open("a", buffering=1) as out:
+        for step in json.loads(plan.read_text()):
+            if not load(str(step["module"])):
+                print(
+                    f"the module of the mutant before {step['name']} does not go; the rest takes another VM", flush=True
+                )
+                return 1
+            print(f"-- {step['name']}", flush=True)
+            print(json.dumps({"name": step["name"]}), file=out)
+            status = attempt(step)
+            print(json.dumps({"name": step["name"], "status": status}), file=out)
+            out.flush()
+            os.fsync(out.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

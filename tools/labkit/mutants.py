@@ -1,0 +1,326 @@
+"""`tools/lab soak mutants`: one-line changes that tests have to notice.
+
+The changes are data, tests/mutants/*.toml. Each is made in a copy of the project, never in the checkout; what the
+copy gives (a module, the installed package) is tested without a device, or in one VM for all of them.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from labkit import devices, vm
+from labkit.cache import remove
+from labkit.environment import INSIDE, PACKAGE, Environment
+from labkit.errors import EXIT_TIMEOUT, LabError
+from labkit.kernel import Kernel, build_modules
+from labkit.modules import own_sources
+from labkit.session import PROJECT, Request, Session
+
+NAME = "mutants"
+SUMMARY = "One-line changes of the code, each of which a test has to notice."
+FOLDER = "tests/mutants"
+MODULE = "tools/vdpa_hwsim"
+KINDS = ("unit", "lab")
+IN_VM = Path(__file__).with_name("guest") / "mutants.py"
+UNIT_LIMIT_S = 600.0
+VM_LIMIT_S = 6 * 3600.0
+KILLED, SURVIVED, BROKEN = "killed", "survived", "broken"
+# What pytest's exit status says of a mutant: tests failed, or did not end.
+VERDICTS = {0: SURVIVED, 1: KILLED, EXIT_TIMEOUT: KILLED}
+BASELINE = "no change"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: a text that occurs once in a file, what replaces it, and the tests that have to notice.
+
+    `kind` is where they run: "unit" without a device, "lab" in a VM. `survives` is why no test can notice, if so.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    kind: str
+    tests: Sequence[str]
+    survives: str = ""
+
+    @property
+    def of_module(self) -> bool:
+        """Whether it changes the kernel module."""
+        return self.file.startswith(f"{MODULE}/")
+
+    def apply(self, folder: Path) -> None:
+        """Make the change in a copy of the project."""
+        path = folder / self.file
+        path.write_text(_replaced(self, path.read_text()))
+
+
+@dataclass
+class Result:
+    """What became of a mutant."""
+
+    mutant: Mutant
+    verdict: str
+    why: str = ""
+
+    @property
+    def good(self) -> bool:
+        """Whether a test noticed, or the list says why none can."""
+        return self.verdict == KILLED or (self.verdict == SURVIVED and bool(self.mutant.survives))
+
+
+def load(project: Path, only: str = "") -> list[Mutant]:
+    """Read all mutants of a project, or those whose name or file has `only` in it; LabError for a bad list."""
+    found: list[Mutant] = []
+    for path in sorted((project / FOLDER).glob("*.toml")):
+        for entry in tomllib.loads(path.read_text())["mutant"]:
+            mutant = _read(path, entry)
+            _replaced(mutant, (project / mutant.file).read_text())
+            found.append(mutant)
+    names = [mutant.name for mutant in found]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise LabError(f"two mutants have the same name: {', '.join(double)}", "", f"less {FOLDER}/*.toml")
+    return [mutant for mutant in found if only in mutant.name or only in mutant.file]
+
+
+def _read(path: Path, entry: dict[str, object]) -> Mutant:
+    try:
+        mutant = Mutant(**entry)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise LabError(f"{path.name}: {entry.get('name', entry)}: {error}", "", f"less {path}") from error
+    if mutant.kind not in KINDS or not mutant.tests:
+        raise LabError(
+            f"{path.name}: {mutant.name}: it needs a kind ({', '.join(KINDS)}) and tests", "", f"less {path}"
+        )
+    return mutant
+
+
+def _replaced(mutant: Mutant, text: str) -> str:
+    if text.count(mutant.old) != 1:
+        raise LabError(
+            f"mutant {mutant.name!r}: its text occurs {text.count(mutant.old)} times in {mutant.file}",
+            f"It has to occur once: {mutant.old!r}",
+            f"less {FOLDER}/*.toml",
+        )
+    return text.replace(mutant.old, mutant.new)
+
+
+class Run:
+    """One run of mutants."""
+
+    def __init__(self, session: Session, request: Request, mutants: Sequence[Mutant]) -> None:
+        self.session = session
+        self.request = request
+        self.mutants = mutants
+        self.folder = session.cache.mutants
+        self.modules = self.folder / "modules"
+        self.results: list[Result] = []
+
+    def execute(self) -> int:
+        """Make all mutants and test them; print what became of each; return 0 if every one was noticed."""
+        chosen = self.session.set_up(self.request.kernel, "soak")
+        with self.session.using():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():
+                if path != self.modules:
+                    remove(path)
+            for mutant in self.mutants:
+                if mutant.kind == "unit":
+                    self._note(mutant, *self._unit(mutant))
+            in_vm = [mutant for mutant in self.mutants if mutant.kind == "lab"]
+            if in_vm:
+                self._in_vm(chosen, in_vm)
+        print(render(self.results), flush=True)
+        return 0 if all(result.good for result in self.results) else 1
+
+    def _note(self, mutant: Mutant, verdict: str, why: str = "") -> None:
+        self.results.append(Result(mutant, verdict, why))
+        self.session.progress.say(f"{verdict}: {mutant.name}{f' ({why})' if why else ''}")
+
+    # -- without a device ------------------------------------------------------
+
+    def _unit(self, mutant: Mutant) -> tuple[str, str]:
+        copy = self._copy(mutant)
+        try:
+            site = self._site(mutant, copy)
+        except LabError as error:
+            return BROKEN, error.what
+        chroot = self.session.tree.chroot(
+            binds={copy: str(PROJECT), site: INSIDE}, environment=vm.default_environment(), folder=str(PROJECT)
+        )
+        argv = ["setpriv", "--pdeathsig", "KILL", *chroot.argv(_pytest(mutant.tests))]
+        log = self.session.cache.log(f"mutant-{mutant.name}")
+        with log.open("wb") as sink:
+            try:
+                status = subprocess.run(
+                    argv, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, timeout=UNIT_LIMIT_S, check=False
+                ).returncode
+            except subprocess.TimeoutExpired:
+                status = EXIT_TIMEOUT
+        remove(copy.parent)
+        return _verdict(status, f"pytest ended with status {status}: {log}")
+
+    def _copy(self, mutant: Mutant) -> Path:
+        """Return a copy of the project with the change made."""
+        copy = self.folder / mutant.name / "project"
+        ignored = shutil.ignore_patterns(".git", "__pycache__", "*.so", "build", ".*_cache")
+        shutil.copytree(PROJECT, copy, ignore=ignored, symlinks=True)
+        mutant.apply(copy)
+        return copy
+
+    def _site(self, mutant: Mutant, copy: Path) -> Path:
+        """Return the package as installed from the copy; only what is compiled has to be built for that."""
+        site = copy.parent / "site"
+        if mutant.file.startswith(f"{PACKAGE}/"):
+            shutil.copytree(self.session.environment.site, site, symlinks=True)
+            shutil.copyfile(copy / mutant.file, site / mutant.file)
+        else:
+            changed = Environment(self.session.cache, self.session.tree, copy, self.session.progress)
+            changed.install(copy.parent)
+        return site
+
+    # -- in a VM ---------------------------------------------------------------
+
+    def _in_vm(self, chosen: Kernel, mutants: Sequence[Mutant]) -> None:
+        """Test them in one VM; one that ends the VM is noticed by that, and the rest go on in another."""
+        build = ModuleBuild(self.session, chosen, self.folder / "build", self.modules)
+        unchanged = str(build.built())
+        plan: list[dict[str, object]] = [{"name": BASELINE, "module": unchanged, "tests": _union(mutants)}]
+        by_name: dict[str, Mutant] = {}
+        for mutant in mutants:
+            try:
+                plan.append(self._prepare(mutant, build, unchanged))
+                by_name[mutant.name] = mutant
+            except LabError as error:
+                self._note(mutant, BROKEN, error.what)
+        build.forget_others()
+        while plan:
+            done = self._boot(plan)
+            for name, status in done.items():
+                if name != BASELINE:
+                    self._note(by_name[name], *_verdict(status, f"pytest ended with status {status}"))
+                elif status:
+                    raise LabError("the tests fail without any change", "Their output is above.", "tools/lab test")
+            plan = [step for step in plan if step["name"] not in done]
+            if plan and not done:
+                raise LabError("no mutant could be tried in the VM", "Its output is above.", "tools/lab status")
+
+    def _prepare(self, mutant: Mutant, build: "ModuleBuild", unchanged: str) -> dict[str, object]:
+        step: dict[str, object] = {"name": mutant.name, "tests": list(mutant.tests), "module": unchanged}
+        if mutant.of_module:
+            return step | {"module": str(build.built(mutant))}
+        copy = self._copy(mutant)
+        return step | {"site": str(self._site(mutant, copy))}
+
+    def _boot(self, plan: Sequence[dict[str, object]]) -> dict[str, int]:
+        """Run steps in a VM; return pytest's status of those that were tried, by name."""
+        paths = {name: self.folder / f"{name}.json" for name in ("plan", "results")}
+        paths["plan"].write_text(json.dumps(list(plan)))
+        paths["results"].write_text("")
+        request = replace(
+            self.request,
+            command=["python3", str(IN_VM), str(paths["plan"]), str(paths["results"])],
+            devices=self.request.devices or ("vdpa_sim_net:2", "vdpa_hwsim:0"),
+            shares=[self.folder],
+            timeout=self.request.timeout or VM_LIMIT_S,
+        )
+        trouble = ""
+        try:
+            self.session.run(request, "soak")
+        except LabError as error:
+            trouble = error.what
+            self.session.progress.say(error.render())
+        lines = [json.loads(line) for line in paths["results"].read_text().splitlines()]
+        done = {line["name"]: line["status"] for line in lines if "status" in line}
+        begun = [line["name"] for line in lines if "status" not in line and line["name"] not in done]
+        if trouble and begun and begun[-1] != BASELINE:
+            self.session.progress.say(f"{begun[-1]}: {trouble}")
+            done[begun[-1]] = EXIT_TIMEOUT
+        return done
+
+
+class ModuleBuild:
+    """A folder in which the module is built again and again, each time with another change; the results are kept."""
+
+    def __init__(self, session: Session, kernel: Kernel, folder: Path, kept: Path) -> None:
+        self.session, self.kernel, self.kept = session, kernel, kept
+        self.folder = folder / "vdpa_hwsim"
+        self.sources = own_sources("vdpa_hwsim", PROJECT / MODULE)
+        self.used: set[Path] = set()
+        self.kept.mkdir(exist_ok=True)
+
+    def built(self, mutant: Mutant | None = None) -> Path:
+        """Return the module as built with one change, or with none."""
+        texts = {path.name: path.read_text() for path in self.sources}
+        if mutant is not None:
+            name = Path(mutant.file).name
+            texts[name] = _replaced(mutant, texts[name])
+        digest = hashlib.sha256(repr((self.kernel.release, sorted(texts.items()))).encode()).hexdigest()[:16]
+        target = self.kept / f"{digest}.ko"
+        self.used.add(target)
+        if not target.exists():
+            self._write(texts)
+            kernel = self.kernel
+            build_modules(self.session.tree, (kernel.headers, kernel.symbols, kernel.release), self.folder)
+            partial = target.with_suffix(".partial")
+            shutil.copyfile(self.folder / "vdpa_hwsim.ko", partial)
+            partial.rename(target)
+        return target
+
+    def _write(self, texts: Mapping[str, str]) -> None:
+        """Write the sources; those that are the same keep their age, so that only what changed is compiled."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            path = self.folder / name
+            if not path.exists() or path.read_text() != text:
+                path.write_text(text)
+
+    def forget_others(self) -> None:
+        """Remove modules of other sources."""
+        for path in self.kept.iterdir():
+            if path not in self.used:
+                path.unlink()
+
+
+def _pytest(tests: Sequence[str]) -> list[str]:
+    return ["python3", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+
+
+def _union(mutants: Sequence[Mutant]) -> list[str]:
+    """Return the tests of all mutants that are named outright; others have a selection of their own."""
+    return sorted(
+        {word for mutant in mutants for word in mutant.tests if word.startswith("tests/") and "-k" not in mutant.tests}
+    )
+
+
+def _verdict(status: int, why: str) -> tuple[str, str]:
+    verdict = VERDICTS.get(status, BROKEN)
+    return verdict, why if verdict == BROKEN else ""
+
+
+def render(results: Sequence[Result]) -> str:
+    """Return what became of all mutants, the killed ones as a number."""
+    killed = [result for result in results if result.verdict == KILLED]
+    lines = [f"{len(killed)} of {len(results)} mutants were noticed"]
+    for verdict in (SURVIVED, BROKEN):
+        for result in results:
+            if result.verdict == verdict:
+                why = result.mutant.survives or result.why or f"no test of {' '.join(result.mutant.tests)} fails"
+                lines.append(f"{verdict:<9} {result.mutant.name}  {result.mutant.file}: {why}")
+    return "\n".join(lines)
+
+
+def run(session: Session, request: Request, only: str = "") -> int:
+    """Run the mutants that `only` selects."""
+    mutants = load(PROJECT, only)
+    if not mutants:
+        raise LabError(f"no mutant has {only!r} in its name or file", "", f"grep name {FOLDER}/*.toml")
+    devices.parse(request.devices)
+    return Run(session, request, mutants).execute()
