@@ -94,7 +94,10 @@ class Destination:
         shape: GuestShape | None = None,
         procedure: str | None = None,
     ) -> None:
-        """``shape`` if it was received already (:func:`receive_shape`); ``procedure`` to force one on the devices."""
+        """``control_deadline`` in seconds for each device; ``shape`` if it was received already.
+
+        ``procedure`` forces one on the devices.
+        """
         self._control_deadline, self._procedure = control_deadline, procedure
         self.paths = [os.fspath(path) for path in paths]
         self._shape = shape

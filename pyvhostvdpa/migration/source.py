@@ -375,7 +375,8 @@ class Source:
         assert self._fence is not None
         kind, theirs = self.channel.expect(Frame.READY, Frame.FAILED, seconds=max(1.0, self._fence.left - MARGIN))
         # the destination's time to start the guest began before READY arrived
-        self._theirs = Fence(patience(self._shape), 3)
+        # the destination's control queue may be as slow as this side's may be
+        self._theirs = Fence(patience(self._shape) + self.options.control_deadline, 3)
         if kind is Frame.FAILED:
             self._fence = None
             raise MigrationFailed(f"the destination says: {words(theirs)}")

@@ -212,7 +212,7 @@ class DeviceControl:
             if left == before:
                 self.died = True
                 raise ControlFailed(
-                    f"{who}the device did not answer {left} control commands within {deadline:g} s",
+                    f"{who}the device did not answer {left} control commands within {deadline} s",
                     hint="a device that is slow and not dead takes a longer --control-deadline",
                 )
 

@@ -30,13 +30,15 @@ from world import OPTIONS, PERFECT
 
 from pyvhostvdpa.migration.source import SendOptions
 
-SOURCE = ("handshake", "switch", "memory", "stop", "state", "ready", "go", "running")
-DESTINATION = ("handshake", "map", "memory", "load", "ready", "start", "running")
+SOURCE = ("handshake", "switch", "memory", "stop", "state", *("ready", "go", "running") * 2)
+DESTINATION = ("handshake", "map", "memory", "load", *("ready", "start", "running") * 2)
+"""Phases at which a side is held while it is harmed, those of the hand-over twice as often."""
 KNOBS = ("fail_suspend", "fail_set_map", "fail_vq_create", "cvq_mute")
 PATIENCE, MARGIN, STALL = 4.0, 1.5, 3.0
 """Seconds, in place of a minute."""
 END_SECONDS = 90.0
 NOFILE = 1024
+VERBOSE = bool(os.environ.get("PYVHOSTVDPA_SOAK_VERBOSE"))
 
 
 @dataclass
@@ -109,6 +111,8 @@ class Storm:
             e.add_note("\n".join(story))
             raise
         self.tally.ends[how] += 1
+        if VERBOSE:
+            print("; ".join([*story, how]), flush=True)
         self._is_as_before()
 
     def _run(self, chance: random.Random, story: list[str]) -> dict[str, End]:
@@ -122,13 +126,13 @@ class Storm:
                 left, right = socket.socketpair()
                 stack.callback(left.close)
                 stack.callback(right.close)
-            faults = [self._draw(chance, wire) for _ in range(chance.choice([0, 1, 1, 1, 2, 2]))]
+            faults = [self._draw(chance, wire) for _ in range(chance.choice([0, 1, 1, 2, 2, 3]))]
             side = chance.choice([self.here, self.there])
             phase = chance.choice(SOURCE if side is self.here else DESTINATION)
-            held = faults and chance.random() < 0.6
-            story.append(
-                f"over {'a network' if wire else 'a Unix socket'}{f', held at {side.name} {phase}' * bool(held)}"
-            )
+            held = faults and chance.random() < 0.75
+            story.append(f"over {'a network' if wire else 'a Unix socket'}")
+            if held:
+                story.append(f"held at the {self._role(side)}'s {phase}")
             options = SendOptions(folder=self.folder, downtime=0.5, hashed=chance.random() < 0.3)
             self.here.ask("send", options, phase if held and side is self.here else "", fd=left.fileno())
             receiving = ("receive", [self.paths[self.there.name]], phase if held and side is self.there else "")
@@ -174,7 +178,7 @@ class Storm:
 
     def _draw(self, chance: random.Random, wire: Wire | None) -> Fault:
         kinds: list[Callable[[random.Random], Fault]] = [self._signal, self._signal, self._pause, self._kill]
-        kinds += [self._limit, self._disk, self._disk]
+        kinds += [self._kill, self._limit, self._disk]
         if any(self.sims.values()):
             kinds += [self._device, self._device]
         if wire is not None:
@@ -184,13 +188,16 @@ class Storm:
     def _victim(self, chance: random.Random) -> Peer:
         return chance.choice([self.here, self.there])
 
+    def _role(self, peer: Peer) -> str:
+        return "source" if peer is self.here else "destination"
+
     def _signal(self, chance: random.Random) -> Fault:
         peer, number = self._victim(chance), chance.choice([signal.SIGINT, signal.SIGTERM])
-        return Fault(f"{number.name} to {peer.name}", lambda: peer.signal(number))
+        return Fault(f"{number.name} to the {self._role(peer)}", lambda: peer.signal(number))
 
     def _kill(self, chance: random.Random) -> Fault:
         peer = self._victim(chance)
-        return Fault(f"SIGKILL to {peer.name}", peer.kill)
+        return Fault(f"SIGKILL to the {self._role(peer)}", peer.kill)
 
     def _pause(self, chance: random.Random) -> Fault:
         peer, seconds = self._victim(chance), chance.choice([0.1, 0.5, 2.0, STALL + 1, 2 * PATIENCE + 3 * MARGIN])
@@ -200,7 +207,7 @@ class Storm:
                 time.sleep(seconds)
                 peer.thaw()
 
-        return Fault(f"SIGSTOP to {peer.name} for {seconds} s", lambda: peer.signal(signal.SIGSTOP), undo)
+        return Fault(f"SIGSTOP to the {self._role(peer)} for {seconds} s", lambda: peer.signal(signal.SIGSTOP), undo)
 
     def _limit(self, chance: random.Random) -> Fault:
         peer, room = self._victim(chance), chance.randrange(4)
@@ -215,7 +222,7 @@ class Storm:
                 time.sleep(1.0)
                 resource.prlimit(peer.pid, resource.RLIMIT_NOFILE, (NOFILE, NOFILE))
 
-        return Fault(f"ulimit of {peer.name} to {room} more", do, undo)
+        return Fault(f"ulimit of the {self._role(peer)} to {room} more", do, undo)
 
     def _disk(self, chance: random.Random) -> Fault:
         read_only, filler = chance.random() < 0.5, self.folder / "filler"
@@ -237,13 +244,13 @@ class Storm:
         return Fault("disk read-only" if read_only else "disk full", do, undo)
 
     def _device(self, chance: random.Random) -> Fault:
-        name = chance.choice([name for name, sim in self.sims.items() if sim is not None])
-        sim, knob, value = self.sims[name], chance.choice(KNOBS), chance.randrange(1, 4)
+        peer = self._victim(chance)
+        sim, knob, value = self.sims[peer.name], chance.choice(KNOBS), chance.randrange(1, 4)
         assert sim is not None
         if knob == "cvq_mute":
             value = 1
         return Fault(
-            f"device {name} {knob}={value}",
+            f"device of the {self._role(peer)}: {knob}={value}",
             lambda: sim.write(f"fault/{knob}", value),
             lambda: sim.write(f"fault/{knob}", 0),
         )
@@ -271,42 +278,41 @@ class Storm:
         killed = [peer for peer in (self.here, self.there) if not peer.alive]
         owners = [peer for peer in (self.here, self.there) if peer.alive and peer.call("runs")]
         files = sorted(self.folder.glob("*.saved"))
-        story.append(f"owners {[peer.name for peer in owners]}, files {[path.name for path in files]}")
+        story.append(f"owners {[self._role(peer) for peer in owners]}, files {[path.name for path in files]}")
+        said = [end.failed for end in ends.values() if end.failed is not None]
         assert len(owners) <= 1, "two sides run the guest"
-        said = {name: end.failed for name, end in ends.items() if end.failed is not None}
+        assert owners or files or killed, "the guest is nowhere, and nobody was killed"
         for path in files:
-            assert (
-                any(str(path) in failure.message and str(path) in failure.hint for failure in said.values()) or killed
-            )
-        source, destination = self.here, self.there
+            named = [str(path) in failure.message and str(path) in failure.hint for failure in said]
+            assert any(named) or killed, f"nobody says what {path} is"
         if owners:
-            how = "stayed" if owners[0] is source else "arrived"
-            self._check_owner(owners[0], ends)
-            for path in files:
-                # as the hint of the side that is not the owner says
-                path.unlink()
-        elif files:
-            how = f"taken from the {'destination' if 'destination' in files[0].name else 'source'}'s file"
-        else:
-            assert killed, "the guest is nowhere, and nobody was killed"
-            how = "died with its process"
-        if not owners:
-            for peer in (source, destination):
-                if peer.alive:
-                    peer.call("drop_stopped")
+            return self._keep(owners[0], ends, killed, files)
+        for peer in (self.here, self.there):
+            if peer.alive:
+                peer.call("drop_stopped")
+        self._replace(killed)
+        if files:
+            return self._use(chance, files, said, story)
+        self._start()
+        return "died with its process"
+
+    def _keep(self, owner: Peer, ends: dict[str, End], killed: list[Peer], files: list[Path]) -> str:
+        """The guest runs; what the other side saved is removed, as its hint says."""
+        self._check_owner(owner, ends)
+        for path in files:
+            path.unlink()
+        stayed = owner is self.here
+        self._replace(killed)
+        if stayed:
+            return "stayed"
+        self.here.call("drop_stopped")
+        self.here, self.there = self.there, self.here
+        return "arrived"
+
+    def _replace(self, killed: list[Peer]) -> None:
         for peer in killed:
             fresh = self._fork(peer.name)
-            self.here, self.there = (fresh if p is peer else p for p in (self.here, self.there))
-        if owners:
-            if owners[0] is destination:
-                if self.here.alive:
-                    self.here.call("drop_stopped")
-                self.here, self.there = self.there, self.here
-        elif files:
-            self._use(chance, files, said, story)
-        else:
-            self._start()
-        return how
+            self.here, self.there = (fresh if each is peer else each for each in (self.here, self.there))
 
     def _check_owner(self, owner: Peer, ends: dict[str, End]) -> None:
         """The words of each side agree with who runs the guest."""
@@ -322,10 +328,11 @@ class Storm:
             if source.failed is not None:
                 assert "saved in" in source.failed.message
 
-    def _use(self, chance: random.Random, files: list[Path], said: dict[str, Failed], story: list[str]) -> None:
+    def _use(self, chance: random.Random, files: list[Path], said: list[Failed], story: list[str]) -> str:
         """Run the command that a message names for a file, on one side only."""
         path = chance.choice(files)
-        lines = [line for failure in said.values() for line in failure.hint.splitlines()]
+        how = f"started from the {'destination' if 'destination' in path.name else 'source'}'s file"
+        lines = [line for failure in said for line in failure.hint.splitlines()]
         commands = [command for line in lines if (command := _command(line)) and str(path) in command]
         self.tally.takes += 1
         if not commands:
@@ -340,12 +347,13 @@ class Storm:
         if chance.random() < 0.25:
             self._run_command(commands[0])
             self._start()
-            return
+            return how
         taker = self.here if self.paths[self.here.name] == device else self.there
         taker.call("take", path, [device])
         assert not path.exists()
         if taker is self.there:
             self.here, self.there = self.there, self.here
+        return how
 
     def _run_command(self, command: list[str]) -> None:
         """Run it as it is printed; what it reports is sound, and the guest has ended with it."""

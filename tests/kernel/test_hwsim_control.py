@@ -294,6 +294,7 @@ def test_a_device_may_be_slower_than_the_deadline_as_long_as_it_answers(make: Ma
 
 def test_a_device_that_never_answers_costs_the_deadline_and_no_more(make: Make) -> None:
     guest = make(1)
+    guest.device.control_deadline = 1.0
     guest.start()
     guest.traffic.run()
     guest.receives(100)

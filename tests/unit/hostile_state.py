@@ -60,6 +60,8 @@ _ADDRESSES = {"desc", "command", "answer", "rx_gpa", "tx_gpa", "tx_table_gpa", "
 _TIMES = {"clock", "last_rx"}
 _OPTIONAL = {"control", "model", "mac", "offloads", "rss", "hash_config"}
 _SIZES = (0, 1, 16, 1 << 12, 1 << 14, 1 << 15, 1 << 16, 1 << 17)
+_BUCKETS = 17
+_MARKS, _BRANCHES = 1 << 12, 32
 _WIDTHS = (64, 63, 32, 16, 8, 1)
 
 Path_ = tuple[Any, ...]
@@ -215,10 +217,39 @@ def full(memory: GuestMemory) -> Guest:
     return guest
 
 
-class Fuzzer:
-    """Both worlds, and the way of an input through one of them."""
+def branches(first: int, behind: int, indent: str = " ") -> str:
+    """Return code with a branch of its own for each number in a range."""
+    if behind - first == 1:
+        return f"{indent}return {first}\n"
+    middle = (first + behind) // 2
+    low, high = branches(first, middle, indent + " "), branches(middle, behind, indent + " ")
+    return f"{indent}if number < {middle}:\n{low}{indent}else:\n{high}"
 
-    def __init__(self) -> None:
+
+def marker(first: int, behind: int) -> Callable[[int], object]:
+    """Return a function whose coverage tells libFuzzer the number that it was called with."""
+    made: dict[str, Any] = {}
+    exec(f"def mark(number):\n{branches(first, behind)}", made)
+    return atheris.instrument_func(made["mark"])  # type: ignore[no-any-return]
+
+
+def bucket(kind: str, value: Any, memory: GuestMemory) -> int:
+    """Return which kind of value of a field it is, below :data:`_BUCKETS`."""
+    if kind == "address":
+        sizes = [region.end - value for region in memory.regions]
+        return next((_SIZES.index(size) for size in sizes if size in _SIZES), len(_SIZES))
+    return value.bit_length() % _BUCKETS if isinstance(value, int) else 0
+
+
+class Fuzzer:
+    """Both worlds, and the way of an input through one of them.
+
+    ``mark`` is told a number for each field that an accepted state has
+    changed, and how: libFuzzer keeps inputs that reach a new one.
+    """
+
+    def __init__(self, mark: Callable[[int], object] | None = None) -> None:
+        self._mark = mark
         self.worlds = [World(plain), World(full)]
         self._own = SharedMemory("control", 1 << 16)
         self._area = ControlArea(SplitLayout(64), self._own.hva, 1 << 20)
@@ -275,10 +306,21 @@ class Fuzzer:
         try:
             if guest.shapes() == world.shapes:
                 self.accepted += 1
+                if self._mark is not None:
+                    self._report(self._mark, world, {"guest": own, "device": device})
                 guest.shift_clock(time.monotonic_ns() - clock)
                 self._drive(guest)
         finally:
             guest.let_go()
+
+    def _report(self, mark: Callable[[int], object], world: World, found: dict[str, Any]) -> None:
+        honest = {"guest": world.guest, "device": world.device}
+        every = [field for fields in world.fields for field in fields]
+        for number, field in enumerate(every):
+            name, *path = field.path
+            value = get(found[name], tuple(path))
+            if field.kind != "part" and value != get(honest[name], tuple(path)):
+                mark(number * _BUCKETS + bucket(field.kind, value, world.memory))
 
     def _drive(self, guest: Guest) -> None:
         for nic, control in zip(guest.nics, guest.controls, strict=True):
@@ -402,11 +444,13 @@ def random_inputs(count: int, seed: int) -> Iterator[bytes]:
 
 def main(words: list[str]) -> int:
     logging.disable(logging.WARNING)
-    fuzzer = Fuzzer()
     if words and words[0] == "--fuzz":
+        marks = [marker(first, first + _BRANCHES) for first in range(0, _MARKS, _BRANCHES)]
+        fuzzer = Fuzzer(lambda number: marks[number // _BRANCHES](number))
         atheris.Setup([sys.argv[0], *words[1:]], fuzzer.one_input)
         atheris.Fuzz()
         return 0
+    fuzzer = Fuzzer()
     if words and words[0] == "-r":
         inputs = random_inputs(int(words[1]), int(words[2]) if len(words) > 2 else 1)
     else:

@@ -490,3 +490,12 @@ def test_waiting_for_nothing_asks_for_nothing(model: Make) -> None:
     m.ring.avail.ring[m.num] = 77
     assert d.wait(10_000) == 0
     assert m.ring.avail.ring[m.num] == 77
+
+
+def test_waiting_without_event_idx_leaves_the_event_alone(model: Make) -> None:
+    m = model(num=8)
+    d = Driven(m)
+    d.add()
+    m.ring.avail.ring[m.num] = 77
+    assert d.wait() == 1
+    assert m.ring.avail.ring[m.num] == 77

@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 from hostile_state import LAYOUT, Path_, World, cohere, full, plain, put
 
+import pyvhostvdpa
 from pyvhostvdpa.base.errors import MissingFeature, StreamCorrupt
 from pyvhostvdpa.guest.state import DeviceState, GuestState
 from pyvhostvdpa.guest.synthetic import MAX_WRITER_RATE, Guest
 from pyvhostvdpa.net.features import Feature
 
 HARNESS = Path(__file__).with_name("hostile_state.py")
+ROOT = HARNESS.parents[2]
+CORPUS = ROOT / "tests" / "native" / "corpus" / "state"
 INPUTS = int(os.environ.get("PYVHOSTVDPA_FUZZ_INPUTS", "5000"))
 END = LAYOUT[1][0] + LAYOUT[1][1]
 OUTSIDE = 1 << 45
@@ -213,9 +216,20 @@ def test_nic_without_control_queue_is_restored() -> None:
         world.memory.close()
 
 
-def test_random_states_are_refused_or_run() -> None:
-    """The soak test `restore` looks on under libFuzzer; a crash of the driver ends the process of its own."""
-    words = [sys.executable, "-X", "faulthandler", str(HARNESS), "-r", str(INPUTS), "1"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, cwd=HARNESS.parents[2])
+def harness(*words: str) -> str:
+    """Run the harness in a process of its own, which a crash of the driver ends."""
+    command = [sys.executable, "-X", "faulthandler", str(HARNESS), *words]
+    environment = {**os.environ, "PYTHONPATH": str(Path(pyvhostvdpa.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-4000:]
-    assert done.stdout.startswith(f"{INPUTS} inputs")
+    return done.stdout
+
+
+def test_random_states_are_refused_or_run() -> None:
+    """The soak test `restore` runs the same harness under libFuzzer."""
+    assert harness("-r", str(INPUTS), "1").startswith(f"{INPUTS} inputs")
+
+
+@pytest.mark.parametrize("name", ["control_tables", "no_pairs"])
+def test_state_that_once_crashed_a_destination_is_refused(name: str) -> None:
+    assert harness(str(CORPUS / name)).startswith("1 inputs, 0 of them accepted")

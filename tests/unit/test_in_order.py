@@ -148,3 +148,25 @@ def test_a_head_beyond_the_table_does_not_hide_one_that_is_open_twice(model: Mak
     for head in (0xFFFF, 1, 1):
         m.publish(head)
     assert not lib.vring_in_order(m.ring, start.c, 0)
+
+
+@pytest.mark.parametrize("since", [2, NUM])
+def test_disorder_like_that_from_before_the_start_counts_once_it_is_repeated(model: Make, since: int) -> None:
+    m = model(num=NUM)
+    swapped_pairs(m, 0, NUM)
+    start = RingStart(m.queue, m.memory)
+    swapped_pairs(m, NUM, since)
+    assert not lib.vring_in_order(m.ring, start.c, 0)
+
+
+def test_every_slot_is_looked_at(model: Make) -> None:
+    m = model(num=NUM)
+    start = RingStart(m.queue, m.memory)
+    for slot in range(NUM):
+        m.ring.avail.ring[slot] = m.ring.used.ring[slot].id = slot
+    m.ring.avail.idx = m.ring.used.idx = NUM
+    assert lib.vring_in_order(m.ring, start.c, 0)
+    for slot in range(NUM):
+        m.ring.used.ring[slot].id = (slot + 1) % NUM
+        assert not lib.vring_in_order(m.ring, start.c, 0)
+        m.ring.used.ring[slot].id = slot

@@ -292,3 +292,36 @@ def test_a_broken_queue_s_notifications_do_not_keep_a_relay_awake(model: Make, r
     running.run(50)
     assert running.c.sleeps - before <= 2
     assert os.eventfd_read(m.queue.kick) == 1, "nobody takes them any more"
+
+
+def test_a_broken_queue_is_told_while_a_relay_polls(model: Make, relay: Callable[..., Running]) -> None:
+    m = model()
+    config = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        running = relay(m, busy_poll=60_000 * MS, config_call=config)
+        running.start(20_000)
+        until(lambda: running.c.rounds > 10)
+        break_queue(m)
+        until(lambda: running.c.broken == 1)
+        assert os.eventfd_read(config) == 1
+        assert running.c.sleeps == 0
+    finally:
+        running.close()
+        running.threads.clear()
+        running.wake = os.eventfd(0, os.EFD_NONBLOCK)
+        os.close(config)
+
+
+def test_busy_polling_begins_anew_when_the_device_returns_something(model: Make, relay: Callable[..., Running]) -> None:
+    m = model()
+    give(m, 0)
+    m.forward()
+    [(head, _)] = m.fetch()
+    running = relay(m, busy_poll=200 * MS)
+    running.start(20_000)
+    time.sleep(0.15)
+    m.complete(head)
+    until(lambda: m.svq.c.returned == 1)
+    moved = time.monotonic()
+    running.asleep()
+    assert time.monotonic() - moved >= 0.19, "it slept before its time"

@@ -452,10 +452,10 @@ def pages_of(gpa: int, size: int) -> set[int]:
     return set(range(gpa & ~(PAGE_SIZE - 1), gpa + size, PAGE_SIZE))
 
 
-@pytest.mark.parametrize("start", [0, 500, 1020])
-def test_every_used_entry_written_is_marked_also_where_the_ring_wraps(model: Make, start: int) -> None:
-    """A used ring of three pages: index and first entries, the middle, the last entries with avail_event."""
-    num, count = 1024, 16
+@pytest.mark.parametrize(("start", "count"), [(0, 16), (500, 16), (2040, 16), (2046, 1000), (1, 2047)])
+def test_every_used_entry_written_is_marked_also_where_the_ring_wraps(model: Make, start: int, count: int) -> None:
+    """A used ring of five pages; its first page is marked for the index in any case."""
+    num = 2048
     m = model(num=num, start_idx=start)
     for slot in range(count):
         m.describe(slot, [Segment(DATA, 8)])
@@ -536,3 +536,18 @@ def test_an_id_just_beyond_the_table_is_refused_whatever_lies_there(model: Make)
     m.complete(8)
     assert m.give_back() == 0
     assert m.svq.c.broken == lib.SVQ_BAD_USED_ID
+
+
+def test_heads_in_flight_are_listed_by_age_whatever_shadow_slots_they_have(model: Make) -> None:
+    m = model(num=4)
+    for slot in range(4):
+        m.describe(slot, [Segment(DATA, 8)])
+        m.publish(slot)
+    m.forward()
+    shadow = [head for head, _ in m.fetch()]
+    for again in (2, 0):
+        m.complete(shadow[again])
+        m.give_back()
+        m.publish(again)
+        m.forward()
+    assert m.svq.in_flight == [1, 3, 2, 0]

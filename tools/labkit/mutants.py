@@ -176,14 +176,16 @@ class Run:
         return copy
 
     def _site(self, mutant: Mutant, copy: Path) -> Path:
-        """Return the package as installed from the copy; only what is compiled has to be built for that."""
-        site = copy.parent / "site"
+        """Return the package as installed from the copy; it is built only for a change of what is compiled."""
+        site, installed = copy.parent / "site", self.session.environment.site
         if mutant.file.startswith(f"{PACKAGE}/"):
-            shutil.copytree(self.session.environment.site, site, symlinks=True)
+            shutil.copytree(installed, site, symlinks=True)
             shutil.copyfile(copy / mutant.file, site / mutant.file)
-        else:
+        elif mutant.file.startswith("cdefs/"):
             changed = Environment(self.session.cache, self.session.tree, copy, self.session.progress)
             changed.install(copy.parent)
+        else:
+            return installed
         return site
 
     # -- in a VM ---------------------------------------------------------------
@@ -294,10 +296,9 @@ def _pytest(tests: Sequence[str]) -> list[str]:
 
 
 def _union(mutants: Sequence[Mutant]) -> list[str]:
-    """Return the tests of all mutants that are named outright; others have a selection of their own."""
-    return sorted(
-        {word for mutant in mutants for word in mutant.tests if word.startswith("tests/") and "-k" not in mutant.tests}
-    )
+    """Return the files of all tests that mutants are tried with: without a change they have to pass."""
+    words = {word.partition("::")[0] for mutant in mutants for word in mutant.tests}
+    return sorted(word for word in words if word.startswith("tests/"))
 
 
 def _verdict(status: int, why: str) -> tuple[str, str]:

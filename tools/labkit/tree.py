@@ -108,7 +108,9 @@ class Tree:
         argv = ["python3", "-m", "pip", "install", "--break-system-packages", "--no-deps", "--require-hashes"]
         argv += ["--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--root-user-action=ignore"]
         argv += ["--root", "/lab/out", "-r", f"/lab/kit/{LOCK.name}"]
-        self.progress.call("adding ioctl-opt and ruff from PyPI", chroot.argv(argv), self.cache.log("tree-pip"))
+        self.progress.call(
+            "adding atheris, ioctl-opt and ruff from PyPI", chroot.argv(argv), self.cache.log("tree-pip")
+        )
         shutil.copytree(out, partial / "root", symlinks=True, dirs_exist_ok=True)
         shutil.rmtree(out)
 

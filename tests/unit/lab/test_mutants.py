@@ -152,3 +152,14 @@ def test_mutant_that_ends_the_vm_is_noticed_and_the_rest_go_on_in_another(tmp_pa
     assert run._boot(plan) == {"one": 1, "two": 124}
     assert run._boot(plan[2:]) == {"three": 0}
     assert run.session.plans == [["one", "two", "three"], ["three"]]
+
+
+def test_baseline_is_every_file_that_a_mutant_is_tried_with():
+    """No file at all would be pytest's default, which is every test that there is."""
+
+    def of(*tests):
+        return Mutant("name", "f.c", "a", "b", "lab", tests)
+
+    chosen = [of("tests/kernel/b.py", "-k", "some"), of("tests/kernel/a.py::test_one"), of("tests/kernel/b.py")]
+    assert mutants._union(chosen) == ["tests/kernel/a.py", "tests/kernel/b.py"]
+    assert mutants._union(mutants.load(PROJECT)) != []
