@@ -158,14 +158,14 @@ def test_window_gap_shorter_than_all_kept_gaps_is_reported(looped: tuple[NicPair
         end = time.monotonic_ns()
     assert traffic.window_gap(Window.SWITCH) is None
     frame_after(pair, device, 0)
-    frame_after(pair, device, 0.05)
+    frame_after(pair, device, 0.5)
     for slot in pair.c.gaps:
         # 64 longer gaps at another time
         slot.begin, slot.end = 1, 10**9
     assert traffic.longest_gap(begin, end) is None
     gap = traffic.window_gap(Window.SWITCH)
     assert gap is not None
-    assert 5 <= gap < 50
+    assert 5 <= gap < 500, "the gap of half a second is later"
     assert traffic.window_gap(Window.START) is None
 
 
@@ -175,14 +175,15 @@ def test_window_begun_again_forgets_its_gap(looped: tuple[NicPair, Loopback]) ->
     device.take()
     frame_after(pair, device, 0)
     pair.begin_window(Window.START)
-    frame_after(pair, device, 0.02)
-    assert pair.window_gap(Window.START) is not None
+    frame_after(pair, device, 0.5)
+    longer = pair.window_gap(Window.START)
+    assert longer is not None
     pair.begin_window(Window.START)
     assert pair.window_gap(Window.START) is None
     frame_after(pair, device, 0)
     gap = pair.window_gap(Window.START)
     assert gap is not None
-    assert gap < 20
+    assert gap < longer
 
 
 def test_nonsense_in_the_used_rings_is_counted_and_survived(looped: tuple[NicPair, Loopback]) -> None:
