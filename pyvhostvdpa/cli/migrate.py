@@ -77,7 +77,7 @@ def _print(report: Report, arguments: argparse.Namespace, trace: Trace) -> None:
 
 
 def _summary(report: Report) -> str:
-    tables = [gap_lines(report.stopped, report.sent.last)]
+    tables = [gap_lines(report.stopped, report.sent.last)] if report.stopped is not None else []
     if report.sent.switched:
         back = [] if report.outcome != STAYED else [["back to passthrough", "", milliseconds(report.gap_back_ms)]]
         rows = [

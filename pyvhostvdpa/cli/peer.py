@@ -146,10 +146,11 @@ def procedures_line(chosen: Mapping[str, Mapping[str, Any]]) -> str:
     return "procedure: " + ", ".join(each)
 
 
-def gap_lines(stopped: StopToRun | None, last: LastRound | None, title: str = "stop to run") -> str:
+PART = "stop to run, this side's part"
+
+
+def gap_lines(stopped: StopToRun, last: LastRound | None, title: str = "stop to run") -> str:
     """Return how long the guest stood still and what for, as lines; the last round of memory on its own."""
-    if stopped is None:
-        return f"{title}: the guest stayed"
     parts = ", ".join(f"{name} {ms:.2f}" for name, ms in stopped.by_phase().items())
     lines = [f"{title}: {stopped.ms:.2f} ms ({parts})"]
     if last is not None:

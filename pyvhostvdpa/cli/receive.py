@@ -15,6 +15,7 @@ from ..trace.gap import join
 from . import tracing
 from .peer import (
     ADDRESS,
+    PART,
     Progress,
     add_options,
     add_tls_options,
@@ -105,7 +106,8 @@ def show(report: ReceivedReport, as_json: bool) -> int:
         pages = f"pages that its CPU found wrong: {report.bad_pages}"
         hashed = f"\nmemory hash {report.hash}, the same on both sides" if report.hash else ""
         rate = report.parts["destination"].rate
-        print(gap_lines(join(report.steps), None, "the guest's stop, this side's part"), end="\n\n")
+        if (stopped := join(report.steps)) is not None:
+            print(gap_lines(stopped, None, PART), end="\n\n")
         lines = [
             gap,
             pages,

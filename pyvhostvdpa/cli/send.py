@@ -16,6 +16,7 @@ from ..trace.recorder import Trace
 from . import tracing
 from .peer import (
     ADDRESS,
+    PART,
     SENDING,
     Progress,
     add_options,
@@ -114,7 +115,8 @@ def _print(report: SentReport, arguments: argparse.Namespace, trace: Trace) -> N
 
 
 def _summary(report: SentReport) -> str:
-    tables = [gap_lines(gap.join(report.steps), report.sent.last, "the guest's stop, this side's part")]
+    stopped = gap.join(report.steps)
+    tables = [gap_lines(stopped, report.sent.last, PART)] if stopped is not None else []
     if report.sent.switched:
         tables.append(
             table(
