@@ -157,6 +157,8 @@ class Device:
         try:
             kind, number, payload = REQUEST.unpack(os.read(self.fd, REQUEST.size))
         except BlockingIOError:
+            # a device that the kernel has given up is always ready and has nothing to read; this fails on it
+            self._info(RX)
             return
         result = b""
         if kind == GET_VQ_STATE:

@@ -374,8 +374,8 @@ class Source:
         ours = hash_bytes(self.guest.memory) if self.options.hashed else b""
         assert self._fence is not None
         kind, theirs = self.channel.expect(Frame.READY, Frame.FAILED, seconds=max(1.0, self._fence.left - MARGIN))
-        # the destination's time to start the guest began before READY arrived
-        # the destination's control queue may be as slow as this side's may be
+        # the destination's time to start the guest began before READY arrived, and its control queue may be as slow as
+        # this side's may be
         self._theirs = Fence(patience(self._shape) + self.options.control_deadline, 3)
         if kind is Frame.FAILED:
             self._fence = None

@@ -60,7 +60,11 @@ def vduse(name: str) -> Iterator[str]:
     wait_for(Path("/dev/vduse/control").exists, "/dev/vduse/control")
     with subprocess.Popen([sys.executable, str(VDUSE_NET), f"{name}=52:54:91:a1:b2:f7"]) as daemon:
         wait_for(lambda: _added(name), f"{name} to be added")
-        yield chardev(name)
+        try:
+            yield chardev(name)
+        except BaseException:
+            daemon.kill()
+            raise
         command("vdpa", "dev", "del", name)
         daemon.send_signal(signal.SIGTERM)
         assert daemon.wait(10) == 0

@@ -301,6 +301,12 @@ class Peer:
     def thaw(self) -> None:
         self.signal(signal.SIGCONT)
 
+    def ended_by(self) -> int:
+        """Wait for a process that is gone; the signal that ended it, 0 if it ended by itself."""
+        self.alive = False
+        self.control.close()
+        return max(0, -os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]))
+
     def kill(self) -> None:
         """End it as kill -9 does, wherever it is. Twice is no error."""
         if self.alive:

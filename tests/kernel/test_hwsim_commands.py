@@ -236,6 +236,12 @@ def test_command_that_is_wrong_is_refused_and_changes_nothing() -> None:
         assert guest.sim.read("state")["fault"] == ""
 
 
+def test_device_that_can_be_told_what_to_receive_begins_with_everything() -> None:
+    with opened("hw0", MORE) as guest:
+        begin(guest)
+        assert shown(guest)["promisc"] == "1"
+
+
 def test_command_longer_than_any_is_refused() -> None:
     with opened("hw0", MORE) as guest:
         queue = begin(guest)
