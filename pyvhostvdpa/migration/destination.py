@@ -114,6 +114,7 @@ class Destination:
         self._device_states: list[DeviceState] = []
         self._outline: list[DeviceState] = []
         self._expected: Guest | None = None
+        self._arrival = ""
 
     def run(self) -> Arrived:
         """Receive a guest and return it running.
@@ -207,7 +208,8 @@ class Destination:
                 self._progress(receiver)
             elif self._control(header, shape):
                 break
-        self._tell(f"{receiver.pages:,} pages and {receiver.zero_pages:,} of zeros arrived")
+        # told once the guest runs: it stands still now
+        self._arrival = f"{receiver.pages:,} pages and {receiver.zero_pages:,} of zeros arrived"
         self._observe("load")
         self._cancel.check()
         with gap.step(self._devices[0].trace, gap.LOAD):
@@ -349,6 +351,7 @@ class Destination:
         except Exception as e:
             # whatever it is, the guest runs
             note = f"the guest runs here, but the source could not be told ({words_of(e)}): it stays stopped there"
+        self._tell(self._arrival)
         resources = self._stack.pop_all()
         return Arrived(shape.id.hex(), shape.source, guest, self._devices, self._hash.hex(), note, resources)
 
