@@ -26,6 +26,7 @@ HEADERS = (
     "nic.h",
     "pages.h",
     "bench.h",
+    "calls.h",
 )
 
 _CONSTANT = re.compile(r"#define\s+\w+\s+\d+\b")

@@ -16,5 +16,6 @@
 #include "nic.h"
 #include "pages.h"
 #include "bench.h"
+#include "calls.h"
 
 #endif

@@ -64,3 +64,23 @@ def counters(device: str | None) -> dict[str, int] | None:
             hint="as root: mount -t debugfs debugfs /sys/kernel/debug",
         ) from e
     return {key: int(value) for key, _, value in (line.partition("=") for line in lines)}
+
+
+def stop_and_go_ms(device: str | None, pairs: int) -> float | None:
+    """Return what a device takes to suspend and resume ``pairs`` pairs, by its own table of costs, in ms.
+
+    Nothing that stops the queues of such a device and lets them go takes
+    less. None if it is no vdpa_hwsim device.
+    """
+    if counters(device) is None:
+        return None
+    costs = _DEBUGFS / str(device) / "cost"
+    try:
+        once = sum(int((costs / name).read_text()) for name in ("suspend_ns", "resume_ns"))
+        each = sum(int((costs / name).read_text()) for name in ("suspend_vq_ns", "resume_vq_ns"))
+    except OSError as e:
+        raise MissingFeature(
+            f"the costs of {device} are not to be seen: {os.strerror(e.errno or 0)}",
+            hint="as root: mount -t debugfs debugfs /sys/kernel/debug",
+        ) from e
+    return (once + 2 * pairs * each) / 1e6

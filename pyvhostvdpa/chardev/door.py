@@ -37,6 +37,7 @@ from ..base.uapi import (
     VringState,
 )
 from ..trace.recorder import DeviceTrace, Fields, Trace, describe
+from .calls import PreparedCalls
 
 _RECORDED_AS = {kind: f"IOTLB_{kind.name}" for kind in IotlbType}
 
@@ -163,6 +164,10 @@ class VhostVdpa(Closing):
             raise
         self.trace.record(t, time.monotonic_ns(), name, fields, result)
         return result
+
+    def prepare(self) -> PreparedCalls:
+        """Return an empty list for requests that are to be made later, in one go."""
+        return PreparedCalls(self)
 
     def request(self, name: str, argument: bytes | None = b"") -> bytes:
         """Make any request of :data:`~pyvhostvdpa.base.uapi.IOCTLS` with a raw argument; return what it became.

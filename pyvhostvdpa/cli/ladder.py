@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _render(report: LadderReport) -> str:
-    parts = [_conditions(report), _downtimes(report), _calls(report), *_notes(report)]
+    parts = [_conditions(report), _downtimes(report), _parts(report), _calls(report), *_notes(report)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -120,6 +120,7 @@ def _downtimes(report: LadderReport) -> str:
         rows.append(
             [
                 row.plan.title,
+                _gap(row),
                 _seconds(row.dt1_ms) + mark,
                 _published(published.dt1_s if published else None),
                 _times(faster["dt1"]),
@@ -128,7 +129,14 @@ def _downtimes(report: LadderReport) -> str:
                 _times(faster["dt2"]),
             ]
         )
-    return table(["", "DT1 s", "published", "faster", "DT2 s", "published", "faster"], rows)
+    return table(["", "stop to run ms", "DT1 s", "published", "faster", "DT2 s", "published", "faster"], rows)
+
+
+def _gap(row: RowResult) -> str:
+    if row.stop_to_run_ms is None:
+        return "-"
+    times = row.ratio()["stop_to_run"]
+    return f"{row.stop_to_run_ms:,.1f}" + (f" ({times:,.1f} x floor)" if times is not None else "")
 
 
 def _seconds(ms: float | None) -> str:
@@ -143,6 +151,24 @@ def _published(value: float | tuple[float, float] | None) -> str:
 
 def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} x"
+
+
+def _parts(report: LadderReport) -> str:
+    """What stop to run consists of, and what the devices take of it whatever is done."""
+    rows = []
+    for row in report.rows:
+        floor = row.floor
+        if row.stop_to_run_ms is None:
+            continue
+        parts = ", ".join(f"{name} {ms:,.2f}" for name, ms in row.parts().items())
+        dt1 = row.ratio()["switch"]
+        switch = "-" if floor is None else f"{floor.switch:,.2f}" + ("" if dt1 is None else f" (DT1 is {dt1:,.1f} x)")
+        rows.append([row.plan.row, switch, "-" if floor is None else f"{floor.stop_to_run:,.2f}", parts])
+    if not rows:
+        return ""
+    return "ms that the devices take for themselves, and what stop to run consists of\n" + table(
+        ["", "floor of a switch", "of stop to run", "stop to run"], rows
+    )
 
 
 def _calls(report: LadderReport) -> str:

@@ -18,8 +18,10 @@ from .peer import (
     add_sending_options,
     drops_note,
     frames_table,
+    gap_lines,
     guest_options,
     milliseconds,
+    procedures_line,
     rounds_table,
     send_options,
     sound,
@@ -58,7 +60,7 @@ def register(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Migrate and print the report."""
     progress = Progress(_PHASES)
-    options = Options(guest_options(arguments), send_options(arguments), arguments.seconds)
+    options = Options(guest_options(arguments), send_options(arguments), arguments.seconds, arguments.procedure)
     with tracing.writing(arguments) as trace:
         try:
             report = migrate(arguments.source, arguments.destination, options, progress.phase, trace, progress.tell)
@@ -75,7 +77,7 @@ def _print(report: Report, arguments: argparse.Namespace, trace: Trace) -> None:
 
 
 def _summary(report: Report) -> str:
-    tables = []
+    tables = [gap_lines(report.stopped, report.sent.last)] if report.stopped is not None else []
     if report.sent.switched:
         back = [] if report.outcome != STAYED else [["back to passthrough", "", milliseconds(report.gap_back_ms)]]
         rows = [
@@ -104,4 +106,4 @@ def _notes(report: Report) -> list[str]:
     where = f"{report.outcome}; kernel {place['kernel']}, {place['cpus']} CPUs, {place['accelerator']}"
     hashed = [f"memory hash {report.sent.hash}, the same on both sides"] if report.sent.hash else []
     wrong = [f"pages that the guest's CPU found wrong: {report.bad_pages}"] if report.bad_pages else []
-    return [drops_note(report.drops), *hashed, *wrong, *report.warnings, where]
+    return [procedures_line(report.procedure), drops_note(report.drops), *hashed, *wrong, *report.warnings, where]

@@ -8,15 +8,19 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..base.errors import MigrationRefused
+from ..device.procedure.best import NAMES
 from ..guest.nic import MAX_FRAME, MIN_FRAME, FrameCounts
 from ..guest.synthetic import GuestOptions
+from ..memory.guest import GUEST_PAGE
 from ..migration.endpoint import Tls
 from ..migration.pages import RoundStatistics
 from ..migration.saved import DEFAULT_FOLDER
-from ..migration.source import SendOptions
+from ..migration.source import LastRound, SendOptions
 from ..net.control_queue import DEFAULT_DEADLINE
+from ..trace.gap import StopToRun
 from .table import table
 from .units import count, seconds, size
 
@@ -111,6 +115,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="where a stopped guest is saved whose stream breaks at the hand-over (default %(default)s)",
     )
     parser.add_argument(
+        "--procedure",
+        choices=NAMES,
+        default=None,
+        help="start, switch and stop the devices in this way, for comparison (default: the best that each can do)",
+    )
+    parser.add_argument(
         "--control-deadline",
         metavar="SECONDS",
         type=seconds,
@@ -125,6 +135,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="how long the last frames may take at the end (default %(default)s)",
     )
     parser.add_argument("--json", "-j", action="store_true", help="print JSON, and nothing else on standard output")
+
+
+def procedures_line(chosen: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return by which procedure each device was driven, and why not by a better one, as a line."""
+    each = [
+        f"{device} {choice['name']}" + (f" ({choice['why_not_better']})" if choice["why_not_better"] else "")
+        for device, choice in chosen.items()
+    ]
+    return "procedure: " + ", ".join(each)
+
+
+PART = "stop to run, this side's part"
+
+
+def gap_lines(stopped: StopToRun, last: LastRound | None, title: str = "stop to run") -> str:
+    """Return how long the guest stood still and what for, as lines; the last round of memory on its own."""
+    parts = ", ".join(f"{name} {ms:.2f}" for name, ms in stopped.by_phase().items())
+    lines = [f"{title}: {stopped.ms:.2f} ms ({parts})"]
+    if last is not None:
+        mib = last.pages * GUEST_PAGE / (1 << 20)
+        lines.append(
+            f"the last round of it: {last.pages:,} pages ({last.by_device:,} written by devices, "
+            f"{last.by_cpu:,} by the guest's CPU), {mib:,.1f} MiB, {last.ms:.2f} ms"
+        )
+    return "\n".join(lines)
 
 
 def tls(arguments: argparse.Namespace) -> Tls | None:

@@ -11,15 +11,19 @@ from typing import Any
 from ..migration.endpoint import Address, Inherited, Listener, check_security
 from ..migration.report import ReceivedReport
 from ..migration.session import Receiving
+from ..trace.gap import join
 from . import tracing
 from .peer import (
     ADDRESS,
+    PART,
     Progress,
     add_options,
     add_tls_options,
     drops_note,
     frames_table,
+    gap_lines,
     milliseconds,
+    procedures_line,
     sound,
     tls,
 )
@@ -75,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             trace,
             arguments.control_deadline,
             arguments.drain,
+            arguments.procedure,
         )
         if arguments.take is not None:
             return show(receiving.take(arguments.take), arguments.json)
@@ -101,6 +106,15 @@ def show(report: ReceivedReport, as_json: bool) -> int:
         pages = f"pages that its CPU found wrong: {report.bad_pages}"
         hashed = f"\nmemory hash {report.hash}, the same on both sides" if report.hash else ""
         rate = report.parts["destination"].rate
-        lines = [gap, pages, f"{rate:,.0f} frames/s here", drops_note(report.drops) + hashed, *report.warnings]
+        if (stopped := join(report.steps)) is not None:
+            print(gap_lines(stopped, None, PART), end="\n\n")
+        lines = [
+            gap,
+            pages,
+            f"{rate:,.0f} frames/s here",
+            procedures_line(report.procedure),
+            drops_note(report.drops) + hashed,
+            *report.warnings,
+        ]
         print(f"{frames_table(report.frames.to_dict())}\n\n" + "\n".join(lines))
     return 0 if sound(report.frames, report.bad_pages) else 1

@@ -11,10 +11,12 @@ from ..base.errors import MigrationEnded
 from ..migration.endpoint import Address, check_security, connect
 from ..migration.report import SentReport, frames_when
 from ..migration.session import Receiving, Sending
+from ..trace import gap
 from ..trace.recorder import Trace
 from . import tracing
 from .peer import (
     ADDRESS,
+    PART,
     SENDING,
     Progress,
     add_options,
@@ -22,8 +24,10 @@ from .peer import (
     add_tls_options,
     drops_note,
     frames_table,
+    gap_lines,
     guest_options,
     milliseconds,
+    procedures_line,
     rounds_table,
     send_options,
     tls,
@@ -73,6 +77,7 @@ def _resume(arguments: argparse.Namespace, trace: Trace) -> int:
         trace=trace,
         control_deadline=arguments.control_deadline,
         drain=arguments.drain,
+        procedure=arguments.procedure,
     )
     return show(receiving.take(arguments.resume), arguments.json)
 
@@ -93,6 +98,7 @@ def _send(arguments: argparse.Namespace, trace: Trace) -> int:
         observer=progress.phase,
         tell=progress.tell,
         trace=trace,
+        procedure=arguments.procedure,
     )
     try:
         report = sending.run()
@@ -109,7 +115,8 @@ def _print(report: SentReport, arguments: argparse.Namespace, trace: Trace) -> N
 
 
 def _summary(report: SentReport) -> str:
-    tables = []
+    stopped = gap.join(report.steps)
+    tables = [gap_lines(stopped, report.sent.last, PART)] if stopped is not None else []
     if report.sent.switched:
         tables.append(
             table(
@@ -125,5 +132,17 @@ def _summary(report: SentReport) -> str:
     frames = frames_table(frames_when(report.outcome, report.frames))
     hashed = [f"memory hash {report.sent.hash}, the same on both sides"] if report.sent.hash else []
     return "\n\n".join(
-        [*tables, frames, "\n".join([drops_note(report.drops), report.outcome, *hashed, *report.warnings])]
+        [
+            *tables,
+            frames,
+            "\n".join(
+                [
+                    procedures_line(report.procedure),
+                    drops_note(report.drops),
+                    report.outcome,
+                    *hashed,
+                    *report.warnings,
+                ]
+            ),
+        ]
     )

@@ -28,8 +28,8 @@ from ..trace.recorder import DeviceTrace, Trace
 from ..virtqueue.layout import GuestQueue
 from ..virtqueue.serving import RelayOptions, RingServer
 from .groups import probe_groups, ring_sizes
+from .procedure import best
 from .procedure.base import OWN_ASID, Procedure, State, Target
-from .procedure.direct import Direct
 from .provisioned import restore_address
 
 __all__ = ["State", "VdpaNetDevice"]
@@ -43,11 +43,15 @@ class VdpaNetDevice(Closing):
     ``use`` masks the backend features to acknowledge of those advertised,
     ``wanted`` the virtio features that the guest takes of those offered; a
     control queue only where it can be kept apart from the data queues.
-    ``procedure`` makes the way in which it is started and stopped,
+    ``procedure`` is the way in which it is started, switched and stopped: the
+    best that the device can do by default, one of
+    :data:`~pyvhostvdpa.device.procedure.best.NAMES` if it is to be forced, or a
+    function that makes one. Which it became is in :attr:`procedure`.
     ``control_deadline`` is :attr:`control_deadline`.
     Raises :class:`~pyvhostvdpa.DeviceBusy` naming the holder,
     :class:`~pyvhostvdpa.NotVhostVdpa`,
-    :class:`~pyvhostvdpa.MissingFeature` if it is not a net device.
+    :class:`~pyvhostvdpa.MissingFeature` if it is not a net device, or cannot do
+    the procedure that is asked for.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class VdpaNetDevice(Closing):
         trace: Trace | None = None,
         use: BackendFeature = ALL_BACKEND_FEATURES,
         wanted: Feature = SUPPORTED,
-        procedure: Callable[[Target], Procedure] = Direct,
+        procedure: str | Callable[[Target], Procedure] | None = None,
         control_deadline: float = DEFAULT_DEADLINE,
     ) -> None:
         # before the device is opened, which resets it
@@ -73,8 +77,14 @@ class VdpaNetDevice(Closing):
             self.target = Target(
                 self.chardev, self.iotlb, self.features, self.backend_features, self.groups, self.ring_sizes
             )
-            self._procedure = procedure(self.target)
+            if procedure is None or isinstance(procedure, str):
+                self.procedure = best.choose(self.target, procedure)
+                self._procedure = best.make(self.procedure, self.target)
+            else:
+                self._procedure = procedure(self.target)
+                self.procedure = best.Choice(type(self._procedure).__name__)
             self._procedure.control_deadline = control_deadline
+            log.debug("%s: procedure %s", self.path, self.procedure)
         except BaseException:
             self.chardev.close()
             raise
@@ -179,6 +189,16 @@ class VdpaNetDevice(Closing):
         for note in self.iotlb.notes:
             log.info("%s", note)
         self.iotlb.notes.clear()
+
+    def stand_by(self, queues: Sequence[GuestQueue], control: GuestControl | None = None) -> str:
+        """Do what :meth:`start_passthrough` with these queues needs of the device, before the guest comes.
+
+        The device works on nothing of the guest before it is started. How far
+        this goes depends on what the device can do; the return value says it
+        in words. Raises what starting raises, with the device reset.
+        """
+        self._check_startable(queues, control)
+        return self._procedure.stand_by(queues, control)
 
     def start_passthrough(self, queues: Sequence[GuestQueue], control: GuestControl | None = None) -> None:
         """Let the device work on the guest's rings, each from its used index on.

@@ -39,6 +39,10 @@ class Writer:
         for item in items:
             write(item)
 
+    def numbers(self, code: str, values: Sequence[int], each: int = 1) -> None:
+        """Add numbers of one :mod:`struct` code at once, behind how many groups of ``each`` they are."""
+        self.put(f"I{len(values)}{code}", len(values) // each, *values)
+
     def section(self, kind: int, version: int) -> bytes:
         """Return what was collected behind a head that names it: kind, version, length."""
         return _SECTION.pack(kind, version, len(self._out)) + bytes(self._out)
@@ -113,6 +117,12 @@ class Reader:
     def each(self, name: str, limit: int, read: Callable[[], T]) -> tuple[T, ...]:
         """Return at most ``limit`` items."""
         return tuple(read() for _ in range(self.number("I", f"number of {name}", limit)))
+
+    def numbers(self, name: str, limit: int, code: str, each: int = 1) -> tuple[int, ...]:
+        """Return at most ``limit`` groups of ``each`` numbers, in one row, as :meth:`Writer.numbers` wrote them."""
+        count = self.number("I", f"number of {name}", limit)
+        layout = struct.Struct(f"<{count * each}{code}")
+        return layout.unpack(self._take(layout.size))
 
     def end(self) -> None:
         """Raise if anything is left."""

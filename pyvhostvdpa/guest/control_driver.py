@@ -65,10 +65,19 @@ class ControlDriver:
         """Go on where a driver was whose rings are in ``memory``; :class:`BadState` if they cannot be."""
         check_driver(memory, state, features)
         driver = cls(memory, queue_of(state.ring), state.command, state.answer)
-        d = driver._driver
-        d.avail_idx, d.used_idx, d.open = state.avail_idx, state.used_idx, state.open
+        driver._load(state)
         driver.use_ring_features(memory, features)
         return driver
+
+    def load(self, state: ControlDriverState) -> None:
+        """Take over what a driver knows that :func:`check_driver` has found right; :class:`BadState` if elsewhere."""
+        if (state.ring, state.command, state.answer) != (place_of(self.queue), self._command, self._answer):
+            raise BadState("control queue: it is not where it was said to be")
+        self._load(state)
+
+    def _load(self, state: ControlDriverState) -> None:
+        d = self._driver
+        d.avail_idx, d.used_idx, d.open = state.avail_idx, state.used_idx, state.open
 
     def state(self) -> ControlDriverState:
         """Return what this driver knows; nobody may be sending."""

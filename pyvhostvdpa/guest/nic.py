@@ -7,8 +7,10 @@ are shadowed, nor which device it is on.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import os
+import struct
 import time
 from dataclasses import dataclass
 from typing import Any, Self
@@ -49,6 +51,8 @@ TABLE_SIZE = 32
 """Bytes of an indirect table of two descriptors."""
 _MAX_COUNT = (1 << 63) - 1
 
+_GAP = struct.Struct("=qq")
+"""``struct nic_gap``: begin and end."""
 _COPIED = (
     *("tx_descs", "frame_size", "window", "flow", "rx_avail", "rx_used", "tx_avail", "tx_used", "sent", "received"),
     *("duplicated", "corrupted", "reordered", "highest", "ring_errors", "last_rx"),
@@ -183,8 +187,40 @@ class NicPair:
     def restore(cls, memory: GuestMemory, state: PairState, features: Feature) -> Self:
         """Go on where a driver was whose state :func:`check_nic` has found right."""
         pair = cls(memory, queue_of(state.rx), queue_of(state.tx))
-        pair._point(state.rx_gpa, state.tx_gpa, state.tx_table_gpa, features)
-        p = pair.c
+        pair._load(state, features)
+        return pair
+
+    def outline(self) -> PairState:
+        """Return where this pair's driver has everything, and nothing of what it does: it may run."""
+        p = self.c
+        still = {"tx_descs", "frame_size", "window", "flow"}
+        return PairState(
+            rx=place_of(self.rx),
+            tx=place_of(self.tx),
+            rx_gpa=int(p.rx_gpa),
+            tx_gpa=int(p.tx_gpa),
+            tx_table_gpa=int(p.tx_table_gpa),
+            dst=bytes(p.dst),
+            src=bytes(p.src),
+            sending=False,
+            tx_free=(),
+            seen=bytes(SEEN_BYTES),
+            gaps=(),
+            **{name: int(getattr(p, name)) if name in still else 0 for name in _COPIED},
+        )
+
+    def load(self, state: PairState, features: Feature) -> None:
+        """Take over what the driver of an :meth:`outline` knows, once :func:`check_nic` has found it right.
+
+        Raises :class:`BadState` if it is not that driver.
+        """
+        if (state.rx, state.tx) != (place_of(self.rx), place_of(self.tx)):
+            raise BadState(f"pair of flow {state.flow}: its rings are not where they were said to be")
+        self._load(state, features)
+
+    def _load(self, state: PairState, features: Feature) -> None:
+        self._point(state.rx_gpa, state.tx_gpa, state.tx_table_gpa, features)
+        p = self.c
         for name in _COPIED:
             setattr(p, name, getattr(state, name))
         p.dst, p.src = list(state.dst), list(state.src)
@@ -192,9 +228,10 @@ class NicPair:
         p.tx_free_count = len(state.tx_free)
         p.tx_free[0 : len(state.tx_free)] = state.tx_free
         ffi.buffer(p.seen)[:] = state.seen
-        for slot, (begin, end) in zip(p.gaps, state.gaps, strict=False):
-            slot.begin, slot.end = begin, end
-        return pair
+        gaps = ffi.buffer(p.gaps)
+        gaps[:] = bytes(len(gaps))
+        for number, gap in enumerate(state.gaps):
+            _GAP.pack_into(gaps, number * _GAP.size, *gap)
 
     def state(self) -> PairState:
         """Return what this pair's driver knows; it must be paused."""
@@ -244,7 +281,7 @@ class NicPair:
 
     def gaps(self) -> list[tuple[int, int]]:
         """Return the longest times without a frame as (begin, end), CLOCK_MONOTONIC ns."""
-        return [(g.begin, g.end) for g in self.c.gaps if g.end]
+        return [(begin, end) for begin, end in _GAP.iter_unpack(ffi.buffer(self.c.gaps)) if end]
 
     def begin_window(self, window: Window) -> None:
         """Remember, from now on, the longest time without a frame that touches the window."""
@@ -388,6 +425,23 @@ class GuestNic:
             nic.close()
             raise
         return nic
+
+    def outline(self, model: ControlModel | None) -> NicState:
+        """Return where the driver has everything, and what its control queue has set so far; it may run."""
+        driver = self.control.state() if self.control is not None else None
+        control = dataclasses.replace(driver, avail_idx=0, used_idx=0, open=0) if driver is not None else None
+        return NicState(int(self.features), tuple(pair.outline() for pair in self.pairs), control, model)
+
+    def load(self, state: NicState) -> None:
+        """Take over what the driver knows that was restored from its :meth:`outline`; :class:`BadState` if another."""
+        if state.features != int(self.features) or len(state.pairs) != len(self.pairs):
+            raise BadState("it is not the NIC that was told of before")
+        if (state.control is None) != (self.control is None):
+            raise BadState("its control queue is not what was told of before")
+        for pair, told in zip(self.pairs, state.pairs, strict=True):
+            pair.load(told, self.features)
+        if self.control is not None and state.control is not None:
+            self.control.load(state.control)
 
     def state(self, model: ControlModel | None) -> NicState:
         """Return what the NIC's driver knows, which must be paused, and what its control queue has set."""

@@ -236,12 +236,12 @@ def _shown(value: int | None) -> str:
 
 def _put_queue(w: Writer, q: QueueState) -> None:
     w.put("HHH", q.index, q.used, q.avail)
-    w.each(q.heads, lambda head: w.put("H", head))
+    w.numbers("H", q.heads)
 
 
 def _get_queue(r: Reader) -> QueueState:
     index, used, avail = r.get("HHH")
-    heads = r.each("heads", MAX_NUM, lambda: int(r.get("H")))
+    heads = r.numbers("heads", MAX_NUM, "H")
     if (avail - used) & 0xFFFF != len(heads):
         raise r.bad(f"virtqueue {index}: {len(heads)} heads between used {used} and avail {avail}")
     return QueueState(index, used, avail, heads)
@@ -261,10 +261,10 @@ def _put_pair(w: Writer, p: PairState) -> None:
     w.put("QQQHIII6s6sB", p.rx_gpa, p.tx_gpa, p.tx_table_gpa, p.tx_descs, p.frame_size, p.window, p.flow, p.dst,
           p.src, p.sending)  # fmt: skip
     w.put("HHHH", p.rx_avail, p.rx_used, p.tx_avail, p.tx_used)
-    w.each(p.tx_free, lambda slot: w.put("H", slot))
+    w.numbers("H", p.tx_free)
     w.put("QQQQQQQq", p.sent, p.received, p.duplicated, p.corrupted, p.reordered, p.highest, p.ring_errors, p.last_rx)
     w.put(f"{SEEN_BYTES}s", p.seen)
-    w.each(p.gaps, lambda gap: w.put("qq", *gap))
+    w.numbers("q", [at for gap in p.gaps for at in gap], each=2)
 
 
 def _get_pair(r: Reader) -> PairState:
@@ -272,7 +272,7 @@ def _get_pair(r: Reader) -> PairState:
     rx_gpa, tx_gpa, table, descs, frame, window, flow, dst, src = r.get("QQQHIII6s6s")
     sending = r.flag("sending")
     rx_avail, rx_used, tx_avail, tx_used = r.get("HHHH")
-    free = r.each("free slots", MAX_NUM, lambda: int(r.get("H")))
+    free = r.numbers("free slots", MAX_NUM, "H")
     sent, received, duplicated, corrupted, reordered, highest, errors, last_rx = r.get("QQQQQQQq")
     return PairState(
         rx=rx, tx=tx, rx_gpa=rx_gpa, tx_gpa=tx_gpa, tx_table_gpa=table, tx_descs=descs, frame_size=frame,
@@ -280,8 +280,12 @@ def _get_pair(r: Reader) -> PairState:
         rx_avail=rx_avail, rx_used=rx_used, tx_avail=tx_avail, tx_used=tx_used, tx_free=free,
         sent=sent, received=received, duplicated=duplicated, corrupted=corrupted, reordered=reordered,
         highest=highest, ring_errors=errors, last_rx=last_rx,
-        seen=r.get(f"{SEEN_BYTES}s"), gaps=r.each("gaps", _MAX_GAPS, lambda: r.get("qq")),
+        seen=r.get(f"{SEEN_BYTES}s"), gaps=_in_pairs(r.numbers("gaps", _MAX_GAPS, "q", each=2)),
     )  # fmt: skip
+
+
+def _in_pairs(numbers: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def _put_driver(w: Writer, c: ControlDriverState) -> None:

@@ -7,6 +7,7 @@ it stood still for a moment.
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
@@ -161,21 +162,63 @@ class Guest:
         try:
             for device in devices:
                 guest.add(GuestNic.restore(memory, device.nic), device.nic.model)
-            if state.writer_pages:
-                guest.writer = GuestWriter(
-                    memory, state.writer_gpa, state.writer_pages, state.writer_rate, state.writer_written
-                )
+            guest._load_writer(state)
         except OSError as e:
             guest.let_go()
-            raise MissingFeature(
-                f"cannot open the guest's eventfds: {e.strerror}", hint="allow more open files: ulimit -n"
-            ) from e
+            raise _no_eventfds(e) from e
         except BaseException:
             guest.let_go()
             raise
         return guest
 
+    @classmethod
+    def expect(
+        cls, memory: GuestMemory, devices: Sequence[DeviceState], shapes: Sequence[DeviceShape] | None = None
+    ) -> Guest:
+        """Return the guest that is to come into this memory, which it takes over, from its :meth:`outline`.
+
+        It cannot run before it was given its state (:meth:`load`). Raises
+        what :meth:`restore` raises; memory must be as it was allocated, all zeros.
+        """
+        return cls.restore(memory, _NO_STATE, devices, shapes)
+
+    def load(
+        self, state: GuestState, devices: Sequence[DeviceState], shapes: Sequence[DeviceShape] | None = None
+    ) -> None:
+        """Give a guest that was expected its state; its memory must be there. Checks and raises as :meth:`restore`."""
+        _check(self.memory, state, devices, shapes)
+        try:
+            if len(devices) != len(self.nics):
+                raise BadState(f"{len(devices)} devices, {len(self.nics)} were told of before")
+            for number, device in enumerate(devices):
+                self._load_device(number, device)
+        except BadState as e:
+            raise StreamCorrupt(f"state of the guest: {e}") from e
+        self._load_writer(state)
+
+    def _load_device(self, number: int, device: DeviceState) -> None:
+        nic, control = self.nics[number], self.controls[number]
+        nic.load(device.nic)
+        if control is not None and device.nic.model is not None:
+            # the same object: a device that stands by knows it
+            vars(control.model).update(vars(device.nic.model))
+
+    def _load_writer(self, state: GuestState) -> None:
+        if not state.writer_pages:
+            return
+        try:
+            self.writer = GuestWriter(
+                self.memory, state.writer_gpa, state.writer_pages, state.writer_rate, state.writer_written
+            )
+        except OSError as e:
+            raise _no_eventfds(e) from e
+
     # -- running ---------------------------------------------------------------
+
+    def stand_by(self, number: int, device: VdpaNetDevice) -> str:
+        """Let a device stand ready for this guest's NIC of that number; how far it got, in words."""
+        device.guest_config = self.nics[number].config
+        return device.stand_by(self.nics[number].queues, self.controls[number])
 
     def start(self, number: int, device: VdpaNetDevice) -> None:
         """Start a device in passthrough with this guest's NIC of that number."""
@@ -216,6 +259,9 @@ class Guest:
 
     def pause(self) -> None:
         """Stop the guest where it is. Twice is no error."""
+        # all CPUs are told before the first is waited for
+        for traffic in self.traffic:
+            traffic.tell_to_pause()
         for traffic in self.traffic:
             traffic.pause()
         if self.writer is not None:
@@ -296,6 +342,20 @@ class Guest:
         ]
         return own, devices
 
+    def outline(self) -> list[DeviceState]:
+        """Return what can be known of each device's NIC before the guest is stopped: it may run.
+
+        Where its rings and buffers are, and what its control queue has set
+        so far; of its rings nothing.
+        """
+        return [
+            DeviceState(
+                tuple(QueueState(queue.index, 0, 0, ()) for queue in nic.queues),
+                nic.outline(copy.deepcopy(control.model) if control is not None else None),
+            )
+            for nic, control in zip(self.nics, self.controls, strict=True)
+        ]
+
     def shift_clock(self, ns: int) -> None:
         """Move the times that the guest remembers to another host's clock, by any ``ns``; raises nothing."""
         for nic in self.nics:
@@ -326,6 +386,16 @@ class Guest:
         self.memory.close()
 
 
+_NO_STATE = GuestState(clock=0, writer_gpa=0, writer_pages=0, writer_rate=0, writer_written=0)
+"""Of a guest of which only the outline is known."""
+
+
+def _no_eventfds(error: OSError) -> MissingFeature:
+    return MissingFeature(
+        f"cannot open the guest's eventfds: {error.strerror}", hint="allow more open files: ulimit -n"
+    )
+
+
 def _bounded(config: bytes | None) -> bytes | None:
     return None if config is None else config[:MAX_CONFIG]
 
@@ -338,7 +408,7 @@ def _queue_state(queue: GuestQueue, memory: GuestMemory) -> QueueState:
     count: int = lib.vring_open_heads(ring, heads)
     if count < 0:
         raise MissingFeature(f"virtqueue {queue.index}: avail {avail[0]} and used {used[0]} are more than a ring apart")
-    return QueueState(queue.index, int(used[0]), int(avail[0]), tuple(heads[0:count]))
+    return QueueState(queue.index, int(used[0]), int(avail[0]), tuple(ffi.unpack(heads, count)))
 
 
 def _check(

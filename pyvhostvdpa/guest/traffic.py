@@ -46,11 +46,15 @@ class Traffic:
             self._threads.append(thread)
             thread.start()
 
-    def pause(self) -> None:
-        """Stop the guest where it is. Twice is no error."""
+    def tell_to_pause(self) -> None:
+        """Tell the guest to stop, and do not wait for it: :meth:`pause` does."""
         for pair in self._nic.pairs:
             pair.c.stop = 1
             os.eventfd_write(pair.wake, 1)
+
+    def pause(self) -> None:
+        """Stop the guest where it is. Twice is no error."""
+        self.tell_to_pause()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()

@@ -44,6 +44,8 @@ DEFAULT_GPA = Gpa(1 << 30)
 Progress = Callable[[int], None]
 
 _POPULATE_STEP = 64 << 20
+_ENTRIES = 1 << 15
+"""Pages of which the frame numbers are read at a time: 256 KiB."""
 
 
 class MappedMemory(Closing):
@@ -196,12 +198,21 @@ def check_available(size: int, copies: int = 1) -> None:
 
 
 def physical_runs(hva: int, size: int) -> int:
-    """Count physically contiguous runs of populated memory; 0 if the frame numbers are hidden."""
+    """Count physically contiguous runs of populated memory; 0 if the frame numbers are hidden.
+
+    Takes a buffer of some size, whatever ``size`` is.
+    """
     first, last = hva // PAGE_SIZE, -(-(hva + size) // PAGE_SIZE)
-    with open("/proc/self/pagemap", "rb") as pagemap:
-        pagemap.seek(first * 8)
-        entries = pagemap.read((last - first) * 8)
-    runs: int = lib.pagemap_runs(ffi.cast("uint64_t *", ffi.from_buffer(entries)), len(entries) // 8)
+    runs = 0
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        for at in range(first, last, _ENTRIES):
+            # the last page of the part before is looked at again: a run may go on behind it
+            begin = max(first, at - 1)
+            entries = os.pread(pagemap.fileno(), (min(at + _ENTRIES, last) - begin) * 8, begin * 8)
+            found: int = lib.pagemap_runs(ffi.cast("uint64_t *", ffi.from_buffer(entries)), len(entries) // 8)
+            if not found:
+                return 0
+            runs += found - (begin < at)
     return runs
 
 

@@ -83,6 +83,7 @@ def _receive(order: Order, trace: Trace, lines: Lines) -> dict[str, Any]:
         trace,
         order.control_deadline,
         order.drain,
+        order.procedure,
     )
     with Inherited(order.fd) as stream:
         return receiving.receive(stream).to_dict()

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..base.closing import Closing
@@ -29,6 +30,7 @@ from ..base.errors import (
 from ..base.uapi import names
 from ..device.net import VdpaNetDevice
 from ..device.procedure.base import GUEST_ASID
+from ..device.together import together
 from ..guest.nic import Window
 from ..guest.state import DeviceShape, DeviceState, GuestShape, GuestState
 from ..guest.synthetic import Guest
@@ -36,7 +38,8 @@ from ..memory.guest import PAGE_SIZE, GuestMemory, IovaAllocator, SharedMemory
 from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import Feature
 from ..net.fit import misfits, unknown_fields
-from ..trace.phases import DEST_PREMAP, DEST_START
+from ..trace import gap
+from ..trace.phases import DEST_PREMAP, DEST_STAND_BY, DEST_START
 from ..trace.recorder import Trace
 from .alive import AliveLimit
 from .cancel import Cancel
@@ -89,9 +92,13 @@ class Destination:
         tell: Tell = lambda text: None,
         control_deadline: float = DEFAULT_DEADLINE,
         shape: GuestShape | None = None,
+        procedure: str | None = None,
     ) -> None:
-        """``control_deadline`` in seconds for each device; ``shape`` if it was received already."""
-        self._control_deadline = control_deadline
+        """``control_deadline`` in seconds for each device; ``shape`` if it was received already.
+
+        ``procedure`` forces one on the devices.
+        """
+        self._control_deadline, self._procedure = control_deadline, procedure
         self.paths = [os.fspath(path) for path in paths]
         self._shape = shape
         self.channel = channel
@@ -105,6 +112,9 @@ class Destination:
         self._hash = b""
         self._guest_state: GuestState | None = None
         self._device_states: list[DeviceState] = []
+        self._outline: list[DeviceState] = []
+        self._expected: Guest | None = None
+        self._arrival = ""
 
     def run(self) -> Arrived:
         """Receive a guest and return it running.
@@ -153,7 +163,13 @@ class Destination:
         for path, device_shape in zip(self.paths, shape.devices, strict=True):
             wanted = Feature(device_shape.features)
             device = self._stack.enter_context(
-                VdpaNetDevice(path, self.trace, wanted=wanted, control_deadline=self._control_deadline)
+                VdpaNetDevice(
+                    path,
+                    self.trace,
+                    wanted=wanted,
+                    procedure=self._procedure,
+                    control_deadline=self._control_deadline,
+                )
             )
             self._devices.append(device)
             _check_fit(device, device_shape)
@@ -192,19 +208,41 @@ class Destination:
                 self._progress(receiver)
             elif self._control(header, shape):
                 break
-        self._tell(f"{receiver.pages:,} pages and {receiver.zero_pages:,} of zeros arrived")
+        # told once the guest runs: it stands still now
+        self._arrival = f"{receiver.pages:,} pages and {receiver.zero_pages:,} of zeros arrived"
         self._observe("load")
         self._cancel.check()
-        guest = Guest.restore(self._memory, self._complete(), self._device_states, shape.devices)
-        self._stack.callback(guest.close)
-        for device in self._devices:
-            self._stack.callback(device.close)
+        with gap.step(self._devices[0].trace, gap.LOAD):
+            guest = self._load(shape)
         for device, device_shape in zip(self._devices, shape.devices, strict=True):
             # a link may have gone down since; the source still has the guest
             _check_config(device, device_shape, device.config())
         if shape.hashed:
             self._hash = hash_bytes(self._memory)
         return guest
+
+    def _load(self, shape: GuestShape) -> Guest:
+        if self._expected is not None:
+            self._expected.load(self._complete(), self._device_states, shape.devices)
+            return self._expected
+        return self._keep(Guest.restore(self._memory, self._complete(), self._device_states, shape.devices))
+
+    def _keep(self, guest: Guest) -> Guest:
+        """End the guest with this side, unless it arrives; its devices first."""
+        self._stack.callback(guest.close)
+        for device in self._devices:
+            self._stack.callback(device.close)
+        return guest
+
+    def _stand_by(self, outline: Sequence[DeviceState], shape: GuestShape) -> None:
+        """Let the devices stand ready for the guest that is to come, while it still runs on the source."""
+        guest = self._expected = self._keep(Guest.expect(self._memory, outline, shape.devices))
+        together([partial(self._stand_ready, guest, number) for number in range(len(self._devices))])
+
+    def _stand_ready(self, guest: Guest, number: int) -> None:
+        device = self._devices[number]
+        with device.trace.in_phase(DEST_STAND_BY):
+            self._tell(f"{device.path}: {guest.stand_by(number, device)}")
 
     def _progress(self, receiver: PageReceiver) -> None:
         now = time.monotonic()
@@ -228,6 +266,10 @@ class Destination:
             self._guest_state = GuestState.decode(payload)
         elif header.type == Frame.DEVICE and header.count == len(self._device_states) < len(shape.devices):
             self._device_states.append(DeviceState.decode(payload))
+        elif header.type == Frame.STAND_BY and header.count == len(self._outline) < len(shape.devices):
+            self._outline.append(DeviceState.decode(payload))
+            if len(self._outline) == len(shape.devices):
+                self._stand_by(self._outline, shape)
         elif header.type == Frame.FINAL:
             return True
         else:
@@ -248,8 +290,9 @@ class Destination:
             self._cancel.check()
             # before READY is sent: the source's time to hold its file begins when it arrives
             self._fence = Fence(patience(shape), 2)
-            self.channel.send_frame(Frame.READY, self._hash)
-            kind, payload = self.channel.expect(Frame.GO, Frame.CANCEL, seconds=self._fence.left)
+            with gap.step(self._devices[0].trace, gap.HAND_OVER):
+                self.channel.send_frame(Frame.READY, self._hash)
+                kind, payload = self.channel.expect(Frame.GO, Frame.CANCEL, seconds=self._fence.left)
         except (StreamBroken, StreamCorrupt) as e:
             said = self.channel.last_words()
             if said:
@@ -308,6 +351,7 @@ class Destination:
         except Exception as e:
             # whatever it is, the guest runs
             note = f"the guest runs here, but the source could not be told ({words_of(e)}): it stays stopped there"
+        self._tell(self._arrival)
         resources = self._stack.pop_all()
         return Arrived(shape.id.hex(), shape.source, guest, self._devices, self._hash.hex(), note, resources)
 
@@ -424,9 +468,7 @@ def _start_devices(guest: Guest, devices: Sequence[VdpaNetDevice], check: Callab
     try:
         check()
         with guest.watching(Window.START):
-            for number, device in enumerate(devices):
-                with device.trace.in_phase(DEST_START):
-                    guest.start(number, device)
+            together([partial(_start_device, guest, number, device) for number, device in enumerate(devices)])
         check()
         guest.run()
     except BaseException:
@@ -437,12 +479,18 @@ def _start_devices(guest: Guest, devices: Sequence[VdpaNetDevice], check: Callab
         raise
 
 
+def _start_device(guest: Guest, number: int, device: VdpaNetDevice) -> None:
+    with device.trace.in_phase(DEST_START):
+        guest.start(number, device)
+
+
 def take(
     path: Path,
     paths: Sequence[str | os.PathLike[str]],
     trace: Trace | None = None,
     tell: Tell = lambda text: None,
     control_deadline: float = DEFAULT_DEADLINE,
+    procedure: str | None = None,
 ) -> Arrived:
     """Start the guest saved in a file on the devices at ``paths``, and remove the file once it runs.
 
@@ -460,8 +508,9 @@ def take(
             raise MigrationRefused(f"the guest in {path} has {len(saved.devices)} devices, {len(paths)} were given")
         devices = []
         for name, shape in zip(paths, saved.shape.devices, strict=True):
+            wanted = Feature(shape.features)
             device = stack.enter_context(
-                VdpaNetDevice(name, trace, wanted=Feature(shape.features), control_deadline=control_deadline)
+                VdpaNetDevice(name, trace, wanted=wanted, procedure=procedure, control_deadline=control_deadline)
             )
             devices.append(device)
             _check_fit(device, shape)

@@ -28,7 +28,7 @@ from ..base.errors import MigrationEnded, MigrationFailed, VhostVdpaError
 from ..guest.nic import FrameCounts
 from ..guest.synthetic import GuestOptions
 from ..memory.guest import check_available
-from ..trace import records
+from ..trace import gap, records
 from ..trace.downtime import PhaseCost
 from ..trace.phases import DEST_PREMAP
 from ..trace.recorder import Trace
@@ -56,6 +56,8 @@ class Options:
     guest: GuestOptions = field(default_factory=GuestOptions)
     send: SendOptions = field(default_factory=SendOptions)
     seconds: float = 20.0
+    procedure: str | None = None
+    """Forced on both devices; the best that each can do without."""
 
 
 def migrate(
@@ -84,7 +86,7 @@ def migrate(
     check_available(options.guest.memory, copies=2)
     third = options.seconds / 3
     observer = harmless(observer)
-    with _Destination(os.fspath(destination), third, options.send, trace, tell) as other:
+    with _Destination(os.fspath(destination), third, options.send, trace, tell, options.procedure) as other:
 
         def afterwards(cancel: Cancel) -> None:
             observer("destination")
@@ -100,6 +102,7 @@ def migrate(
             observer,
             tell,
             Trace() if trace is None else trace,
+            options.procedure,
             afterwards,
         )
         try:
@@ -117,8 +120,16 @@ class _Destination:
     It is started before the guest is: a guest with many queues leaves little of a small machine to others.
     """
 
-    def __init__(self, path: str, seconds: float, options: SendOptions, trace: Trace | None, tell: Tell) -> None:
-        self._path, self._seconds, self._options = path, seconds, options
+    def __init__(
+        self,
+        path: str,
+        seconds: float,
+        options: SendOptions,
+        trace: Trace | None,
+        tell: Tell,
+        procedure: str | None = None,
+    ) -> None:
+        self._path, self._seconds, self._options, self._procedure = path, seconds, options, procedure
         self._trace, self._tell = trace, harmless(tell)
         self._has_guest = False
         """Whether the guest was given to it: then it is not to be ended before its time."""
@@ -150,6 +161,7 @@ class _Destination:
             str(self._options.folder),
             control_deadline=self._options.control_deadline,
             drain=self._options.drain,
+            procedure=self._procedure,
         )
         if self._trace is not None:
             order = replace(order, records=str(self._records), limit=self._trace.limit)
@@ -281,6 +293,7 @@ def _stayed(sent: SentReport) -> Report:
         drops={"source": _only(sent.drops)},
         environment=_with_roles(sent.environment, {"source": sent.environment}),
         warnings=sent.warnings,
+        procedure={"source": _only(sent.procedure)},
     )
 
 
@@ -304,6 +317,8 @@ def _migrated(sent: SentReport, received: dict[str, Any]) -> Report:
         drops={"source": _only(sent.drops), "destination": _only(received["device_drops"])},
         environment=_with_roles(sent.environment, {"source": sent.environment, "destination": received["environment"]}),
         warnings=[*sent.warnings, *received["warnings"]],
+        procedure={"source": _only(sent.procedure), "destination": _only(received["procedure"])},
+        stopped=gap.stop_to_run([*sent.steps, *gap.from_numbers(received["stop_to_run_steps_ns"])]),
     )
 
 

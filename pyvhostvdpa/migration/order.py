@@ -23,6 +23,7 @@ class Order:
     the devices' doors, "" for none. ``limit`` is how many events that keeps.
     ``control_deadline`` and ``drain`` in seconds, as in
     :class:`pyvhostvdpa.migration.source.SendOptions`.
+    ``procedure`` is forced on the devices, None for the best that each can do.
     """
 
     paths: Sequence[str]
@@ -33,6 +34,7 @@ class Order:
     limit: int = DEFAULT_LIMIT
     control_deadline: float = DEFAULT_DEADLINE
     drain: float = 10.0
+    procedure: str | None = None
 
     def encode(self) -> str:
         """Return it as the process's argument."""

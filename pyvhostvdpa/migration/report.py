@@ -17,6 +17,7 @@ from ..device.net import VdpaNetDevice
 from ..guest.nic import FrameCounts
 from ..host import mgmt
 from ..host.parents import parent_of
+from ..trace import gap
 from ..trace.downtime import PhaseCost, of_all, total, worst
 from ..virtqueue.layout import GuestQueue
 from .common import Tell, attempt
@@ -109,6 +110,9 @@ class SentReport:
     drops: DropCounts
     environment: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steps: list[gap.Piece] = field(default_factory=list)
+    """Of the time in which the guest stood still, those of this side."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its JSON schema ``pyvhostvdpa/send/1`` has it."""
@@ -119,11 +123,13 @@ class SentReport:
             "frames": frames_when(self.outcome, self.frames),
             "bad_pages": self.bad_pages,
             "parts": {name: part.to_dict() for name, part in self.parts.items()},
+            **gap.to_dict(gap.join(self.steps)),
             **self.downtimes.to_dict(),
             "guest_gap_ms": {"switch": _rounded(self.gap_switch_ms), **_back(self.outcome, self.gap_back_ms)},
             **self.sent.to_dict(),
             "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
             "device_drops": self.drops,
+            "procedure": self.procedure,
             "warnings": self.warnings,
             "environment": self.environment,
         }
@@ -163,6 +169,9 @@ class ReceivedReport:
     drops: DropCounts
     environment: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steps: list[gap.Piece] = field(default_factory=list)
+    """Of the time in which the guest stood still, those of this side."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its JSON schema ``pyvhostvdpa/receive/1`` has it."""
@@ -173,11 +182,14 @@ class ReceivedReport:
             "frames": self.frames.to_dict(),
             "bad_pages": self.bad_pages,
             "parts": {name: part.to_dict() for name, part in self.parts.items()},
+            **gap.to_dict(gap.join(self.steps)),
+            "stop_to_run_steps_ns": gap.to_numbers(self.steps),
             "guest_gap_ms": {"move": _rounded(self.gap_move_ms)},
             "memory_hash": self.hash or None,
             "note": self.note or None,
             "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
             "device_drops": self.drops,
+            "procedure": self.procedure,
             "warnings": self.warnings,
             "environment": self.environment,
         }
@@ -190,7 +202,8 @@ class Report:
     ``outcome`` is ``"migrated"`` or ``"stayed on source"``. ``bad_pages`` is
     what the guest's CPU found wrong in its memory in the end; ``drops`` are
     the devices' own counters, as far as they have any; ``warnings`` are
-    sentences on what is wrong or unknown.
+    sentences on what is wrong or unknown; ``procedure`` is by device, "source"
+    and "destination"; ``stopped`` is stop to run, None if the guest stayed.
     """
 
     outcome: str
@@ -206,6 +219,8 @@ class Report:
     drops: DropCounts
     environment: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stopped: gap.StopToRun | None = None
 
     @property
     def dt1_ms(self) -> dict[str, float | None]:
@@ -225,6 +240,7 @@ class Report:
             "frames": self.frames.to_dict(),
             "bad_pages": self.bad_pages,
             "parts": {name: part.to_dict() for name, part in self.parts.items()},
+            **gap.to_dict(self.stopped),
             **self.downtimes.to_dict(),
             "guest_gap_ms": {
                 "switch": _rounded(self.gap_switch_ms),
@@ -234,6 +250,7 @@ class Report:
             **self.sent.to_dict(),
             "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
             "device_drops": self.drops,
+            "procedure": self.procedure,
             "warnings": self.warnings,
             "environment": self.environment,
         }
@@ -284,6 +301,11 @@ class Drops:
         if before is None or found is None:
             return None
         return {name: value - before.get(name, 0) for name, value in found.items()}
+
+
+def procedures(devices: Sequence[VdpaNetDevice]) -> dict[str, dict[str, Any]]:
+    """Return for JSON by which procedure each device was started and stopped, and why not by a better one."""
+    return {device.path: device.procedure.to_dict() for device in devices}
 
 
 def environment(devices: dict[str, VdpaNetDevice], memory: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..host import mgmt
 from ..memory.guest import Progress, check_available
 from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import CONTROL, SUPPORTED
+from ..trace import gap
 from ..trace.downtime import PhaseCost, cost, measured
 from ..trace.phases import DT1, DT2, PHASES
 from ..trace.recorder import Trace
@@ -29,7 +30,7 @@ from .destination import Arrived, Destination, receive_shape, take
 from .dirty import probe_interface
 from .endpoint import Inherited, Listener
 from .reception import Reception
-from .report import STAYED, Downtimes, DropCounts, Drops, Part, ReceivedReport, SentReport, environment
+from .report import STAYED, Downtimes, DropCounts, Drops, Part, ReceivedReport, SentReport, environment, procedures
 from .saved import DEFAULT_FOLDER, check_room
 from .source import SendOptions, Sent, Source
 from .stream import Channel, Frame
@@ -116,6 +117,8 @@ class Sending:
     observer: Observer = lambda phase: None
     tell: Tell = lambda text: None
     trace: Trace = field(default_factory=Trace)
+    procedure: str | None = None
+    """Forced on the devices; the best that each can do without (:class:`~pyvhostvdpa.VdpaNetDevice`)."""
     afterwards: Callable[[Cancel], None] = lambda cancel: None
     """Called once the guest is away and the devices are closed; a signal still only sets ``cancel`` then."""
 
@@ -152,6 +155,7 @@ class Sending:
                         path,
                         self.trace,
                         wanted=SUPPORTED | CONTROL,
+                        procedure=self.procedure,
                         control_deadline=self.options.control_deadline,
                     )
                 )
@@ -273,6 +277,8 @@ class Sending:
             drops=self._lost,
             environment=environment({device.path: device for device in devices}, guest.memory.size),
             warnings=self._warnings,
+            procedure=procedures(devices),
+            steps=gap.steps(self.trace.events) if sent.stopped else [],
         )
 
 
@@ -288,6 +294,8 @@ class Receiving:
     trace: Trace = field(default_factory=Trace)
     control_deadline: float = DEFAULT_DEADLINE
     drain: float = 10.0
+    procedure: str | None = None
+    """Forced on the devices; the best that each can do without (:class:`~pyvhostvdpa.VdpaNetDevice`)."""
 
     def receive(self, listener: Listener | Inherited) -> ReceivedReport:
         """Wait for a source, receive its guest, let it run.
@@ -329,13 +337,14 @@ class Receiving:
                 self.tell,
                 self.control_deadline,
                 shape,
+                self.procedure,
             ).run()
 
     def take(self, path: Path) -> ReceivedReport:
         """Start the guest saved in a file, let it run."""
         check_devices(self.paths)
         tell = harmless(self.tell)
-        return self._live(take(path, self.paths, self.trace, tell, self.control_deadline))
+        return self._live(take(path, self.paths, self.trace, tell, self.control_deadline, self.procedure))
 
     def _live(self, arrived: Arrived) -> ReceivedReport:
         """Let a guest that arrived run, and account for it. What only reports may fail, and the guest runs on.
@@ -374,6 +383,8 @@ class Receiving:
                 drops=lost,
                 environment=environment({device.path: device for device in devices}, guest.memory.size),
                 warnings=warnings,
+                procedure=procedures(devices),
+                steps=gap.steps(self.trace.events),
             )
 
 

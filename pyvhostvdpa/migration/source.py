@@ -10,8 +10,9 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from ..base.errors import (
 )
 from ..base.uapi import BackendFeature, names
 from ..device.net import State, VdpaNetDevice
+from ..device.together import together
 from ..guest.nic import Window
 from ..guest.state import ID_BYTES, GuestShape
 from ..guest.synthetic import Guest
+from ..memory.guest import GUEST_PAGE
 from ..net.control_queue import DEFAULT_DEADLINE
+from ..trace import gap
 from ..trace.phases import CANCEL_START, DT1_START, DT1_STOP, DT2_STOP
 from .alive import AliveLimit
 from .cancel import Cancel
@@ -74,13 +78,38 @@ class SendOptions:
     drain: float = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class LastRound:
+    """The round of memory that was sent while the guest stood still.
+
+    Of its ``pages`` the devices were seen to write ``by_device``, and the
+    guest's CPU alone ``by_cpu``. ``ms`` is what sending took.
+    """
+
+    pages: int
+    by_device: int
+    by_cpu: int
+    ms: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return {
+            "pages": self.pages,
+            "by_device": self.by_device,
+            "by_cpu": self.by_cpu,
+            "mib": round(self.pages * GUEST_PAGE / (1 << 20), 3),
+            "ms": round(self.ms, 3),
+        }
+
+
 @dataclass(slots=True)
 class Sent:
     """What sending took. ``hash`` is "" unless it was asked for; ``stopped`` is when, CLOCK_MONOTONIC ns.
 
     ``switched`` are the paths of the devices that run, or ran, on shadow
     virtqueues, ``halted`` of those that were stopped for good: of them DT1
-    and DT2 are known.
+    and DT2 are known. ``last`` is the round that the guest stood still for,
+    None if it stayed.
     """
 
     id: str = ""
@@ -89,6 +118,7 @@ class Sent:
     stopped: int = 0
     switched: set[str] = field(default_factory=set)
     halted: set[str] = field(default_factory=set)
+    last: LastRound | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON."""
@@ -97,6 +127,7 @@ class Sent:
                 {"pages": r.pages, "zero_pages": r.zero_pages, "bytes": r.bytes, "seconds": round(r.seconds, 6)}
                 for r in self.rounds
             ],
+            "last_round": None if self.last is None else self.last.to_dict(),
             "memory_hash": self.hash or None,
         }
 
@@ -135,6 +166,7 @@ class Source:
         self._observe, self._tell, self._shadowed = harmless(observer), harmless(tell), shadowed
         self._tracker = DirtyTracker(guest.memory)
         self._left = PageSet(guest.memory)
+        self._left_by_devices = PageSet(guest.memory)
         self._sender = PageSender(guest.memory, channel, self.options.limit, self._progress)
         self._shape = GuestShape(
             id=os.urandom(ID_BYTES),
@@ -175,10 +207,28 @@ class Source:
         except Exception as e:
             # whatever it is, for want of descriptors or memory as well: the guest is here and can go on
             raise self._stay(e) from e
-        finally:
+        except BaseException:
             self._tracker.stop()
-        self._hand_over()
+            raise
+        try:
+            self._hand_over()
+        finally:
+            # it takes longer the more memory there is, and nobody waits for it now
+            self._tracker.stop()
+        self._let_go()
+        self._account()
         return self.sent
+
+    def _let_go(self) -> None:
+        """Reset what the guest has left: a procedure may have kept it ready to go on."""
+        for device in self.devices:
+            with suppress(VhostVdpaError, OSError):
+                device.reset()
+
+    def _account(self) -> None:
+        """Count what the last round moved, now that nobody waits."""
+        pages, by_devices = self._left.count, self._left_by_devices.count
+        self.sent.last = LastRound(pages, by_devices, pages - by_devices, self.sent.rounds[-1].seconds * 1000)
 
     # -- while the guest runs here -------------------------------------------------
 
@@ -206,15 +256,15 @@ class Source:
             self._cancel.check()
             with self.guest.watching(Window.SWITCH, number):
                 with device.trace.in_phase(DT1_STOP):
-                    self._stop_device(number, device)
+                    self._stop_device(number, device, State.SHADOW)
                 with device.trace.in_phase(DT1_START):
                     device.start_shadow(self.guest.nics[number].queues, self.guest.controls[number])
             self.sent.switched.add(device.path)
         self._shadowed()
 
-    def _stop_device(self, number: int, device: VdpaNetDevice) -> None:
+    def _stop_device(self, number: int, device: VdpaNetDevice, then: State | None = None) -> None:
         try:
-            device.stop()
+            device.stop(then)
         except OutOfOrder:
             # it was resumed and goes on, or was reset
             raise
@@ -223,10 +273,13 @@ class Source:
             raise
 
     def _precopy(self) -> None:
+        for number, outline in enumerate(self.guest.outline()):
+            self.channel.send_frame(Frame.STAND_BY, outline.encode(), number)
         # all of memory goes after this, so what was written before is no matter
         self._tracker.start()
         converging = Convergence(self.options.downtime)
         pages = PageSet.all(self.guest.memory)
+        short = False
         while True:
             self._send_round(pages)
             pages = self._collect()
@@ -235,8 +288,13 @@ class Source:
                 f"round {len(self.sent.rounds)}: {_speed(self.sent.rounds[-1])}; "
                 f"{pages.bytes >> 10:,} KiB written since, {(seconds or 0) * 1000:.0f} ms to send"
             )
+            if converging.done(pages, self._sender.bandwidth) and pages.count and not short:
+                # this round is known to be short: the guest runs for it, and stands still for what it writes meanwhile
+                short = True
+                continue
             if converging.done(pages, self._sender.bandwidth):
                 self._left = pages
+                self._left_by_devices.update(self._tracker.written_by_devices)
                 return
             if converging.gave_up(pages):
                 raise MigrationFailed(
@@ -283,21 +341,31 @@ class Source:
 
     def _stop(self) -> None:
         self.sent.stopped = time.monotonic_ns()
-        self.guest.pause()
-        for number, device in enumerate(self.devices):
-            with device.trace.in_phase(DT2_STOP):
-                self._stop_device(number, device)
-            self.sent.halted.add(device.path)
-        self._left |= self._tracker.collect()
-        self._tracker.stop()
+        with self._step(gap.PAUSE):
+            self.guest.pause()
+        together([partial(self._stop_for_good, number, device) for number, device in enumerate(self.devices)])
+        with self._step(gap.COLLECT):
+            self._left.update(self._tracker.collect())
+            self._left_by_devices.update(self._tracker.written_by_devices)
+
+    def _step(self, phase: str) -> AbstractContextManager[None]:
+        """Record a step of the time in which the guest stands still."""
+        return gap.step(self.devices[0].trace, phase)
+
+    def _stop_for_good(self, number: int, device: VdpaNetDevice) -> None:
+        with device.trace.in_phase(DT2_STOP):
+            self._stop_device(number, device)
+        self.sent.halted.add(device.path)
 
     def _send_state(self) -> None:
         self._sender.limit = None
-        self._send_round(self._left)
-        guest, devices = self.guest.state()
-        self.channel.send_frame(Frame.GUEST, guest.encode())
-        for number, device in enumerate(devices):
-            self.channel.send_frame(Frame.DEVICE, device.encode(), number)
+        with self._step(gap.LAST_ROUND):
+            self._send_round(self._left)
+        with self._step(gap.STATE):
+            guest, devices = self.guest.state()
+            self.channel.send_frame(Frame.GUEST, guest.encode())
+            for number, device in enumerate(devices):
+                self.channel.send_frame(Frame.DEVICE, device.encode(), number)
         self._loaded = True
         self._fence = Fence(patience(self._shape), 1)
         self.channel.send_frame(Frame.FINAL)
@@ -375,10 +443,12 @@ class Source:
     def _stay(self, error: Exception) -> VhostVdpaError:
         """Let the guest go on in passthrough here; the error that tells so, or what state is left."""
         self._observe("back to source")
-        self._tracker.stop()
-        if self._too_late():
-            return self._unknown(error, _LATE)
-        stranded = self._go_on()
+        try:
+            if self._too_late():
+                return self._unknown(error, _LATE)
+            stranded = self._go_on()
+        finally:
+            self._tracker.stop()
         said = self._part(error)
         what = f"{words_of(error)}; the destination says: {said}" if said else words_of(error)
         if stranded is not None:

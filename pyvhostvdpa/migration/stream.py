@@ -29,7 +29,7 @@ from .pages import PAGES, ZERO, stream_sum
 T = TypeVar("T")
 
 MAGIC = b"vdpa-mig"
-VERSION = 1
+VERSION = 2
 _PREAMBLE = struct.Struct("<8sII")
 HEADER = struct.Struct("<IIQQ")
 
@@ -73,6 +73,8 @@ class Frame(enum.IntEnum):
     """Destination: it has given up, and the guest is not here."""
     CANCEL = 13
     """Source: it has given up, and keeps the guest."""
+    STAND_BY = 14
+    """Source: what is known of device number count while the guest runs, so that the destination can be ready."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -265,6 +265,10 @@ class ControlQueue(DeviceControl):
 
     # -- the guest's side --------------------------------------------------------
 
+    def take_up(self) -> None:
+        """Read the guest's ring on from its used index, which stands elsewhere if the guest ran on another device."""
+        lib.ctrl_guest_start(self._guest)
+
     def start(self) -> None:
         """Serve the guest in a thread of its own."""
         self._stopping = False

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 DEST_PREMAP = "dest.premap"
 """Guest memory is mapped on the destination, before the guest stops."""
+DEST_STAND_BY = "dest.stand_by"
+"""The destination's device is made ready for the guest, before the guest stops."""
 DT1_STOP = "dt1.stop"
 """The device is stopped in passthrough, to be started with shadow virtqueues."""
 DT1_START = "dt1.start"
@@ -22,5 +24,5 @@ DT2 = (DT2_STOP,)
 """Downtime #2 of the series."""
 DEST = (DEST_START,)
 """The start on the destination, which is in neither downtime."""
-PHASES = (DEST_PREMAP, *DT1, *DT2, DEST_START, CANCEL_START)
+PHASES = (DEST_PREMAP, DEST_STAND_BY, *DT1, *DT2, DEST_START, CANCEL_START)
 """All of them, in the order in which a migration goes through them."""

@@ -11,7 +11,7 @@ from .._cdefs import ffi, lib
 from ..base.errors import MissingFeature
 from ..memory.guest import PAGE_SIZE, GuestMemory
 
-_SETTLE_NS = 200_000_000
+SETTLE_NS = 200_000_000
 """How long a guest's CPU may take between writing a slot and publishing it."""
 
 MAX_NUM = 32768
@@ -167,4 +167,4 @@ def in_order(queue: GuestQueue, memory: GuestMemory, start: RingStart | None) ->
     ring = ffi.new("struct vring *")
     map_queue(ring, queue, memory)
     remembered = ffi.NULL if start is None else start.c
-    return bool(lib.vring_in_order(ring, remembered, time.monotonic_ns() + _SETTLE_NS))
+    return bool(lib.vring_in_order(ring, remembered, time.monotonic_ns() + SETTLE_NS))

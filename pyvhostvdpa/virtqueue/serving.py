@@ -48,6 +48,9 @@ class RingServer(Protocol):
     def in_flight(self) -> Sequence[int]:
         """The guest's heads that the device has and has not used, oldest first."""
 
+    def take_up(self) -> None:
+        """Begin anew: the device's ring empty, the guest's read on from where its used index stands now."""
+
     def drain(self) -> None:
         """Give the guest everything that a stopped device has used.
 

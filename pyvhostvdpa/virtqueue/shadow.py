@@ -89,6 +89,10 @@ class ShadowVirtqueue:
         q.features = features
         lib.svq_start(q)
 
+    def take_up(self) -> None:
+        """Begin anew: the shadow ring empty, the guest's read on from where its used index stands now."""
+        lib.svq_start(self.c)
+
     @property
     def broken(self) -> str:
         """Why the queue was given up; "" while it is healthy."""

@@ -77,6 +77,31 @@ def test_no_frame_is_lost_and_all_devices_make_the_same_calls(row: str) -> None:
         assert run.frames.received > 0
 
 
+def test_the_best_row_is_a_fiftieth_of_the_last_row_of_the_series() -> None:
+    """In both of what a guest feels: the switch, and from its pause to its last queue running."""
+    best, series = rows("series-2023")["beyond"], rows("series-2023")["batch"]
+    print(f"stop to run {best.stop_to_run_ms} and {series.stop_to_run_ms} ms, DT1 {best.dt1_ms} and {series.dt1_ms} ms")
+    assert 50 * seconds(best.stop_to_run_ms) <= seconds(series.stop_to_run_ms)
+    assert 50 * seconds(best.dt1_ms) <= seconds(series.dt1_ms)
+
+
+def test_the_best_row_takes_little_more_than_its_devices() -> None:
+    best = rows("series-2023")["beyond"]
+    ratio = best.ratio()
+    print(f"floor {best.floor}, ratio {ratio}")
+    assert ratio["switch"] is not None
+    assert ratio["stop_to_run"] is not None
+    assert 1 <= ratio["switch"] <= 1.5
+    assert 1 <= ratio["stop_to_run"] <= 2
+
+
+def test_what_stop_to_run_consists_of_sums_up_to_it() -> None:
+    for result in rows("series-2023").values():
+        for run in result.runs:
+            assert run.gap is not None
+            assert sum(run.gap.by_phase().values()) == pytest.approx(run.gap.ms)
+
+
 def test_each_optimization_shortens_what_it_is_about() -> None:
     found = rows("series-2023")
     dt2 = [seconds(found[row].dt2_ms) for row in ("baseline", "desc_asid_literal", "persist", "batch", "beyond")]

@@ -94,8 +94,8 @@ class Worker:
 
         return observe
 
-    def start(self, paths: list[str], options: GuestOptions) -> None:
-        self.devices = [VdpaNetDevice(path, wanted=SUPPORTED | CONTROL) for path in paths]
+    def start(self, paths: list[str], options: GuestOptions, procedure: str | None = None) -> None:
+        self.devices = [VdpaNetDevice(path, wanted=SUPPORTED | CONTROL, procedure=procedure) for path in paths]
         self.guest = guest = Guest.create(self.devices, options)
         for number, device in enumerate(self.devices):
             device.attach(guest.memory)
@@ -113,9 +113,11 @@ class Worker:
         self.close()
         return {"rounds": len(sent.rounds), "hash": sent.hash, "frames": frames}
 
-    def receive(self, paths: list[str], hold_at: str, fd: int) -> dict[str, Any]:
+    def receive(self, paths: list[str], hold_at: str, procedure: str | None, fd: int) -> dict[str, Any]:
         with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=STALL_SECONDS) as channel:
-            destination = Destination(paths, channel, cancel, folder=self.folder, observer=self.holding(hold_at))
+            destination = Destination(
+                paths, channel, cancel, folder=self.folder, observer=self.holding(hold_at), procedure=procedure
+            )
             with interruptible(cancel):
                 arrived = destination.run()
         return self._own(arrived)

@@ -109,7 +109,7 @@ def attack(peer: Peer, path: str, *frames: bytes) -> Failed:
     ours, theirs = socket.socketpair()
     with Channel(ours, stall=20.0) as channel:
         with theirs:
-            peer.ask("receive", [path], "", fd=theirs.fileno())
+            peer.ask("receive", [path], "", None, fd=theirs.fileno())
         channel.send_frame(Frame.SHAPE, SHAPE.encode())
         while channel.expect(Frame.ALIVE, Frame.ACCEPT)[0] is not Frame.ACCEPT:
             pass

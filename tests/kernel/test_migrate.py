@@ -82,6 +82,14 @@ def test_json_is_all_there_is_on_standard_output(devices: tuple[str, str]) -> No
     assert result["dt1_ms"]["worst"] == max(d["ms"] for d in result["dt1_ms"]["devices"])
     assert result["dt2_ms"]["sum"] == pytest.approx(sum(d["ms"] for d in result["dt2_ms"]["devices"]))
     assert set(result["guest_gap_ms"]) == {"switch", "move"}
+    assert result["stop_to_run_ms"] == pytest.approx(sum(result["stop_to_run_parts_ms"].values()), abs=0.1)
+    assert {"gap.pause", "dt2.stop", "gap.last_round", "gap.load", "dest.start"} <= set(result["stop_to_run_parts_ms"])
+    # frames flow until the guest is paused, and again once the last queue runs
+    stood = result["stop_to_run_ms"] - result["stop_to_run_parts_ms"]["gap.pause"]
+    assert 0 < stood <= result["guest_gap_ms"]["move"] + 5
+    last = result["last_round"]
+    assert last["pages"] == last["by_device"] + last["by_cpu"] == result["rounds"][-1]["pages"]
+    assert set(result["procedure"]) == {"source", "destination"}
     assert sum(each["pages"] + each["zero_pages"] for each in result["rounds"]) * 4096 >= lab.SMALL
     assert set(result["environment"]["devices"]) == {"source", "destination"}
     assert {"dest.premap", "dt1.stop", "dt1.start", "dt2.stop", "dest.start"} <= set(result["phases"])
@@ -92,6 +100,9 @@ def test_json_is_all_there_is_on_standard_output(devices: tuple[str, str]) -> No
 def test_the_table_names_both_downtimes(devices: tuple[str, str]) -> None:
     done = subprocess.run([*COMMAND, "--seconds", "1.5"], capture_output=True, text=True, check=True)
     for text in (
+        "stop to run: ",
+        "the last round of it: ",
+        "procedure: source direct (in-place is not possible: ",
         "DT1, switch",
         "DT2, stop",
         "lost",
@@ -110,6 +121,14 @@ def test_memory_that_the_guest_writes_all_the_time_arrives(devices: tuple[str, s
     assert report.bad_pages == 0
     assert report.sent.hash
     assert report.frames.sent == report.frames.received
+
+
+def test_the_guest_runs_for_a_short_round_before_it_stands_still(devices: tuple[str, str]) -> None:
+    """All of memory, what was written meanwhile, and what was written during that: three rounds at least."""
+    sent = migrate(*devices, Options(GuestOptions(lab.SMALL, write_rate=1 << 20), SendOptions(downtime=30.0), 1.5)).sent
+    assert len(sent.rounds) >= 3
+    assert sent.last is not None
+    assert sent.last.by_cpu > 0
 
 
 def test_source_and_destination_must_differ(devices: tuple[str, str], tmp_path: object) -> None:

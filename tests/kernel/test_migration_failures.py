@@ -240,34 +240,48 @@ def is_lost(world: World, killed: str) -> None:
 
 @dataclass(frozen=True)
 class Broken:
-    """``knob`` of the device of one side is turned to ``value`` while that side is held at ``phase``."""
+    """``knob`` of the device of one side is turned to ``value`` while that side is held at ``phase``.
+
+    That device is driven by ``procedure``, since not each makes the call that fails.
+    """
 
     side: str
     phase: str
     knob: str
     value: int
     words: str
+    procedure: str
 
     def __str__(self) -> str:
-        return f"{self.knob}={self.value} at {self.side}'s {self.phase}"
+        return f"{self.knob}={self.value} at {self.side}'s {self.phase}, {self.procedure}"
 
 
 STAYS = (
-    Broken("source", "switch", "fail_suspend", 1, "VHOST_VDPA_SUSPEND"),
-    Broken("source", "stop", "fail_suspend", 1, "VHOST_VDPA_SUSPEND"),
-    Broken("source", "switch", "fail_set_map", 2, "IOTLB"),
-    Broken("source", "switch", "fail_set_map", 3, "NEEDS_RESET"),
-    Broken("source", "switch", "fail_vq_create", 1, "DRIVER_OK"),
-    Broken("destination", "map", "fail_set_map", 2, "IOTLB"),
-    Broken("destination", "start", "fail_set_map", 1, "IOTLB"),
-    Broken("destination", "start", "fail_vq_create", 1, "DRIVER_OK"),
-    Broken("destination", "start", "cvq_mute", 1, "did not answer"),
+    Broken("source", "switch", "fail_suspend", 1, "VHOST_VDPA_SUSPEND", "direct"),
+    Broken("source", "switch", "fail_suspend", 1, "VHOST_VDPA_SUSPEND", "in-place"),
+    Broken("source", "switch", "fail_resume", 1, "VHOST_VDPA_RESUME", "in-place"),
+    Broken("source", "stop", "fail_suspend", 1, "VHOST_VDPA_SUSPEND", "direct"),
+    Broken("source", "stop", "fail_suspend", 1, "VHOST_VDPA_SUSPEND", "in-place"),
+    Broken("source", "switch", "fail_set_map", 2, "IOTLB", "direct"),
+    Broken("source", "switch", "fail_set_map", 3, "NEEDS_RESET", "direct"),
+    Broken("source", "switch", "fail_vq_create", 1, "DRIVER_OK", "direct"),
+    Broken("destination", "map", "fail_set_map", 2, "IOTLB", "direct"),
+    Broken("destination", "memory", "fail_set_map", 1, "IOTLB", "direct"),
+    Broken("destination", "memory", "fail_set_map", 2, "IOTLB", "in-place"),
+    Broken("destination", "memory", "fail_vq_create", 1, "DRIVER_OK", "in-place"),
+    Broken("destination", "memory", "cvq_mute", 1, "did not answer", "in-place"),
+    Broken("destination", "memory", "fail_suspend", 1, "VHOST_VDPA_SUSPEND", "in-place"),
+    Broken("destination", "start", "fail_vq_create", 1, "DRIVER_OK", "direct"),
+    Broken("destination", "start", "cvq_mute", 1, "did not answer", "direct"),
+    Broken("destination", "start", "fail_resume", 1, "VHOST_VDPA_RESUME", "in-place"),
 )
 
 
 @pytest.mark.parametrize("broken", STAYS, ids=str)
 def test_a_device_fails_and_the_guest_stays(world: World, lives: Lives, broken: Broken) -> None:
-    with world.migration(hold=(broken.side, broken.phase)) as stream:
+    if broken.side == "source":
+        world.move_to(broken.procedure)
+    with world.migration(hold=(broken.side, broken.phase), procedure=broken.procedure) as stream:
         stream.close()
         held = world.here if broken.side == "source" else world.there
         sim = lives.sim(world.paths[held.name][0])
@@ -288,6 +302,7 @@ def test_a_device_fails_and_the_guest_stays(world: World, lives: Lives, broken: 
 
 
 def test_a_device_that_is_not_suspended_for_the_way_back_either_is_reset(world: World, lives: Lives) -> None:
+    world.move_to("direct")
     sim = lives.sim(world.paths[world.here.name][0])
     # the first is for the switch
     sim.write("fault/fail_suspend", 2)
@@ -322,7 +337,8 @@ def test_a_map_that_fails_in_the_batch_is_made_good(world: World, lives: Lives) 
 
 
 def test_a_source_that_cannot_be_started_again_saves_its_guest(world: World, lives: Lives) -> None:
-    """Its control queue never answers again: neither the switch nor the way back can be done."""
+    """Its control queue never answers again: neither a switch with a reset nor the way back can be done."""
+    world.move_to("direct")
     sim = lives.sim(world.paths[world.here.name][0])
     with world.migration(hold=("source", "switch")) as stream:
         stream.close()

@@ -29,6 +29,20 @@ def test_frames_come_back_whole_in_passthrough_and_through_shadow_queues(vduse: 
             guest.close()
 
 
+def test_it_is_started_directly_and_stands_ready_before(vduse: str) -> None:
+    with GuestMemory([(DEFAULT_GPA, lab.SMALL)]) as memory, VdpaNetDevice(vduse) as device:
+        assert device.procedure.name == "direct"
+        assert device.procedure.why_not_better.startswith("in-place is not possible: ")
+        device.attach(memory)
+        guest = Guest(device, memory)
+        assert "DRIVER_OK" in device.stand_by(guest.nic.queues)
+        device.start_passthrough(guest.nic.queues)
+        guest.traffic.run()
+        guest.receives(500)
+        guest.settle()
+        guest.close()
+
+
 def test_a_device_that_cannot_suspend_is_not_taken_over(vduse: str) -> None:
     with GuestMemory([(DEFAULT_GPA, lab.SMALL)]) as memory, VdpaNetDevice(vduse) as device:
         device.attach(memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from pyvhostvdpa.migration.source import SendOptions
 
 MEMORY = 8 << 20
 OPTIONS = GuestOptions(memory=MEMORY, ring_size=64, frame_size=128, write_rate=1 << 20)
+PROCEDURES = (None, None, "direct")
+"""What each device is driven by, at random: the best that it can do, or what it could do without RESUME."""
+ANY = "any"
 PERFECT = {"lost": 0, "duplicated": 0, "corrupted": 0, "reordered": 0, "bad_pages": 0}
 
 
@@ -27,6 +31,9 @@ class World:
         self.folder, self.options, self.downtime = folder, options, downtime
         self.paths = {"left": list(here), "right": list(there)}
         self._empty: dict[str, Any] = {}
+        self._random = random.Random(len(here))
+        self.procedure: str | None = ANY
+        """What the next destination is driven by."""
         self.here, self.there = self.fork("left"), self.fork("right")
         self.start_anew()
 
@@ -34,7 +41,11 @@ class World:
 
     @contextmanager
     def migration(
-        self, hashed: bool = False, hold: tuple[str, str] = ("", ""), limit: float | None = None
+        self,
+        hashed: bool = False,
+        hold: tuple[str, str] = ("", ""),
+        limit: float | None = None,
+        procedure: str | None = None,
     ) -> Iterator[socket.socket]:
         """Begin one; what is yielded is the stream, to be broken. ``hold`` one side at a phase."""
         left, right = socket.socketpair()
@@ -43,7 +54,9 @@ class World:
             options = SendOptions(folder=self.folder, downtime=self.downtime, hashed=hashed, limit=limit)
             self.here.ask("send", options, phase if side == "source" else "", fd=left.fileno())
             at = phase if side == "destination" else ""
-            self.there.ask("receive", self.paths[self.there.name], at, fd=right.fileno())
+            if procedure is None:
+                procedure = self._random.choice(PROCEDURES) if self.procedure is ANY else self.procedure
+            self.there.ask("receive", self.paths[self.there.name], at, procedure, fd=right.fileno())
             right.close()
             yield left
         finally:
@@ -59,6 +72,14 @@ class World:
         self.here, self.there = self.there, self.here
         sent.update(received)
         return dict(sent)
+
+    def move_to(self, procedure: str | None) -> None:
+        """Have the guest on a device that is driven in this way."""
+        self.procedure = procedure
+        try:
+            self.migrates()
+        finally:
+            self.procedure = ANY
 
     # -- what has to hold ----------------------------------------------------------------
 
@@ -87,7 +108,7 @@ class World:
 
     def start_anew(self) -> None:
         """A new guest, because the last one died with its process."""
-        self.here.call("start", self.paths[self.here.name], self.options)
+        self.here.call("start", self.paths[self.here.name], self.options, self._random.choice(PROCEDURES))
 
     def close(self) -> None:
         for peer in (self.here, self.there):

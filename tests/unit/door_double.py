@@ -16,9 +16,12 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from prepared_double import PreparedDouble
+
 from pyvhostvdpa._cdefs import ffi
 from pyvhostvdpa.base.errors import DeviceClosed, KernelError
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, BackendFeature, IotlbType, Status
+from pyvhostvdpa.chardev.calls import PreparedCalls
 from pyvhostvdpa.chardev.door import IotlbMessage, IotlbWriteError
 from pyvhostvdpa.trace import Trace
 
@@ -124,6 +127,9 @@ class DoorDouble:
 
     def fileno(self) -> int:
         return -1
+
+    def prepare(self) -> PreparedCalls:
+        return PreparedDouble(self)
 
     def close(self) -> None:
         if not self.closed:

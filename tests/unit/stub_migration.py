@@ -14,6 +14,7 @@ from typing import Any
 from pyvhostvdpa.base.errors import StreamBroken
 from pyvhostvdpa.base.uapi import BackendFeature
 from pyvhostvdpa.device.net import State
+from pyvhostvdpa.device.procedure.best import Choice
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.guest.synthetic import Guest
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
@@ -41,6 +42,7 @@ class StubDevice:
         self.calls: list[str] = []
         self.stalled: dict[int, float] = {}
         self.features = Feature.VERSION_1
+        self.procedure = Choice("direct")
         self.iotlb = SimpleNamespace(limits=SimpleNamespace(pinned=None, entries=None))
 
     def _call(self, name: str) -> None:

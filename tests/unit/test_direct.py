@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import pytest
+from prepared_double import PreparedDouble
 from ring_model import Model, Segment
 
 from pyvhostvdpa.base.errors import OutOfOrder
@@ -48,6 +49,9 @@ class Door:
             self.calls.append((name, (*arguments, *named.values())))
 
         return call
+
+    def prepare(self) -> PreparedDouble:
+        return PreparedDouble(self)
 
     def set_status(self, status: Status) -> None:
         self.calls.append(("set_status", (status,)))

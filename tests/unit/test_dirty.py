@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.base.errors import VhostVdpaError
 from pyvhostvdpa.memory.guest import GUEST_PAGE, PAGE_SIZE, Gpa, GuestMemory, bitmap_words
+from pyvhostvdpa.migration import dirty
 from pyvhostvdpa.migration.convergence import Convergence
-from pyvhostvdpa.migration.dirty import DirtyTracker, Interface, PageSet
+from pyvhostvdpa.migration.dirty import DirtyTracker, Interface, PageSet, probe_interface
 
 LOW, HIGH = Gpa(1 << 30), Gpa(1 << 32)
 PAGES = 300
@@ -179,3 +181,23 @@ def test_it_gives_up_when_rounds_leave_no_less_than_the_best(
 
 def test_a_system_page_is_whole_guest_pages() -> None:
     assert PAGE_SIZE % GUEST_PAGE == 0
+
+
+@pytest.mark.parametrize("cpus", [1, 3])
+def test_a_large_memory_is_asked_for_in_parts_and_tells_the_same(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch, cpus: int
+) -> None:
+    if probe_interface() is not Interface.PAGEMAP_SCAN:
+        pytest.skip("this kernel has no PAGEMAP_SCAN")
+    monkeypatch.setattr(dirty, "_SCAN_MIN", 64 * GUEST_PAGE)
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    written = [0, 63, 64, 127, 128, 200, PAGES - 1]
+    with DirtyTracker(memory, Interface.PAGEMAP_SCAN) as tracker:
+        tracker.collect()
+        for region in memory.regions:
+            for page in written:
+                region.memory.buffer[page * GUEST_PAGE] = 1
+        found = tracker.collect()
+        assert list(found) == [start + page * GUEST_PAGE for start in (LOW, HIGH) for page in written]
+        assert not tracker.collect().count
+        assert not tracker.written_by_devices.count

@@ -237,3 +237,22 @@ def test_a_folder_that_cannot_be_written_is_told_beforehand(tmp_path: Path) -> N
 )
 def test_times_are_told_in_three_digits(ns: int, text: str) -> None:
     assert duration(ns) == text
+
+
+def test_stop_to_run_has_a_bar_and_its_floor_in_each_row_that_has_it() -> None:
+    measured = row(
+        "beyond", "in place", 8.0, 6.0,
+        stop_to_run_ms=17.25, stop_to_run_parts_ms={"gap.pause": 0.25, "dt2.stop": 8.0, "dest.start": 9.0},
+        floor_ms={"switch": 7.488, "stop_to_run": 7.488}, floor_ratio={"switch": 1.07, "stop_to_run": 2.3},
+    )  # fmt: skip
+    html = ladder.render(report(*ROWS, measured), {})
+    texts = " ".join(Page(html).texts)
+    assert "Stop to run" in texts
+    assert "17.25" in texts
+    assert "2.3 x" in texts
+    assert "READY and GO" not in texts
+    assert texts.index("Stop to run") < texts.index("DT1 is the time that")
+
+
+def test_a_report_without_stop_to_run_has_no_section_of_it(html: str) -> None:
+    assert "Stop to run" not in html

@@ -7,6 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.base.errors import DeviceClosed, MapRejected, MissingFeature
-from pyvhostvdpa.memory import hugepages
+from pyvhostvdpa.memory import guest, hugepages
 from pyvhostvdpa.memory.guest import (
     HUGE_PAGE,
     PAGE_SIZE,
@@ -130,6 +131,26 @@ def test_ring_sizes_are_powers_of_two(num: int) -> None:
 
 def test_page_size_is_the_systems() -> None:
     assert PAGE_SIZE == mmap.PAGESIZE
+
+
+def test_physical_runs_are_counted_in_parts_as_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    with SharedMemory("test", 64 * PAGE_SIZE) as memory:
+        whole = memory.runs()
+        for pages in (1, 2, 3, 64, 100):
+            monkeypatch.setattr(guest, "_ENTRIES", pages)
+            assert memory.runs() == whole
+            assert memory.runs(PAGE_SIZE, 5 * PAGE_SIZE) <= 5
+
+
+def test_counting_physical_runs_takes_no_memory_by_size() -> None:
+    with SharedMemory("test", 512 << 20) as memory:
+        tracemalloc.start()
+        try:
+            memory.runs()
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert most < 768 << 10
 
 
 BAD_LAYOUTS: dict[str, tuple[list[tuple[int, int]], str]] = {

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...guest.nic import FrameCounts
 from ...trace.downtime import total, worst
+from ...trace.gap import StopToRun
 from .rows import Plan
 
 SCHEMA = "pyvhostvdpa/ladder/1"
@@ -26,12 +27,30 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class Floor:
+    """What the devices take that no procedure can spare, side by side, in ms: to stop their queues and let them go."""
+
+    switch: float
+    stop_to_run: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the fields for JSON."""
+        return {"switch": round(self.switch, 3), "stop_to_run": round(self.stop_to_run, 3)}
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
-    """One run of a row: ms and calls by downtime (``dt1``, ``dt2``, ``dest``) and device, in the devices' order."""
+    """One run of a row: ms and calls by downtime (``dt1``, ``dt2``, ``dest``) and device, in the devices' order.
+
+    ``gap`` is from the guest's pause to its last queue running.
+    """
 
     ms: Mapping[str, Sequence[float]]
     counts: Mapping[str, Sequence[Counts]]
     frames: FrameCounts
+    gap: StopToRun | None = None
+    floor: Floor | None = None
+    procedure: str | None = None
 
     @property
     def dt1_ms(self) -> float:
@@ -73,6 +92,32 @@ class RowResult:
         """The median over the runs; None if there was none."""
         return statistics.median(run.dest_ms for run in self.runs) if self.runs else None
 
+    @property
+    def stop_to_run_ms(self) -> float | None:
+        """The median over the runs; None if there was none."""
+        found = [run.gap.ms for run in self.runs if run.gap is not None]
+        return statistics.median(found) if found else None
+
+    @property
+    def floor(self) -> Floor | None:
+        """What the devices take for themselves, in the first run."""
+        return self.runs[0].floor if self.runs else None
+
+    def parts(self) -> dict[str, float]:
+        """Return what stop to run consists of, ms by phase, in the run that is nearest to the median."""
+        runs = [run.gap for run in self.runs if run.gap is not None]
+        middle = self.stop_to_run_ms
+        return {} if middle is None else min(runs, key=lambda each: abs(each.ms - middle)).by_phase()
+
+    def ratio(self) -> dict[str, float | None]:
+        """Return how many times its floor the switch and stop to run take; None where that is not known, or 0."""
+        floor = self.floor
+        pairs = {
+            "switch": (self.dt1_ms, floor.switch if floor else None),
+            "stop_to_run": (self.stop_to_run_ms, floor.stop_to_run if floor else None),
+        }
+        return {name: took / least if took is not None and least else None for name, (took, least) in pairs.items()}
+
     def counts(self, downtime: str) -> Counts | None:
         """Return a device's calls in a downtime, those of the first run's first device."""
         return self.runs[0].counts[downtime][0] if self.runs else None
@@ -93,6 +138,11 @@ class RowResult:
         return {
             "row": self.plan.row,
             "title": self.plan.title,
+            "procedure": self.runs[0].procedure if self.runs else None,
+            "stop_to_run_ms": _rounded(self.stop_to_run_ms),
+            "stop_to_run_parts_ms": {name: round(ms, 3) for name, ms in self.parts().items()} or None,
+            "floor_ms": self.floor.to_dict() if self.floor else None,
+            "floor_ratio": {name: _rounded(value) for name, value in self.ratio().items()},
             "dt1_ms": {"worst": _rounded(self.dt1_ms), "runs": [_all(run.ms["dt1"]) for run in self.runs]},
             "dt2_ms": {"sum": _rounded(self.dt2_ms), "runs": [_all(run.ms["dt2"]) for run in self.runs]},
             "dest_ms": {"sum": _rounded(self.dest_ms), "runs": [_all(run.ms["dest"]) for run in self.runs]},

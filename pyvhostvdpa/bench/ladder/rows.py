@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ...base.errors import MissingFeature
 from ...base.uapi import ALL_BACKEND_FEATURES, BackendFeature
-from ...device.procedure.base import OWN_ASID, Procedure, Target
+from ...device.procedure.base import Procedure, Target
 from ...device.procedure.direct import Direct
 from ...device.procedure.in_place import InPlace
 from ...device.procedure.series import Optimization, Series
@@ -104,7 +104,7 @@ def _lacks(target: Target, keeps_maps: bool) -> dict[Optimization, str]:
     found = {}
     features = target.backend_features
     if not target.descriptors_apart:
-        found[Optimization.DESC_ASID] = _why_no_descriptor_asid(target)
+        found[Optimization.DESC_ASID] = target.why_not_apart
     if BackendFeature.IOTLB_PERSIST not in features:
         found[Optimization.PERSIST] = "IOTLB_PERSIST is not offered"
     if BackendFeature.IOTLB_BATCH not in features:
@@ -114,14 +114,6 @@ def _lacks(target: Target, keeps_maps: bool) -> dict[Optimization, str]:
             "a reset drops maps unless IOTLB_PERSIST is acknowledged; only vdpa_hwsim with clean_map=N keeps them"
         )
     return found
-
-
-def _why_no_descriptor_asid(target: Target) -> str:
-    if BackendFeature.DESC_ASID not in target.backend_features:
-        return "DESC_ASID is not offered"
-    if target.groups.descriptors is None:
-        return "descriptors have no group of their own"
-    return f"there are {target.iotlb.limits.as_num} address spaces, {OWN_ASID + 1} are needed"
 
 
 _MAPPED_EARLY = Optimization.DEST_PREMAP | Optimization.CAPS_AT_INIT

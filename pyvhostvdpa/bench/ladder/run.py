@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from ...base.errors import MigrationFailed, MigrationRefused
 from ...device.net import State, VdpaNetDevice
+from ...device.together import together
 from ...guest.arena import GuestArena
 from ...guest.nic import GuestNic, NicOptions
 from ...guest.traffic import Traffic
@@ -27,11 +28,12 @@ from ...migration.report import environment
 from ...net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
 from ...net.control_queue import GuestControl
 from ...net.features import CONTROL, SUPPORTED
+from ...trace import gap
 from ...trace.downtime import milliseconds
-from ...trace.phases import DEST, DEST_PREMAP, DEST_START, DT1, DT1_START, DT1_STOP, DT2, DT2_STOP
+from ...trace.phases import DEST, DEST_PREMAP, DEST_STAND_BY, DEST_START, DT1, DT1_START, DT1_STOP, DT2, DT2_STOP
 from ...trace.recorder import Trace
 from .. import hwsim
-from .report import Counts, LadderReport, RowResult, Run
+from .report import Counts, Floor, LadderReport, RowResult, Run
 from .rows import PLANS, Plan
 from .stage import Stage, Supply
 
@@ -157,6 +159,21 @@ class _Guest:
             time.sleep(_POLL)
         self.traffic.pause()
 
+    def stand_by(self) -> None:
+        """Let the destination stand ready, as far as it can."""
+        with self.destination.trace.in_phase(DEST_STAND_BY):
+            self.destination.stand_by(self.nic.queues, self.control)
+
+    def stop(self) -> None:
+        """Stop the source."""
+        with self.source.trace.in_phase(DT2_STOP):
+            self.source.stop()
+
+    def start(self) -> None:
+        """Start the destination."""
+        with self.destination.trace.in_phase(DEST_START):
+            self.destination.start_passthrough(self.nic.queues, self.control)
+
     def settle(self) -> None:
         """Wait for what is under way."""
         self.traffic.run()
@@ -240,12 +257,14 @@ class _Row:
         for guest in guests:
             with guest.destination.trace.in_phase(DEST_PREMAP):
                 guest.destination.attach(self.memory)
+            if self._ours:
+                guest.stand_by()
         counted = {"dt1": self._counted(self.sources, lambda: self._switch(guests))}
         self._say("through shadow virtqueues")
         for guest in guests:
             guest.exchange(guest.source)
-        counted["dt2"] = self._counted(self.sources, lambda: self._stop(guests))
-        counted["dest"] = self._counted(self.destinations, lambda: self._start_destinations(guests))
+        self._say("stop (DT2), and start of the destination")
+        counted["dt2"], counted["dest"] = self._moved(guests)
         self._say("passthrough on the destination")
         for guest in guests:
             guest.exchange(guest.destination)
@@ -260,36 +279,50 @@ class _Row:
             with guest.source.trace.in_phase(DT1_START):
                 guest.source.start_shadow(guest.nic.queues, guest.control)
 
+    @property
+    def _ours(self) -> bool:
+        """Whether the row is the package's own: all devices at once then, where QEMU takes one after the other."""
+        return self.plan.procedure is not None
+
+    def _each(self, actions: list[Callable[[], None]]) -> None:
+        if self._ours:
+            together(actions)
+            return
+        for action in actions:
+            action()
+
     def _stop(self, guests: list[_Guest]) -> None:
-        self._say("stop (DT2)")
-        for guest in guests:
-            with guest.source.trace.in_phase(DT2_STOP):
-                guest.source.stop()
+        # the guest's traffic is paused already: its gap begins here
+        with gap.step(self.sources[0].trace, gap.PAUSE):
+            for guest in guests:
+                guest.traffic.pause()
+        self._each([guest.stop for guest in guests])
 
     def _start_destinations(self, guests: list[_Guest]) -> None:
-        self._say("start of the destination")
-        for guest in guests:
-            with guest.destination.trace.in_phase(DEST_START):
-                guest.destination.start_passthrough(guest.nic.queues, guest.control)
+        self._each([guest.start for guest in guests])
 
     def _say(self, words: str) -> None:
         self.observe(f"{self.plan.row}: {words}")
 
-    def _counted(
-        self, devices: Sequence[VdpaNetDevice], act: Callable[[], None]
-    ) -> list[tuple[int | None, int | None]]:
-        """Return each device's set_maps and heavy ones during ``act``, None where the device does not count."""
-        before = [hwsim.counters(mgmt.name_of(device.path)) for device in devices]
-        act()
-        after = [hwsim.counters(mgmt.name_of(device.path)) for device in devices]
-        return [
-            (None, None)
-            if old is None or new is None
-            else (_more(old, new, "set_map"), _more(old, new, "set_map_heavy"))
-            for old, new in zip(before, after, strict=True)
-        ]
+    def _moved(self, guests: list[_Guest]) -> tuple[_Counted, _Counted]:
+        """Stop the sources and start the destinations, and nothing else in between."""
+        devices = self._devices
+        before = self._counters(devices)
+        self._stop(guests)
+        self._start_destinations(guests)
+        counted = _difference(before, self._counters(devices))
+        return counted[: len(self.sources)], counted[len(self.sources) :]
 
-    def _finish(self, guests: list[_Guest], counted: dict[str, list[tuple[int | None, int | None]]]) -> Run:
+    def _counted(self, devices: Sequence[VdpaNetDevice], act: Callable[[], None]) -> _Counted:
+        """Return each device's set_maps and heavy ones during ``act``, None where the device does not count."""
+        before = self._counters(devices)
+        act()
+        return _difference(before, self._counters(devices))
+
+    def _counters(self, devices: Sequence[VdpaNetDevice]) -> list[dict[str, int] | None]:
+        return [hwsim.counters(mgmt.name_of(device.path)) for device in devices]
+
+    def _finish(self, guests: list[_Guest], counted: dict[str, _Counted]) -> Run:
         ms, counts = {}, {}
         for downtime, phases in DOWNTIMES.items():
             devices = self.destinations if downtime == "dest" else self.sources
@@ -299,7 +332,20 @@ class _Row:
             ]
         frames = [guest.nic.counts() for guest in guests]
         total = type(frames[0])(*(sum(getattr(each, name) for each in frames) for name in type(frames[0]).__slots__))
-        return Run(ms, counts, total)
+        gaps = gap.stop_to_run(gap.steps(self.trace.events))
+        return Run(ms, counts, total, gaps, self._floor(), self.sources[0].procedure.name)
+
+    def _floor(self) -> Floor:
+        """What the device takes for itself: by its own account where it has one, else what its calls took."""
+        costs = [hwsim.stop_and_go_ms(mgmt.name_of(device.path), self.options.pairs) for device in self._devices]
+        known = [each for each in costs if each is not None]
+        if len(known) == len(costs):
+            # devices stand side by side, each on a source and on a destination that are alike
+            most = max(known)
+            return Floor(most, most)
+        switch = gap.taken(self.trace, DT1, lambda e: gap.suspends(e) or gap.sets_running(e))
+        stop = gap.taken(self.trace, DT2, gap.suspends)
+        return Floor(switch, stop + gap.taken(self.trace, (gap.START,), gap.sets_running))
 
     def _calls(self, device: VdpaNetDevice, phases: Sequence[str], set_maps: int | None, heavy: int | None) -> Counts:
         events = [event.event for phase in phases for event in self.trace.select(device.path, phase)]
@@ -309,6 +355,17 @@ class _Row:
             set_maps=set_maps,
             heavy=heavy,
         )
+
+
+_Counted = list[tuple[int | None, int | None]]
+"""Of each device: set_maps and heavy ones, None where it does not count."""
+
+
+def _difference(before: list[dict[str, int] | None], after: list[dict[str, int] | None]) -> _Counted:
+    return [
+        (None, None) if old is None or new is None else (_more(old, new, "set_map"), _more(old, new, "set_map_heavy"))
+        for old, new in zip(before, after, strict=True)
+    ]
 
 
 def _more(before: dict[str, int], after: dict[str, int], key: str) -> int:

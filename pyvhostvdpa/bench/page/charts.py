@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...trace.recorder import describe
 from ...trace.spans import Kind, Span, by_kind
@@ -35,7 +36,8 @@ class Bar:
     """One bar: ns by kind, and the range in ns that was published. ``absent`` says why there is no bar."""
 
     label: str
-    parts: Mapping[Kind, int]
+    parts: Mapping[Any, int]
+    """By kind: members of :class:`Kind`, or of another enumeration of strings that has CSS classes."""
     published: tuple[float, float] | None = None
     absent: str = ""
 
@@ -45,8 +47,8 @@ class Bar:
         return sum(self.parts.values())
 
 
-def stacked(bars: Sequence[Bar], label: str) -> str:
-    """Return a chart of bars on one scale; what was published is marked on it."""
+def stacked(bars: Sequence[Bar], label: str, classes: Mapping[Any, str] = CLASSES) -> str:
+    """Return a chart of bars on one scale; what was published is marked on it. ``classes`` are CSS classes by kind."""
     published = [bar.published[1] for bar in bars if bar.published and not bar.absent]
     longest = max([*published, *(bar.total for bar in bars), 1])
     axis = TimeAxis(longest, _LABELS + 12, WIDTH - _VALUES)
@@ -55,19 +57,19 @@ def stacked(bars: Sequence[Bar], label: str) -> str:
     for place, bar in enumerate(bars):
         y = place * (_BAR + _GAP) + _GAP / 2
         parts.append(words(bar.label, _LABELS, y + 15, "e"))
-        parts += _segments(bar, axis, y)
+        parts += _segments(bar, axis, y, classes)
         parts += _published(bar, axis, y)
     return drawing(bottom + 22, label, parts)
 
 
-def _segments(bar: Bar, axis: TimeAxis, y: float) -> list[str]:
+def _segments(bar: Bar, axis: TimeAxis, y: float, classes: Mapping[Any, str]) -> list[str]:
     if bar.absent:
         return [words(bar.absent, axis.left + 6, y + 15, "s")]
     parts = []
     at = 0
     for kind, ns in bar.parts.items():
         title = f"{bar.label}\n{kind.value}: {duration(ns)}, {100 * ns / bar.total:.1f} % of {duration(bar.total)}"
-        parts.append(box(CLASSES[kind], axis.x(at), y, axis.x(at + ns) - axis.x(at), _BAR, title))
+        parts.append(box(classes[kind], axis.x(at), y, axis.x(at + ns) - axis.x(at), _BAR, title))
         at += ns
     return [*parts, words(duration(bar.total), WIDTH, y + 15, "v e")]
 

@@ -19,6 +19,7 @@ from ...trace import events, perfetto
 from ...trace.phases import DEST
 from ...trace.recorder import Trace
 from ...trace.spans import Kind, Span, downtimes, spans
+from . import stopped
 from .charts import CLASSES, Bar, stacked, sums, timeline
 from .page import cell, facts, figure, heading, notes, page, paragraph, wide_table
 
@@ -95,6 +96,7 @@ def render(report: Mapping[str, Any], traces: Mapping[str, Trace]) -> str:
         [
             paragraph(_conditions(report), "soft"),
             *_headline(rows),
+            *stopped.section(rows),
             *_tables(rows),
             *_where(rows, measured),
             *_when(rows, measured),

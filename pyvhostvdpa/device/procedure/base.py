@@ -26,6 +26,7 @@ from ...net.features import Feature, ring_bits
 from ...net.guest_config import GuestConfig
 from ...virtqueue import SHADOWED
 from ...virtqueue.layout import GuestQueue, RingStart, in_order, indices, ring_layout
+from ...virtqueue.rings import GuestRings
 from ...virtqueue.serving import RelayOptions, RingServer, ServerThreads, Serving
 from ...virtqueue.stall import Progress
 from ..groups import Groups
@@ -80,11 +81,18 @@ class Target:
     @property
     def descriptors_apart(self) -> bool:
         """Whether shadow rings can lie in another address space than the buffers."""
-        return (
-            BackendFeature.DESC_ASID in self.backend_features
-            and self.groups.descriptors is not None
-            and self.iotlb.limits.as_num > OWN_ASID
-        )
+        return not self.why_not_apart
+
+    @property
+    def why_not_apart(self) -> str:
+        """Why shadow rings have to share the buffers' address space; "" if they need not."""
+        if BackendFeature.DESC_ASID not in self.backend_features:
+            return "DESC_ASID is not offered"
+        if self.groups.descriptors is None:
+            return "descriptors have no group of their own"
+        if self.iotlb.limits.as_num <= OWN_ASID:
+            return f"there are {self.iotlb.limits.as_num} address spaces, {OWN_ASID + 1} are needed"
+        return ""
 
     def fitting(self, index: int, num: int) -> int:
         """Return the size of a ring of ours for a queue: ``num``, or what the device takes if that is less."""
@@ -112,6 +120,8 @@ class Procedure(ABC):
         self.target = target
         self.state = State.RESET
         self.shadows: list[RingServer] = []
+        self._placed = 0
+        """Bytes of our memory that the shadow rings take."""
         self.relay_options = RelayOptions()
         self.control_deadline = DEFAULT_DEADLINE
         self.control_died = False
@@ -121,6 +131,7 @@ class Procedure(ABC):
         self._control: ControlQueue | None = None
         self._memories: Memories | None = None
         self._queues: tuple[GuestQueue, ...] = ()
+        self._guest_rings: GuestRings | None = None
         self._progress: Progress | None = None
         self._started_at: dict[int, RingStart] = {}
         """What each guest ring held when passthrough started, by queue index."""
@@ -182,11 +193,31 @@ class Procedure(ABC):
             raise MissingFeature(f"{self.target.path}: attach() guest memory first")
         return self._memories
 
+    def stand_by(self, queues: Sequence[GuestQueue], control: GuestControl | None) -> str:
+        """Do what a start in passthrough needs of the device before the guest comes, as far as that can be.
+
+        Returns how far the device got, in words; a failure leaves it reset.
+        """
+        self._take(queues)
+        try:
+            return self._stand_by(control)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _stand_by(self, control: GuestControl | None) -> str:
+        return "guest memory is mapped; the rest comes at the start"
+
+    def _take(self, queues: Sequence[GuestQueue]) -> None:
+        self._queues = tuple(queues)
+        if self._guest_rings is None or self._guest_rings.queues != self._queues:
+            self._guest_rings = GuestRings(self._queues, self.memories.guest)
+            self._progress = Progress(queues, self.memories.guest)
+
     def start(self, mode: State, queues: Sequence[GuestQueue], control: GuestControl | None) -> None:
         """Start the device in ``mode`` on a guest's queues; a failure leaves it reset."""
-        self._queues = tuple(queues)
+        self._take(queues)
         self._note_shadowed(mode, control)
-        self._progress = Progress(queues, self.memories.guest)
         try:
             self._start(mode, control)
         except BaseException:
@@ -215,10 +246,13 @@ class Procedure(ABC):
         if self._control is not None:
             self._control.stop()
         try:
-            self.target.chardev.suspend()
+            self._suspend()
         except BaseException:
             self._serve_control()
             raise
+
+    def _suspend(self) -> None:
+        self.target.chardev.suspend()
 
     def resume(self) -> None:
         """Let a suspended device go on; MissingFeature without the RESUME backend feature."""
@@ -242,6 +276,7 @@ class Procedure(ABC):
 
     def stop(self, then: State | None = None) -> None:
         """Suspend, take the queues over, reset; see :meth:`pyvhostvdpa.device.net.VdpaNetDevice.stop`."""
+        self._prepare_stop(then)
         self.suspend()
         try:
             if self.state is not State.SHADOW:
@@ -256,6 +291,9 @@ class Procedure(ABC):
         except BaseException:
             self.abandon()
             raise
+
+    def _prepare_stop(self, then: State | None) -> None:  # noqa: B027
+        """Make what a stop, and a start in ``then`` behind it, will need, while the device still runs."""
 
     def reset(self) -> None:
         """Reset the device. Guest rings stand as they are."""
@@ -355,12 +393,13 @@ class Procedure(ABC):
     def _shadow(self, queue: GuestQueue, translation: Translation | None = None) -> RingServer:
         """Make the shadow of a guest's queue, its ring behind those that there are."""
         own = self.memories.own
-        at = own.hva + sum(shadow.layout.size for shadow in self.shadows)
+        at = own.hva + self._placed
         ring = ring_bits(self.target.features)
         layout = ring_layout(queue.num, ring)
         if at + layout.size > own.hva + own.size - CONTROL_ROOM:
             raise MissingFeature(f"{self.target.path}: the shadow rings do not fit {own.size - CONTROL_ROOM} bytes")
         shadow = self.target.serving.queue(queue, self.memories.guest, at, ring, translation)
+        self._placed += layout.size
         self.shadows.append(shadow)
         return shadow
 
@@ -416,8 +455,14 @@ class Procedure(ABC):
         if self.guest_config is not None:
             self.guest_config.connect(self, None if self._control is None else self._control.model)
 
+    def _used_indices(self) -> list[int]:
+        """Return from where a device is to go on in each of the guest's rings, and remember what they hold."""
+        assert self._guest_rings is not None
+        self._started_at.clear()
+        return self._guest_rings.remember()
+
     def _used_index(self, queue: GuestQueue) -> int:
-        """Return from where a device is to go on in a guest's ring, and remember it."""
+        """Return from where a device is to go on in one guest's ring, and remember it."""
         start = self._started_at[queue.index] = RingStart(queue, self.memories.guest)
         return start.used_index
 
@@ -436,12 +481,16 @@ class Procedure(ABC):
             raise first
 
     def _check_order(self) -> None:
-        for queue in self._queues:
-            if not in_order(queue, self.memories.guest, self._started_at.get(queue.index)):
-                raise OutOfOrder(
-                    f"{self.target.path} virtqueue {queue.index}: the device uses descriptors out of order, "
-                    "so in passthrough nobody can tell which are open"
-                )
+        if self._guest_rings is not None and not self._started_at:
+            wrong = self._guest_rings.out_of_order()
+        else:
+            memory, started = self.memories.guest, self._started_at
+            wrong = next((q for q in self._queues if not in_order(q, memory, started.get(q.index))), None)
+        if wrong is not None:
+            raise OutOfOrder(
+                f"{self.target.path} virtqueue {wrong.index}: the device uses descriptors out of order, "
+                "so in passthrough nobody can tell which are open"
+            )
 
     def _check_base(self, queue: GuestQueue, base: int) -> None:
         """Between used index and base lie the descriptors that the device took and did not finish.
@@ -470,10 +519,13 @@ class Procedure(ABC):
         self.state = State.RESET
 
     def _close_queues(self) -> None:
-        shadows, self.shadows = self.shadows, []
-        for shadow in shadows:
-            shadow.close()
+        self._close_shadows()
         if self._control is not None:
             self.control_died |= self._control.died
             self._control.close()
             self._control = None
+
+    def _close_shadows(self) -> None:
+        shadows, self.shadows, self._placed = self.shadows, [], 0
+        for shadow in shadows:
+            shadow.close()

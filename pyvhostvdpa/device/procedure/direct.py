@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...base.uapi import Access, BackendFeature, Status
+from ...chardev.calls import PreparedCalls
 from ...chardev.iotlb import Layout
 from ...memory.guest import GuestMemory
 from ...net.control_queue import GuestControl
@@ -17,6 +20,8 @@ class Direct(Procedure):
     def __init__(self, target: Target) -> None:
         super().__init__(target)
         self._translation_lost = False
+        self._set_up_for: tuple[Sequence[GuestQueue], GuestControl | None] | None = None
+        """What :meth:`stand_by` has set up, if nothing was started since."""
 
     @property
     def ring_asid(self) -> int:
@@ -34,6 +39,33 @@ class Direct(Procedure):
     # -- start ------------------------------------------------------------------
 
     def _start(self, mode: State, control: GuestControl | None) -> None:
+        if mode is State.PASSTHROUGH and self._is_set_up(control):
+            self._set_bases()
+        else:
+            self._set_up(mode, control)
+        self._set_up_for = None
+        self._go()
+        if mode is State.SHADOW:
+            self._serve()
+
+    def _is_set_up(self, control: GuestControl | None) -> bool:
+        """Whether :meth:`stand_by` has set up these queues; what it set up for others is reset."""
+        if self._set_up_for is None:
+            return False
+        set_up, known = self._set_up_for
+        if set_up == self._queues and known is control:
+            return True
+        queues = self._queues
+        self.reset()
+        self._take(queues)
+        return False
+
+    def _stand_by(self, control: GuestControl | None) -> str:
+        self._set_up(State.PASSTHROUGH, control)
+        self._set_up_for = self._queues, control
+        return "its queues are set up; DRIVER_OK and the control queue's state come at the start"
+
+    def _set_up(self, mode: State, control: GuestControl | None) -> None:
         self._begin()
         self._bind_descriptors(mode)
         if control is not None and self.target.groups.control is not None:
@@ -41,13 +73,23 @@ class Direct(Procedure):
         if mode is State.SHADOW:
             self._set_up_shadows()
         else:
-            for queue in self._queues:
-                used = self._used_index(queue)
-                self._set_ring(queue.index, queue.num, used, (queue.desc, queue.avail, queue.used))
-                self._set_eventfds(queue.index, queue.kick, queue.call)
-        self._go()
-        if mode is State.SHADOW:
-            self._serve()
+            self._set_up_guest_queues()
+
+    def _set_up_guest_queues(self) -> None:
+        calls = self.target.chardev.prepare()
+        for queue, used in zip(self._queues, self._used_indices(), strict=True):
+            set_ring(calls, queue.index, queue.num, used, (queue.desc, queue.avail, queue.used))
+            set_eventfds(calls, queue.index, queue.kick, queue.call)
+        calls.run()
+
+    def _set_bases(self) -> None:
+        """Tell the device from where to go on in rings that it has."""
+        calls = self.target.chardev.prepare()
+        for queue, used in zip(self._queues, self._used_indices(), strict=True):
+            calls.set_vring_base(queue.index, used)
+        calls.run()
+        if self._control is not None:
+            self._control.take_up()
 
     def _begin(self) -> None:
         if self._translation_lost:
@@ -63,17 +105,11 @@ class Direct(Procedure):
         if mode is State.SHADOW and self.ring_asid == OWN_ASID and self.target.groups.descriptors is not None:
             self.target.chardev.set_group_asid(self.target.groups.descriptors, OWN_ASID)
 
-    def _set_ring(self, index: int, num: int, base: int, addresses: tuple[int, int, int]) -> None:
-        desc, avail, used = addresses
-        self.target.chardev.set_vring_num(index, num)
-        self.target.chardev.set_vring_base(index, base)
-        self.target.chardev.set_vring_addr(index, desc=desc, avail=avail, used=used)
-
-    def _set_eventfds(self, index: int, kick: int, call: int) -> None:
-        self.target.chardev.set_vring_kick(index, kick)
-        self.target.chardev.set_vring_call(index, call)
-
     def _go(self) -> None:
+        self._let_run()
+        self._serve_control()
+
+    def _let_run(self) -> None:
         """Make the queues ready and set DRIVER_OK.
 
         Before DRIVER_OK works on every parent (VDUSE looks at its queues
@@ -92,12 +128,12 @@ class Direct(Procedure):
             control.replay()
         if late:
             self._enable_data_queues()
-        if control is not None:
-            control.start()
 
     def _enable_data_queues(self) -> None:
+        calls = self.target.chardev.prepare()
         for queue in self._queues:
-            self.target.chardev.set_vring_enable(queue.index, True)
+            calls.set_vring_enable(queue.index, True)
+        calls.run()
 
     # -- our own memory in the device ---------------------------------------------
 
@@ -110,16 +146,20 @@ class Direct(Procedure):
         self.target.iotlb.space(OWN_ASID).map(area.iova, area.hva, area.size)
         index, desc = control.queue.index, area.iova
         addresses = (desc, desc + area.layout.avail_offset, desc + area.device_area)
-        self._set_ring(index, area.layout.num, 0, addresses)
-        self._set_eventfds(index, control.kick, control.call)
+        calls = self.target.chardev.prepare()
+        set_ring(calls, index, area.layout.num, 0, addresses)
+        set_eventfds(calls, index, control.kick, control.call)
+        calls.run()
 
     def _set_up_shadows(self) -> None:
         placed = self._map_shadow_rings()
+        calls = self.target.chardev.prepare()
         for shadow in self.shadows:
             desc, used = placed[shadow.queue.index]
             addresses = (desc, desc + shadow.layout.avail_offset, used)
-            self._set_ring(shadow.queue.index, shadow.queue.num, 0, addresses)
-            self._set_eventfds(shadow.queue.index, shadow.kick, shadow.call)
+            set_ring(calls, shadow.queue.index, shadow.queue.num, 0, addresses)
+            set_eventfds(calls, shadow.queue.index, shadow.kick, shadow.call)
+        calls.run()
 
     def _map_shadow_rings(self) -> dict[int, tuple[int, int]]:
         """Map every ring in one batch; driver and device area's IOVA by queue index."""
@@ -150,11 +190,16 @@ class Direct(Procedure):
             self._check_guest_queues()
 
     def _check_guest_queues(self) -> None:
-        bases: list[tuple[GuestQueue, int]] = [
-            (queue, self.target.chardev.get_vring_base(queue.index)) for queue in self._queues
-        ]
-        for queue, base in bases:
-            self._check_base(queue, base)
+        calls = self.target.chardev.prepare()
+        places = [calls.get_vring_base(queue.index) for queue in self._queues]
+        calls.run()
+        self._check_bases([calls.got(place) for place in places])
+
+    def _check_bases(self, bases: Sequence[int]) -> None:
+        assert self._guest_rings is not None
+        if not self._guest_rings.hold(bases):
+            for queue, base in zip(self._queues, bases, strict=True):
+                self._check_base(queue, base)
 
     def _take_shadow_queues(self) -> None:
         self._stop_serving()
@@ -166,8 +211,23 @@ class Direct(Procedure):
         Without IOTLB_PERSIST the device has forgotten its maps; they are
         renewed at the next start, not here, since there may be none.
         """
+        self._set_up_for = None
         self.target.chardev.set_status(Status(0))
         self.state = State.RESET
         if BackendFeature.IOTLB_PERSIST not in self.target.backend_features:
             self._translation_lost = True
         self._drop_ours()
+
+
+def set_ring(calls: PreparedCalls, index: int, num: int, base: int, addresses: tuple[int, int, int]) -> None:
+    """Add what gives a queue its size, base and addresses (descriptors, avail ring, used ring)."""
+    desc, avail, used = addresses
+    calls.set_vring_num(index, num)
+    calls.set_vring_base(index, base)
+    calls.set_vring_addr(index, desc=desc, avail=avail, used=used)
+
+
+def set_eventfds(calls: PreparedCalls, index: int, kick: int, call: int) -> None:
+    """Add what gives a queue its eventfds."""
+    calls.set_vring_kick(index, kick)
+    calls.set_vring_call(index, call)
