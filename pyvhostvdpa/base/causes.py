@@ -11,10 +11,8 @@ from __future__ import annotations
 import errno
 from typing import NamedTuple
 
+from .errors import ENOTSUPP
 from .uapi import IOCTLS
-
-ENOTSUPP = 524
-"""Not an errno of user space: leaks from drivers/vhost/vdpa.c (doorbell mmap, non-coherent IOMMU)."""
 
 
 class Cause(NamedTuple):

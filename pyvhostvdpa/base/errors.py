@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Any
 
-from .causes import ENOTSUPP, explain
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+ENOTSUPP = 524
+"""Not an errno of user space: leaks from drivers/vhost/vdpa.c (doorbell mmap, non-coherent IOMMU)."""
 
 _EXPLAINED = {
     ENOTSUPP: "ENOTSUPP: the parent driver has no such operation",
@@ -51,6 +55,9 @@ class KernelError(VhostVdpaError, OSError):
     """
 
     def __init__(self, number: int, ioctl: str, argument: str = "", cause: str = "", hint: str = "") -> None:
+        # the table of causes takes as long to load as a small command runs, and most of them need no cause
+        from .causes import explain  # noqa: PLC0415
+
         what = f"{ioctl}({argument})" if argument else ioctl
         known = explain(ioctl, number)
         cause, hint = cause or known.cause, hint or known.hint

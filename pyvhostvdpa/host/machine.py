@@ -7,17 +7,15 @@ cannot be read, as in a container or as another user than root, is None.
 
 from __future__ import annotations
 
-import gzip
 import os
 import resource
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from ..memory import hugepages
-from ..memory.guest import HUGE_PAGE, pinned_bytes
+from ..memory.pinned import HUGE_PAGE, pinned_bytes
 from . import mgmt
 from .mgmt import Holder, Parent, VdpaDevice
 
@@ -29,8 +27,10 @@ CONFIGS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Nic:
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Nic(NamedTuple):
     """A PCI network function that has, or could have, a vDPA driver. ``ids`` as ``15b3:101d``."""
 
     slot: str
@@ -40,8 +40,7 @@ class Nic:
     max_vfs: int
 
 
-@dataclass(frozen=True, slots=True)
-class Firmware:
+class Firmware(NamedTuple):
     """Firmware of an RDMA-capable NIC: its version and board id (PSID)."""
 
     name: str
@@ -49,8 +48,7 @@ class Firmware:
     board: str
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """A device node. ``usable`` tells whether this user may open it."""
 
     mode: int
@@ -59,8 +57,7 @@ class Node:
     usable: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
+class Machine(NamedTuple):
     """The facts. Sizes in bytes, ``memlock`` None for unlimited.
 
     ``open_elsewhere`` are those who have a device open that the bus has no more: one that is being deleted.
@@ -77,14 +74,14 @@ class Machine:
     own_network: bool = False
     stuck: tuple[int, ...] = ()
     open_elsewhere: tuple[Holder, ...] = ()
-    management: Mapping[str, Any] = field(default_factory=dict)
+    management: Mapping[str, Any] = _NOTHING
     devices: tuple[VdpaDevice, ...] = ()
-    parents: Mapping[str, Parent] = field(default_factory=dict)
-    net: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    nodes: Mapping[str, Node | None] = field(default_factory=dict)
+    parents: Mapping[str, Parent] = _NOTHING
+    net: Mapping[str, Mapping[str, Any]] = _NOTHING
+    nodes: Mapping[str, Node | None] = _NOTHING
     nics: tuple[Nic, ...] = ()
     firmware: tuple[Firmware, ...] = ()
-    vendor_modules: Mapping[str, str] = field(default_factory=dict)
+    vendor_modules: Mapping[str, str] = _NOTHING
     incoherent_iommus: tuple[str, ...] = ()
     iommu_groups: int = 0
     shmem_huge: str | None = None
@@ -101,7 +98,7 @@ def gather(root: Path = Path("/"), device: str | None = None) -> Machine:
     config, source = _kernel_config(root, release)
     here = root == Path("/")
     stuck = mgmt.stuck() if here else ()
-    tool = here and shutil.which("vdpa") is not None
+    tool = here and mgmt.has_tool()
     devices = tuple(d for d in (mgmt.list_devices() if here else []) if device in (None, d.name, d.chardev))
     listed = {mgmt.device_number(d.chardev) for d in devices if d.chardev}
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -156,12 +153,19 @@ def _kernel_config(root: Path, release: str) -> tuple[dict[str, str] | None, str
     for name in CONFIGS:
         path = root / name.format(release=release)
         try:
-            text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+            text = _unpacked(path) if path.suffix == ".gz" else path.read_text()
         except (OSError, EOFError):
             continue
         pairs = (line.split("=", 1) for line in text.splitlines() if line.startswith("CONFIG_") and "=" in line)
         return {key.removeprefix("CONFIG_"): value for key, value in pairs}, str(path)
     return None, ""
+
+
+def _unpacked(path: Path) -> str:
+    # loaded only where a kernel shows its configuration like that
+    import gzip  # noqa: PLC0415
+
+    return gzip.decompress(path.read_bytes()).decode()
 
 
 def _installed(root: Path, release: str) -> frozenset[str] | None:

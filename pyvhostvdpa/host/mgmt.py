@@ -9,18 +9,13 @@ nothing here does.
 from __future__ import annotations
 
 import errno
-import json
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..base.errors import DeviceBusy, ManagementFailed, MissingFeature, VhostVdpaError
-from ..chardev.door import VhostVdpa
+from ..base.errors import DeviceBusy, ManagementFailed, MissingFeature, NotVhostVdpa, VhostVdpaError
 
 SYSFS_DEVICES = Path("/sys/bus/vdpa/devices")
 _VDPA_TIMEOUT = 10.0
@@ -28,8 +23,7 @@ _QUEUE_TIMEOUT = 2.0
 _CHARDEV_POLL = 0.01
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(NamedTuple):
     """A process that has a chardev open."""
 
     pid: int
@@ -39,8 +33,7 @@ class Holder:
         return f"pid {self.pid} ({self.name})"
 
 
-@dataclass(frozen=True, slots=True)
-class VdpaDevice:
+class VdpaDevice(NamedTuple):
     """One device on the vdpa bus. What is not known is None."""
 
     name: str
@@ -90,14 +83,28 @@ def _run(arguments: Sequence[str]) -> tuple[int, str, str]:
     return _outcome([_tool(), *arguments], _VDPA_TIMEOUT)
 
 
+def has_tool() -> bool:
+    """Whether iproute2's ``vdpa`` is installed."""
+    try:
+        _tool()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _tool() -> str:
-    tool = shutil.which("vdpa")
-    if tool is None:
-        raise FileNotFoundError("vdpa")
-    return tool
+    # shutil.which() would load every compression there is
+    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        tool = os.path.join(folder, "vdpa")
+        if os.path.isfile(tool) and os.access(tool, os.X_OK):
+            return tool
+    raise FileNotFoundError("vdpa")
 
 
 def _outcome(argv: Sequence[str], timeout: float) -> tuple[int, str, str]:
+    # loaded where a process is started: a machine without devices needs none
+    import subprocess  # noqa: PLC0415
+
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         said, complained = process.communicate(timeout=timeout)
@@ -110,6 +117,8 @@ def _outcome(argv: Sequence[str], timeout: float) -> tuple[int, str, str]:
 
 def vdpa_json(*arguments: str) -> dict[str, Any]:
     """Run ``vdpa -j ARGUMENTS`` and return what it printed; {} if it cannot tell."""
+    import json  # noqa: PLC0415
+
     try:
         _, said, _ = _run(["-j", *arguments])
         parsed = json.loads(said or "{}")
@@ -148,7 +157,17 @@ def _vdpa(*arguments: str) -> None:
 
 
 def add_device(name: str, mgmtdev: str, *attributes: str) -> None:
-    """Create a device by iproute2's ``vdpa dev add``; ``attributes`` in its words: ``"mac", "52:54:…"``."""
+    """Create a device by iproute2's ``vdpa dev add``; ``attributes`` in its words: ``"mac", "52:54:…"``.
+
+    Raises :class:`~pyvhostvdpa.ManagementFailed`, also for a name that the
+    kernel would take and no other command could handle: with a blank or a
+    slash, or one that begins as an option does.
+    """
+    if not name.strip("._:-") or name[0] in "-." or not all(c.isascii() and (c.isalnum() or c in "._:-") for c in name):
+        raise ManagementFailed(
+            f"{name!r} is not a usable name for a device: letters and digits, with . _ : - between them",
+            hint="vhost-vdpa dev add name vdpa0 mgmtdev MGMTDEV",
+        )
     _vdpa("dev", "add", "name", name, "mgmtdev", mgmtdev, *attributes)
 
 
@@ -173,6 +192,9 @@ def delete_device(name: str) -> None:
 
 
 def _can_be_opened(chardev: str) -> bool:
+    # nothing else here opens a device, and the door takes long to load
+    from ..chardev.door import VhostVdpa  # noqa: PLC0415
+
     try:
         VhostVdpa(chardev).close()
     except DeviceBusy:
@@ -285,6 +307,25 @@ def chardev_of(device: str | os.PathLike[str] | None) -> str:
     raise MissingFeature(f"{what}; this machine has: {there}", hint="vhost-vdpa doctor" if not nodes else "name one")
 
 
+def vdpa_name(device: str | os.PathLike[str]) -> str:
+    """Return the vDPA name that ``device`` means: a chardev's path, the path's last part, or a vDPA name.
+
+    What means no device is returned as it is, for the caller's message;
+    a path that is not a vhost-vdpa device raises :class:`~pyvhostvdpa.NotVhostVdpa`.
+    """
+    text = os.fspath(device)
+    if os.sep in text:
+        name = name_of(text)
+        if name is None:
+            raise NotVhostVdpa(
+                f"{text}: not a vhost-vdpa character device", hint="vhost-vdpa list shows the devices of this machine"
+            )
+        return name
+    if (SYSFS_DEVICES / text).exists():
+        return text
+    return name_of(f"/dev/{text}") or text
+
+
 def name_of(chardev: str | os.PathLike[str]) -> str | None:
     """Return the vdpa name behind a chardev (``vdpa0``), None if sysfs does not know."""
     number = device_number(chardev)
@@ -320,6 +361,8 @@ def vendor_statistics(chardev: str | os.PathLike[str], queues: Sequence[int]) ->
 
 def parse_vendor_statistics(said: str, name: str) -> dict[int, dict[str, int]]:
     """Read lines of a queue's number and what ``vdpa -j dev vstats show`` said of it, which may be nothing."""
+    import json  # noqa: PLC0415
+
     found = {}
     for line in said.splitlines():
         queue, _, text = line.partition(" ")
@@ -333,8 +376,7 @@ def parse_vendor_statistics(said: str, name: str) -> dict[int, dict[str, int]]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Parent:
+class Parent(NamedTuple):
     """What is known of the driver that made a device.
 
     ``pinned`` tells whether it works on pinned pages; no ioctl tells, so it

@@ -1,6 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Memory that a device may reach: allocated here, its pages, pinning, and IOVA allocation."""
 
-from .guest import DEFAULT_GPA, GuestMemory, SharedMemory
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .guest import DEFAULT_GPA, GuestMemory, SharedMemory
+else:
+
+    def __getattr__(name):
+        # limits and page sizes are asked for by commands that have no guest: they need not load the C library
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import guest  # noqa: PLC0415
+
+        return getattr(guest, name)
+
 
 __all__ = ["DEFAULT_GPA", "GuestMemory", "SharedMemory"]

@@ -16,7 +16,6 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NewType
 
 import psutil
@@ -24,7 +23,8 @@ import psutil
 from .._cdefs import ffi, lib
 from ..base.closing import Closing
 from ..base.errors import DeviceClosed, MapRejected, MissingFeature
-from . import hugepages
+from . import hugepages, pinned
+from .pinned import pinned_bytes
 
 Gpa = NewType("Gpa", int)
 """Guest physical address."""
@@ -33,10 +33,10 @@ Hva = NewType("Hva", int)
 Iova = NewType("Iova", int)
 """Address as the device sees it, in one address space."""
 
-PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+PAGE_SIZE = pinned.PAGE_SIZE
 GUEST_PAGE: int = lib.GUEST_PAGE
 """What dirty pages are counted in, on every machine."""
-HUGE_PAGE = 2 << 20
+HUGE_PAGE = pinned.HUGE_PAGE
 DEFAULT_GPA = Gpa(1 << 30)
 """Where guest RAM starts unless told otherwise. Not 0: some devices dislike IOVA 0."""
 
@@ -301,14 +301,6 @@ class IovaAllocator:
     def free(self, iova: int) -> None:
         """Give a range back by its start."""
         del self._given[iova]
-
-
-def pinned_bytes() -> int:
-    """Return what this process has pinned (VmPin), in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmPin:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def allow_pinning(size: int) -> str:

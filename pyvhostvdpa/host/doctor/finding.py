@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..drivers import DRIVERS, Driver
 from ..machine import Machine
@@ -25,8 +25,7 @@ class Level(enum.Enum):
     SKIP = "SKIP"
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """What one check found. ``next`` is a command or a thing to change, "" if nothing is to be done."""
 
     id: str
@@ -40,15 +39,13 @@ class Finding:
         return {"id": self.id, "level": self.level.value, "what": self.what, "why": self.why, "next": self.next}
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What is to be done on this machine: a guest of ``memory`` bytes."""
 
     memory: int = DEFAULT_MEMORY
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(NamedTuple):
     """What a check says; its id is added by the table."""
 
     level: Level
