@@ -210,6 +210,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     top = parser(words[0])
     if words[0] not in COMMANDS and not words[0].startswith("-"):
+        begun = [name for name in COMMANDS if name.startswith(words[0])]
+        if len(begun) > 1:
+            top.error(f"{words[0]!r} could be {' or '.join(begun)}")
         top.error(f"unknown command {words[0]!r}: one of {', '.join(COMMANDS)}")
     parsed = top.parse_args(words)
     _set_up_log()

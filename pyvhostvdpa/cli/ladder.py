@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..base.errors import MissingFeature
 from ..bench.ladder.report import LadderReport, RowResult
@@ -81,12 +82,42 @@ def _rows(text: str) -> list[Plan]:
         raise argparse.ArgumentTypeError(f"{e}; {e.hint}") from e
 
 
+_SILENCE = 10.0
+"""Seconds after which a step that is still under way says so."""
+
+
 class _Progress:
+    """What begins, with the time since the start; what takes long says so now and then."""
+
     def __init__(self) -> None:
-        self._start = time.monotonic()
+        self._start = self._began = time.monotonic()
+        self._words = ""
+        self._changed = threading.Condition()
+        self._ended = False
+        self._reminder = threading.Thread(target=self._remind, name="ladder-progress")
+
+    def __enter__(self) -> Self:
+        self._reminder.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        self._reminder.join()
 
     def __call__(self, words: str) -> None:
-        tell(f"[{time.monotonic() - self._start:7.1f} s] {words}")
+        with self._changed:
+            self._began, self._words = time.monotonic(), words
+            self._changed.notify()
+        tell(f"[{self._began - self._start:7.1f} s] {words}")
+
+    def _remind(self) -> None:
+        with self._changed:
+            while not self._ended:
+                if not self._changed.wait(_SILENCE) and self._words:
+                    now = time.monotonic()
+                    tell(f"[{now - self._start:7.1f} s]   still: {self._words}, for {now - self._began:.0f} s")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -107,7 +138,8 @@ def run(arguments: argparse.Namespace) -> int:
         rows=arguments.rows,
         repeat=arguments.repeat,
     )
-    report, traces = ladder(supply, options, _Progress())
+    with _Progress() as progress:
+        report, traces = ladder(supply, options, progress)
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else _render(report))
     if arguments.report:
         page = report_page.write(report.to_dict(), traces, arguments.report)

@@ -79,7 +79,8 @@ class MappedMemory(Closing):
     def _check_populated(self, failed: int) -> None:
         if failed:
             raise MissingFeature(
-                f"cannot allocate {self.size} bytes of memory: {os.strerror(failed)}", hint="ask for less: --memory"
+                f"cannot allocate {self.size} bytes of memory: {os.strerror(failed)}",
+                hint="use a smaller guest, or free memory",
             )
 
     @property
@@ -138,7 +139,7 @@ def check_available(size: int, copies: int = 1) -> None:
         times = f" {copies} times" if copies > 1 else ""
         raise MissingFeature(
             f"{size >> 20} MiB of guest memory asked for{times}, {available >> 20} MiB available",
-            hint="ask for less: --memory",
+            hint="use a smaller guest, or free memory",
         )
 
 

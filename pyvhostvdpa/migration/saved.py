@@ -45,14 +45,15 @@ def check_room(folder: Path, size: int) -> None:
         room = os.statvfs(folder)
     except OSError as e:
         raise MigrationRefused(
-            f"no place to save a guest: {folder}: {e.strerror}", hint="--state DIR names another"
+            f"no place to save a guest: {folder}: {e.strerror}",
+            hint="vhost-vdpa send and receive take another folder with --state DIR",
         ) from e
     free = room.f_bavail * room.f_frsize
     if free < size:
         raise MigrationRefused(
             f"{folder} has {free >> 20} MiB free; a guest whose stream breaks at the hand-over is saved there, "
             f"and takes {size >> 20} MiB",
-            hint="--state DIR names another place",
+            hint="vhost-vdpa send and receive take another folder with --state DIR",
         )
 
 
