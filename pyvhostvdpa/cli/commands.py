@@ -139,15 +139,18 @@ def _positional(action: argparse.Action) -> str:
     return {"?": f"[{name}]", "*": f"[{name}...]", "+": f"{name}..."}.get(str(action.nargs), name)
 
 
-def parser(*names: str) -> Parser:
-    """Return a parser that knows the options of the sub-commands named, and of the others only their line."""
+def parser(*names: str, alone: bool = False) -> Parser:
+    """Return a parser that knows the options of the sub-commands named, and of the others only their line.
+
+    ``alone`` leaves the others out: to run one command, nothing of them is needed.
+    """
     top = Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG)
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, line in COMMANDS.items():
         if name in names:
             module(name).register(commands)
-        else:
+        elif not alone:
             commands.add_parser(name, help=line, add_help=False)
     return top
 
@@ -188,7 +191,7 @@ def _arranged(arguments: Sequence[str]) -> list[str]:
     if words:
         words[0] = resolve(words[0], list(COMMANDS))
     if words[0:1] in (["dev"], ["bench"]) and len(words) > 1:
-        words[1] = resolve(words[1], list(subparsers(subparsers(parser(words[0]))[words[0]])))
+        words[1] = resolve(words[1], list(subparsers(subparsers(parser(words[0], alone=True))[words[0]])))
     end = words.index("--") if "--" in words else len(words)
     return [*_split(words[:end]), *early, *words[end:]]
 
@@ -208,7 +211,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in _JSON.values():
         parser().print_help()
         return 0
-    top = parser(words[0])
+    top = parser(words[0], alone=words[0] in COMMANDS)
     if words[0] not in COMMANDS and not words[0].startswith("-"):
         begun = [name for name in COMMANDS if name.startswith(words[0])]
         if len(begun) > 1:

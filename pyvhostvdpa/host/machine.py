@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
 
+from ..base.record import Record
 from ..memory import hugepages
 from ..memory.pinned import HUGE_PAGE, pinned_bytes
 from . import mgmt
 from .mgmt import Holder, Parent, VdpaDevice
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 CONFIGS = (
     "proc/config.gz",
@@ -27,10 +31,36 @@ CONFIGS = (
 )
 
 
+_GZIP = 16
+"""Tells zlib that there is a gzip header."""
+
+
+class Settings(Mapping[str, str]):
+    """A kernel's configuration by name, without ``CONFIG_``. Of thousands of lines a few are asked for."""
+
+    def __init__(self, text: str) -> None:
+        self._text = f"\n{text}"
+
+    def __getitem__(self, name: str) -> str:
+        _, found, after = self._text.partition(f"\nCONFIG_{name}=")
+        if not found:
+            raise KeyError(name)
+        return after.partition("\n")[0]
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._text.splitlines():
+            name, found, _ = line.partition("=")
+            if found and name.startswith("CONFIG_"):
+                yield name.removeprefix("CONFIG_")
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-class Nic(NamedTuple):
+class Nic(Record):
     """A PCI network function that has, or could have, a vDPA driver. ``ids`` as ``15b3:101d``."""
 
     slot: str
@@ -40,7 +70,7 @@ class Nic(NamedTuple):
     max_vfs: int
 
 
-class Firmware(NamedTuple):
+class Firmware(Record):
     """Firmware of an RDMA-capable NIC: its version and board id (PSID)."""
 
     name: str
@@ -48,7 +78,7 @@ class Firmware(NamedTuple):
     board: str
 
 
-class Node(NamedTuple):
+class Node(Record):
     """A device node. ``usable`` tells whether this user may open it."""
 
     mode: int
@@ -57,7 +87,7 @@ class Node(NamedTuple):
     usable: bool
 
 
-class Machine(NamedTuple):
+class Machine(Record):
     """The facts. Sizes in bytes, ``memlock`` None for unlimited.
 
     ``open_elsewhere`` are those who have a device open that the bus has no more: one that is being deleted.
@@ -148,7 +178,7 @@ def _names(path: Path) -> frozenset[str]:
         return frozenset()
 
 
-def _kernel_config(root: Path, release: str) -> tuple[dict[str, str] | None, str]:
+def _kernel_config(root: Path, release: str) -> tuple[Settings | None, str]:
     """Return the running kernel's configuration and where it was found."""
     for name in CONFIGS:
         path = root / name.format(release=release)
@@ -156,16 +186,18 @@ def _kernel_config(root: Path, release: str) -> tuple[dict[str, str] | None, str
             text = _unpacked(path) if path.suffix == ".gz" else path.read_text()
         except (OSError, EOFError):
             continue
-        pairs = (line.split("=", 1) for line in text.splitlines() if line.startswith("CONFIG_") and "=" in line)
-        return {key.removeprefix("CONFIG_"): value for key, value in pairs}, str(path)
+        return Settings(text), str(path)
     return None, ""
 
 
 def _unpacked(path: Path) -> str:
-    # loaded only where a kernel shows its configuration like that
-    import gzip  # noqa: PLC0415
+    # loaded only where a kernel shows its configuration like that; gzip would load every compression there is
+    import zlib  # noqa: PLC0415
 
-    return gzip.decompress(path.read_bytes()).decode()
+    try:
+        return zlib.decompress(path.read_bytes(), zlib.MAX_WBITS | _GZIP).decode()
+    except zlib.error as e:
+        raise OSError(f"{path}: {e}") from e
 
 
 def _installed(root: Path, release: str) -> frozenset[str] | None:

@@ -13,9 +13,14 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from ..base.errors import DeviceBusy, ManagementFailed, MissingFeature, NotVhostVdpa, VhostVdpaError
+from ..base.record import Record
+from .command import outcome
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 SYSFS_DEVICES = Path("/sys/bus/vdpa/devices")
 _VDPA_TIMEOUT = 10.0
@@ -23,7 +28,7 @@ _QUEUE_TIMEOUT = 2.0
 _CHARDEV_POLL = 0.01
 
 
-class Holder(NamedTuple):
+class Holder(Record):
     """A process that has a chardev open."""
 
     pid: int
@@ -33,7 +38,7 @@ class Holder(NamedTuple):
         return f"pid {self.pid} ({self.name})"
 
 
-class VdpaDevice(NamedTuple):
+class VdpaDevice(Record):
     """One device on the vdpa bus. What is not known is None."""
 
     name: str
@@ -67,20 +72,26 @@ def stuck() -> tuple[int, ...]:
     Until it is closed every other ``vdpa`` would sleep too
     (drivers/vhost/vdpa.c:vhost_vdpa_remove, under the lock of drivers/vdpa/vdpa.c).
     """
-    found = []
-    for process in _processes():
-        try:
-            stat = (process / "stat").read_text()
-        except OSError:
-            continue
-        if "(vdpa) D " in stat:
-            found.append(int(process.name))
-    return tuple(found)
+    return tuple(int(pid) for pid in os.listdir("/proc") if pid.isdigit() and b"(vdpa) D " in _stat(pid))
+
+
+def _stat(pid: str) -> bytes:
+    """Return the beginning of a process's ``stat``, empty if it is gone. There may be thousands, so without a file."""
+    try:
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        return os.read(fd, 256)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
 
 
 def _run(arguments: Sequence[str]) -> tuple[int, str, str]:
     """Run ``vdpa`` and return its status, output and complaints; TimeoutError if it does not come back."""
-    return _outcome([_tool(), *arguments], _VDPA_TIMEOUT)
+    return outcome([_tool(), *arguments], _VDPA_TIMEOUT)
 
 
 def has_tool() -> bool:
@@ -99,20 +110,6 @@ def _tool() -> str:
         if os.path.isfile(tool) and os.access(tool, os.X_OK):
             return tool
     raise FileNotFoundError("vdpa")
-
-
-def _outcome(argv: Sequence[str], timeout: float) -> tuple[int, str, str]:
-    # loaded where a process is started: a machine without devices needs none
-    import subprocess  # noqa: PLC0415
-
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        said, complained = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        # not waited for: in the kernel's lock not even a kill ends it
-        process.kill()
-        raise TimeoutError from None
-    return process.returncode, said, complained
 
 
 def vdpa_json(*arguments: str) -> dict[str, Any]:
@@ -353,7 +350,7 @@ def vendor_statistics(chardev: str | os.PathLike[str], queues: Sequence[int]) ->
         return {}
     try:
         argv = ["sh", "-c", _EACH_QUEUE, "sh", _tool(), name, *map(str, queues)]
-        _, said, _ = _outcome(argv, _VDPA_TIMEOUT + _QUEUE_TIMEOUT * len(queues))
+        _, said, _ = outcome(argv, _VDPA_TIMEOUT + _QUEUE_TIMEOUT * len(queues))
     except (FileNotFoundError, TimeoutError):
         return {}
     return parse_vendor_statistics(said, name)
@@ -376,7 +373,7 @@ def parse_vendor_statistics(said: str, name: str) -> dict[int, dict[str, int]]:
     return found
 
 
-class Parent(NamedTuple):
+class Parent(Record):
     """What is known of the driver that made a device.
 
     ``pinned`` tells whether it works on pinned pages; no ioctl tells, so it

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import pytest
 
+import pyvhostvdpa
 import pyvhostvdpa.cli.examples
 from pyvhostvdpa.cli import failure, main
 
-ROOT = Path(__file__).parents[2]
+# that which the tests import, installed or in the tree
+WHERE = Path(pyvhostvdpa.__path__[0]).parent
 CACHE = tempfile.TemporaryDirectory(prefix="pycache-")
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": str(WHERE),
     "PYTHONUNBUFFERED": "",
     # as an installed package is: compiled
     "PYTHONDONTWRITEBYTECODE": "",
@@ -66,7 +68,7 @@ def run(
         text=True,
         check=False,
         preexec_fn=before,
-        cwd=ROOT,
+        cwd="/",
         env={**ENVIRONMENT, **environment},
     )
 
@@ -178,7 +180,12 @@ def test_json_does_not_mix_with_words_when_standard_error_is_closed() -> None:
 def test_standard_error_that_is_full_does_not_end_a_command() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "pyvhostvdpa", "list"], stderr=full, stdout=subprocess.PIPE, check=False, cwd=ROOT
+            [sys.executable, "-m", "pyvhostvdpa", "list"],
+            stderr=full,
+            stdout=subprocess.PIPE,
+            check=False,
+            cwd="/",
+            env=ENVIRONMENT,
         )
     assert done.returncode == 0
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
+from ...base.record import Record
 from ..drivers import DRIVERS, Driver
 from ..machine import Machine
 from ..mgmt import Parent, VdpaDevice
@@ -25,7 +25,7 @@ class Level(enum.Enum):
     SKIP = "SKIP"
 
 
-class Finding(NamedTuple):
+class Finding(Record):
     """What one check found. ``next`` is a command or a thing to change, "" if nothing is to be done."""
 
     id: str
@@ -39,13 +39,13 @@ class Finding(NamedTuple):
         return {"id": self.id, "level": self.level.value, "what": self.what, "why": self.why, "next": self.next}
 
 
-class Plan(NamedTuple):
+class Plan(Record):
     """What is to be done on this machine: a guest of ``memory`` bytes."""
 
     memory: int = DEFAULT_MEMORY
 
 
-class Told(NamedTuple):
+class Told(Record):
     """What a check says; its id is added by the table."""
 
     level: Level
