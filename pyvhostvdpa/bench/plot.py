@@ -31,17 +31,17 @@ _End = tuple[str, str, float, float]
 
 def check_plot(path: str | os.PathLike[str]) -> None:
     """Raise :class:`~pyvhostvdpa.MissingFeature` beforehand if a picture cannot be drawn, or not there."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingFeature(
-            "--plot needs matplotlib, which is not installed",
-            hint="pip install 'pyvhostvdpa[plot]', or apt install python3-matplotlib",
-        )
     if Path(path).suffix != ".svg":
         raise MissingFeature(f"{os.fspath(path)}: pictures are SVG", hint="vhost-vdpa bench map --plot FILE.svg")
     try:
         check_writable(path)
     except OSError as e:
         raise _unwritable(path, e) from e
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingFeature(
+            "--plot needs matplotlib, which is not installed",
+            hint="pip install 'pyvhostvdpa[plot]', or apt install python3-matplotlib",
+        )
 
 
 def _unwritable(path: str | os.PathLike[str], error: OSError) -> MissingFeature:

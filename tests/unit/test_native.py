@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def test_arbitrary_frames_and_sets_of_pages_under_sanitizers(tmp_path: Path) -> 
     assert done.stdout.startswith(f"{INPUTS} inputs")
 
 
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind, which counts instructions, is not installed")
 @pytest.mark.parametrize("regions", BUDGET)
 def test_an_element_costs_few_instructions(tmp_path: Path, regions: int, capsys: pytest.CaptureFixture[str]) -> None:
     program = build(tmp_path, "relay_bench", "-O2")
