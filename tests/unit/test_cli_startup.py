@@ -19,7 +19,7 @@ BASELINE = "import argparse, json"
 # doctor looks at the machine as well: every process, PCI device and module; and runs 'vdpa' where there is one
 BUDGET = {"--help": 1.6, "--version": 1.6, "list": 1.6, "doctor": 1.9}
 SLOW = {"dataclasses", "inspect", "typing", "subprocess", "logging", "shutil", "psutil", "ctypes", "cffi", "gzip"}
-LOADED = f"""
+LOADED = """
 import sys
 from pyvhostvdpa.cli import main
 try:
