@@ -41,13 +41,20 @@ class OutputClosed(VhostVdpaError):
     """The program was started without a standard output."""
 
 
-def report(text: str) -> None:
-    """Print on standard error. Whatever is wrong with that must not end a command, which may have a guest."""
+def report(text: str | None = None) -> None:
+    """Print on standard error; without a text, write out what was printed there.
+
+    Whatever is wrong with that must not end a command, which may have a guest.
+    """
     try:
         # in one piece: several threads may report at once
-        sys.stderr.write(f"{text}\n")
+        if text is not None:
+            sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):
+    except OSError:
+        # what its buffer still holds would fail again when Python ends, with a status of its own
+        _to_nowhere(2)
+    except (ValueError, AttributeError):
         return
 
 
@@ -96,6 +103,8 @@ class Streams:
 
     def __exit__(self, *_: object) -> None:
         sys.stdout = self._before
+        # also what others than report() printed, such as wrong usage
+        report()
 
     def check(self) -> None:
         """Raise :class:`OutputClosed` if there is no standard output."""
@@ -116,6 +125,16 @@ class Streams:
             # the first error says more than that of writing the rest
             return _output_failed(self._output.error or e)
         return status if self._output.error is None else _output_failed(self._output.error)
+
+
+def _to_nowhere(fd: int) -> None:
+    """Let a standard stream's descriptor lead to /dev/null."""
+    try:
+        sink = os.open(os.devnull, os.O_WRONLY)
+    except OSError:
+        return
+    os.dup2(sink, fd)
+    os.close(sink)
 
 
 def _is_open(fd: int) -> bool:
@@ -147,13 +166,8 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
 
 def _output_failed(error: Exception) -> int:
     """Say that standard output failed, unless its reader has gone, which is the reader's choice."""
-    try:
-        # Python flushes again at its end, which then has to succeed
-        sink = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(sink, 1)
-        os.close(sink)
-    except OSError:
-        pass
+    # Python flushes again at its end, which then has to succeed
+    _to_nowhere(1)
     if not isinstance(error, BrokenPipeError):
         why = getattr(error, "strerror", None) or str(error)
         _say(f"standard output: {why}: the result is lost or incomplete", "redirect it to a place that has room")

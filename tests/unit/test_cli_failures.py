@@ -177,17 +177,19 @@ def test_json_does_not_mix_with_words_when_standard_error_is_closed() -> None:
     assert (empty.returncode, empty.stdout) == (0, "")
 
 
-def test_standard_error_that_is_full_does_not_end_a_command() -> None:
+@BUFFERED
+@pytest.mark.parametrize(("word", "status"), [("list", 0), ("migrate", 2), ("probe", 1)])
+def test_standard_error_that_is_full_does_not_change_the_status(word: str, status: int, unbuffered: str) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "pyvhostvdpa", "list"],
+            [sys.executable, "-m", "pyvhostvdpa", word, *(["/dev/null"] if word == "probe" else [])],
             stderr=full,
             stdout=subprocess.PIPE,
             check=False,
             cwd="/",
-            env=ENVIRONMENT,
+            env={**ENVIRONMENT, "PYTHONUNBUFFERED": unbuffered},
         )
-    assert done.returncode == 0
+    assert done.returncode == status
 
 
 @pytest.mark.parametrize("page", ["start", "benchmarks", "ladder", "migration"])
