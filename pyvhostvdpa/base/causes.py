@@ -9,12 +9,18 @@ keeps the errno's general meaning.
 from __future__ import annotations
 
 import errno
+import os
 from typing import NamedTuple
 
 from .uapi import IOCTLS
 
 ENOTSUPP = 524
 """Not an errno of user space: leaks from drivers/vhost/vdpa.c (doorbell mmap, non-coherent IOMMU)."""
+
+_EXPLAINED = {
+    ENOTSUPP: "ENOTSUPP: the parent driver has no such operation",
+    errno.ENOBUFS: "ENOBUFS: index not below the number of virtqueues",
+}
 
 
 class Cause(NamedTuple):
@@ -109,6 +115,14 @@ _CAUSES: dict[tuple[str, int], Cause] = {
         for call in ("open", "VHOST_VDPA_SET_STATUS", "VHOST_VDPA_GET_STATUS", "VHOST_GET_VRING_BASE")
     },
 }
+
+
+def errno_text(number: int) -> str:
+    """Return the errno's name with its meaning for vhost-vdpa."""
+    explained = _EXPLAINED.get(number)
+    if explained:
+        return explained
+    return f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"
 
 
 def explain(call: str, number: int) -> Cause:

@@ -9,24 +9,9 @@ the thing to change next.
 
 from __future__ import annotations
 
-import errno
-import os
-from typing import Any
-
-from .causes import ENOTSUPP, explain
-
-_EXPLAINED = {
-    ENOTSUPP: "ENOTSUPP: the parent driver has no such operation",
-    errno.ENOBUFS: "ENOBUFS: index not below the number of virtqueues",
-}
-
-
-def errno_text(number: int) -> str:
-    """Return the errno's name with its meaning for vhost-vdpa."""
-    explained = _EXPLAINED.get(number)
-    if explained:
-        return explained
-    return f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class VhostVdpaError(Exception):
@@ -51,6 +36,9 @@ class KernelError(VhostVdpaError, OSError):
     """
 
     def __init__(self, number: int, ioctl: str, argument: str = "", cause: str = "", hint: str = "") -> None:
+        # the table of causes takes as long to load as a small command runs, and most of them need no cause
+        from .causes import errno_text, explain  # noqa: PLC0415
+
         what = f"{ioctl}({argument})" if argument else ioctl
         known = explain(ioctl, number)
         cause, hint = cause or known.cause, hint or known.hint

@@ -22,11 +22,16 @@ def loaded() -> bool:
     return _PARAMETERS.is_dir()
 
 
+def not_loaded() -> MissingFeature:
+    """Return the error for a machine without the module."""
+    return MissingFeature(f"{MODULE} is not loaded", hint=f"insmod {MODULE}.ko, or run it in the lab: tools/lab ladder")
+
+
 @contextmanager
 def parameters(values: Mapping[str, object]) -> Iterator[None]:
     """Set parameters for devices made within the block; MissingFeature if the module is not there or refuses."""
     if not loaded():
-        raise MissingFeature(f"{MODULE} is not loaded", hint=f"insmod {MODULE}.ko, or run it in the lab: tools/lab")
+        raise not_loaded()
     before = {name: (_PARAMETERS / name).read_text().strip() for name in values}
     try:
         for name, value in values.items():

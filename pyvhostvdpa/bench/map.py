@@ -281,13 +281,13 @@ class _Bench:
             return NotProved(
                 f"{what}. The parent works on user addresses, and the kernel skips private memory for such a one "
                 "without an error",
-                hint="--backing shared; vdpa_sim loaded with use_va=0 pins pages as hardware does",
+                hint="vhost-vdpa bench map --backing shared; vdpa_sim loaded with use_va=0 pins pages as hardware does",
             )
         if task.mode is Mode.UNBATCHED:
             return NotProved(what, hint="dmesg | tail; vhost-vdpa probe --verify")
         return NotProved(
             f"{what}. The kernel ignores what the parent answers at BATCH_END, so a batch fails in silence",
-            hint="dmesg | tail; --mode unbatched has each map's own answer",
+            hint="dmesg | tail; vhost-vdpa bench map --mode unbatched has each map's own answer",
         )
 
 

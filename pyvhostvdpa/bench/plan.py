@@ -182,7 +182,7 @@ def check(options: Options, limits: Limits) -> None:
     if not 0 <= options.asid < limits.as_num:
         raise MissingFeature(
             f"ASID {options.asid}: the device has {limits.as_num} address space{'s' * (limits.as_num > 1)}",
-            hint="--asid 0",
+            hint="vhost-vdpa bench map --asid 0",
         )
 
 

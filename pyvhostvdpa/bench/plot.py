@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import MissingFeature
+from ..base.files import check_writable, replace_file
 from .plan import Mode, in_words
 from .report import MapReport, Result
 
@@ -29,20 +31,30 @@ _End = tuple[str, str, float, float]
 
 def check_plot(path: str | os.PathLike[str]) -> None:
     """Raise :class:`~pyvhostvdpa.MissingFeature` beforehand if a picture cannot be drawn, or not there."""
+    if Path(path).suffix != ".svg":
+        raise MissingFeature(f"{os.fspath(path)}: pictures are SVG", hint="vhost-vdpa bench map --plot FILE.svg")
+    try:
+        check_writable(path)
+    except OSError as e:
+        raise _unwritable(path, e) from e
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingFeature(
             "--plot needs matplotlib, which is not installed",
             hint="pip install 'pyvhostvdpa[plot]', or apt install python3-matplotlib",
         )
-    folder = Path(path).resolve().parent
-    if Path(path).suffix != ".svg":
-        raise MissingFeature(f"{os.fspath(path)}: pictures are SVG", hint="--plot FILE.svg")
-    if not os.access(folder, os.W_OK):
-        raise MissingFeature(f"cannot write {os.fspath(path)}: {folder} is no folder that this user may write to")
+
+
+def _unwritable(path: str | os.PathLike[str], error: OSError) -> MissingFeature:
+    return MissingFeature(
+        f"cannot write {os.fspath(path)}: {error.strerror}", hint="vhost-vdpa bench map --plot with another file"
+    )
 
 
 def draw(report: MapReport, path: str | os.PathLike[str]) -> None:
-    """Write the picture as SVG: time to map and to unmap, a line for each mode."""
+    """Write the picture as SVG: time to map and to unmap, a line for each mode.
+
+    Raises :class:`~pyvhostvdpa.MissingFeature` if the file cannot be written.
+    """
     # loaded by name, because it is an optional extra without types
     figure_module: Any = importlib.import_module("matplotlib.figure")
     svg: Any = importlib.import_module("matplotlib.backends.backend_svg")
@@ -58,7 +70,12 @@ def draw(report: MapReport, path: str | os.PathLike[str]) -> None:
         _label(axes[0], maps)
         _label(axes[1], unmaps)
         figure.supxlabel(_footer(report), x=0.01, ha="left", fontsize=7, color="#777777")
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        picture = io.BytesIO()
+        figure.savefig(picture, format="svg", metadata={"Date": None})
+    try:
+        replace_file(path, lambda file: file.write(picture.getvalue()), binary=True)
+    except OSError as e:
+        raise _unwritable(path, e) from e
 
 
 def _title(report: MapReport) -> str:

@@ -186,7 +186,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         stored = json.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise MissingFeature(
-            f"{os.fspath(path)} cannot be read: {e}", hint="--compare takes what --json printed"
+            f"{os.fspath(path)} cannot be read: {e}", hint="vhost-vdpa bench map --compare takes what --json printed"
         ) from e
     if not isinstance(stored, dict) or stored.get("schema") != SCHEMA:
         raise MissingFeature(

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..base.errors import KernelError, errno_text
+from ..base.causes import errno_text
+from ..base.errors import KernelError
 from ..base.uapi import IOCTLS, Status, VdpaConfig, VringAddr, VringFile, VringState
 from ..device.net import VdpaNetDevice
 from ..memory.guest import DEFAULT_GPA

@@ -18,7 +18,8 @@ from typing import NamedTuple
 from ..base.causes import Cause
 from ..base.errors import KernelError
 from ..base.uapi import IotlbType
-from ..memory.guest import PAGE_SIZE, physical_runs, pinned_bytes
+from ..memory.guest import PAGE_SIZE, physical_runs
+from ..memory.pinned import pinned_bytes
 from .door import IotlbMessage, VhostVdpa
 
 

@@ -17,22 +17,42 @@ from ..bench.plan import Mode, Options, default_memory, in_words
 from ..bench.report import Change, MapReport, compare, load
 from ..guest.nic import MIN_FRAME
 from ..host import mgmt
+from .commands import COMMANDS
+from .failure import report as _say
+from .options import DEVICE, add_json
 from .table import table
-from .units import count, seconds, size
+from .units import SIZES, count, seconds, size
 
 INTERRUPTED = 130
 MAP = """\
 Time mapping and unmapping memory: by size, by number of regions (messages), in one batch, message by message, and
 with a batch for each region. What a device that pins memory pays for is physically contiguous runs, so they are
 counted and printed. Each map is tried with real frames before its time counts. The device is reset."""
-EPILOG = """\
+EPILOG = f"""\
+{SIZES}
+
+examples:
+  vhost-vdpa bench map vdpa0 --memory 64M,1G --regions 1,16 --plot maps.svg
+  vhost-vdpa bench map vdpa0 -j > old.json; vhost-vdpa bench map vdpa0 --compare old.json
+
 exit status: 0; 1 when something failed, or a map did not lead to memory; 130 when interrupted, with what was measured
 until then printed and marked partial. More: vhost-vdpa help benchmarks"""
+_OTHERS = """\
+examples:
+  vhost-vdpa bench map vdpa0
+  vhost-vdpa bench switch vdpa0 --pairs 1,4 -j
+
+exit status: 0; 1 when something failed; 2 wrong usage; 130 when interrupted. More: vhost-vdpa help benchmarks"""
 
 
 def register(commands: Any) -> None:
     """Add the sub-command."""
-    parser = commands.add_parser("bench", help="what maps, requests, switches and the shadow cost on a device")
+    parser = commands.add_parser(
+        "bench",
+        help=COMMANDS["bench"],
+        description="Measure what maps, requests, switches and shadowing cost on a device. The device is reset.",
+        epilog=_OTHERS,
+    )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     _register_map(kinds)
     _register_ioctl(kinds)
@@ -42,7 +62,7 @@ def register(commands: Any) -> None:
 
 def _register_map(kinds: Any) -> None:
     parser = kinds.add_parser("map", help="mapping memory, batched and not", description=MAP, epilog=EPILOG)
-    parser.add_argument("device", metavar="DEV", nargs="?", help="chardev or vDPA name (default: the only device)")
+    parser.add_argument("device", metavar="DEV", nargs="?", help=f"{DEVICE} (default: the only device)")
     default = Options()
     parser.add_argument(
         "--memory",
@@ -68,17 +88,21 @@ def _register_map(kinds: Any) -> None:
     parser.add_argument(
         "--backing", choices=_words(Backing), default="shared", help="a memfd, or private memory (default shared)"
     )
-    parser.add_argument("--asid", type=int, default=0, metavar="A", help="address space (default 0)")
+    parser.add_argument("--asid", type=_asid, default=0, metavar="A", help="address space (default 0)")
     parser.add_argument(
         "--mode", type=_list(_mode), default=tuple(Mode), metavar="MODE,…", help=f"of {', '.join(_words(Mode))} (all)"
     )
     parser.add_argument(
         "--repeat", type=count, default="5", metavar="K", help="times, besides once to warm up (default 5)"
     )
-    parser.add_argument("--json", "-j", action="store_true", help="print JSON, schema pyvhostvdpa/bench-map/1")
+    add_json(parser, "print JSON, schema pyvhostvdpa/bench-map/1")
     parser.add_argument("--plot", metavar="FILE.svg", help="draw a picture too (needs matplotlib)")
-    parser.add_argument("--compare", metavar="OLD.json", help="tell what got slower since then")
-    parser.set_defaults(run=_run_map)
+    parser.add_argument("--compare", metavar="OLD.json", help="print what got slower since then")
+    parser.set_defaults(run=_run_map, parser=parser)
+
+
+def _asid(text: str) -> int:
+    return 0 if text == "0" else count(text)
 
 
 def _sizes(page: Page) -> str:
@@ -101,10 +125,6 @@ def _mode(text: str) -> Mode:
 
 def _words(choices: Any) -> list[str]:
     return [choice.value for choice in choices]
-
-
-def _say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
 
 
 def _run_map(arguments: argparse.Namespace) -> int:
@@ -228,11 +248,11 @@ def _render_changes(changes: list[Change], path: str) -> str:
 
 def _add(kinds: Any, name: str, help_: str, schema: str, run: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = kinds.add_parser(
-        name, help=help_, description=f"{help_.capitalize()}. The device is reset."
+        name, help=help_, description=f"{help_.capitalize()}. The device is reset.", epilog=_OTHERS
     )
-    parser.add_argument("device", metavar="DEV", nargs="?", help="chardev or vDPA name (default: the only device)")
-    parser.add_argument("--json", "-j", action="store_true", help=f"print JSON, schema {schema}")
-    parser.set_defaults(run=run)
+    parser.add_argument("device", metavar="DEV", nargs="?", help=f"{DEVICE} (default: the only device)")
+    add_json(parser, f"print JSON, schema {schema}")
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 

@@ -3,32 +3,44 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-from typing import Any
-
 from ..base.errors import MissingFeature
 from ..host.doctor import Finding, Level, Plan, examine, healthy, to_dict
 from ..host.machine import gather
-from .units import size
+from .commands import COMMANDS
+from .options import DEVICE, add_json
+from .units import SIZES, guest_memory
 
-EPILOG = """exit status: 0 if nothing FAILs (with --strict: nothing WARNs either), else 1"""
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+_EPILOG = f"""\
+{SIZES}
+
+examples:
+  vhost-vdpa doctor                       the machine and all devices
+  vhost-vdpa doctor vdpa0 --memory 16G    one device, and a guest of 16 GiB
+
+exit status: 0 if nothing FAILs (with --strict: nothing WARNs either), else 1"""
 
 
 def register(commands: Any) -> None:
     """Add the sub-command."""
     parser = commands.add_parser(
         "doctor",
-        help="what keeps this machine from using vDPA, and the next command",
+        help=COMMANDS["doctor"],
         description="Check twenty things that people stumble over. Opens and changes nothing, works without root, "
         "without a device and in a container.",
-        epilog=EPILOG,
+        epilog=_EPILOG,
     )
-    parser.add_argument("device", metavar="DEV", nargs="?", help="chardev or vDPA name (default: all)")
-    parser.add_argument("--json", "-j", action="store_true", help="print JSON, schema pyvhostvdpa/host/doctor/1")
+    parser.add_argument("device", metavar="DEV", nargs="?", help=f"{DEVICE} (default: all)")
+    add_json(parser, "print JSON, schema pyvhostvdpa/host/doctor/1")
     parser.add_argument("--strict", action="store_true", help="exit 1 on WARN too")
-    parser.add_argument("--memory", type=size, default="1G", help="guest memory to reckon with (default %(default)s)")
-    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--memory", type=guest_memory, default="1G", metavar="SIZE", help="guest memory to expect (default %(default)s)"
+    )
+    parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     findings = examine(machine, Plan(arguments.memory))
     if arguments.json:
+        import json  # noqa: PLC0415
+
         print(json.dumps(to_dict(findings, arguments.strict), indent=2))
     else:
         for finding in findings:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..base.errors import MissingFeature
 from ..bench.ladder.report import LadderReport, RowResult
@@ -17,42 +17,62 @@ from ..bench.ladder.run import LadderOptions, ladder
 from ..bench.ladder.stage import Given, Simulated, Supply
 from ..bench.page import ladder as report_page
 from ..memory.guest import PAGE_SIZE
+from .commands import COMMANDS
+from .failure import report as tell
+from .options import DEVICE, add_json, refuse_unused
 from .table import table
-from .units import count, size
+from .units import SIZES, count, guest_memory, size
 
 _DOWNTIMES = ("dt1", "dt2", "dest")
 _UNEXPLAINED = (
     "* DT1 of these rows is not explained by the calls that they make: nothing in the row changes the source's switch "
     "by as much as was published (vhost-vdpa help ladder). Measured as it comes, not tuned."
 )
+_EPILOG = f"""\
+{SIZES}
+
+examples:
+  vhost-vdpa ladder --report out/                 all rows on devices that vdpa_hwsim makes, with a page
+  vhost-vdpa ladder --on vdpa0 vdpa1 --rows baseline,ours
+  vhost-vdpa ladder --memory 1G --charge 128G     what is charged is a multiple of the memory
+
+exit status: 0 if every frame arrived and all devices of a row made the same calls; 1 if not, or if it failed; 2 wrong
+usage; 130 if interrupted"""
 
 
 def register(commands: Any) -> None:
     """Add the sub-command."""
     parser = commands.add_parser(
         "ladder",
-        help="every optimization of the descriptor-ASID series, row by row, measured",
+        help=COMMANDS["ladder"],
+        epilog=_EPILOG,
         description="Migrate a guest with traffic once per row of the series' table, each row with the ioctls and "
         "IOTLB messages of QEMU with those patches, and print the downtimes beside the published ones. Devices are "
         "made and deleted by vdpa_hwsim; with --on, those given are used, and reset: run it on devices that nobody "
         "uses.",
     )
-    parser.add_argument("--devices", type=count, default="2", help="NICs of the guest (default %(default)s)")
-    parser.add_argument("--pairs", type=count, default="2", help="queue pairs of each (default %(default)s)")
-    parser.add_argument("--memory", type=size, default="1G", help="guest memory (default %(default)s)")
-    parser.add_argument("--charge", type=size, default="128G", help="what it is charged as (default %(default)s)")
-    parser.add_argument("--regions", type=count, default="4", help="pieces of guest memory (default %(default)s)")
-    parser.add_argument("--profile", default="series-2023", help="cost profile of vdpa_hwsim (default %(default)s)")
+    add = parser.add_argument
+    add("--devices", metavar="N", type=count, default="2", help="NICs of the guest (default %(default)s)")
+    add("--pairs", metavar="N", type=count, default="2", help="queue pairs of each (default %(default)s)")
+    add("--memory", metavar="SIZE", type=guest_memory, default="1G", help="guest memory (default %(default)s)")
+    add("--charge", metavar="SIZE", type=size, default="128G", help="what it is charged as (default %(default)s)")
+    add("--regions", metavar="N", type=count, default="4", help="pieces of guest memory (default %(default)s)")
+    add("--profile", metavar="NAME", default="series-2023", help="cost profile of vdpa_hwsim (default %(default)s)")
     parser.add_argument(
         "--rows", type=_rows, default=",".join(PLANS), metavar="ROW,…", help="which of: %(default)s (default: all)"
     )
-    parser.add_argument("--repeat", type=count, default="1", help="runs of each row, the median counts (default 1)")
     parser.add_argument(
-        "--on", nargs="+", metavar="DEV", help="run on these devices instead, as many sources as then destinations"
+        "--repeat", metavar="N", type=count, default="1", help="runs of each row, the median counts (default 1)"
+    )
+    parser.add_argument(
+        "--on",
+        nargs="+",
+        metavar="DEV",
+        help=f"run on these devices instead ({DEVICE}): the sources, then as many destinations",
     )
     parser.add_argument("--report", metavar="DIR", type=Path, help="write a page with charts, and the traces, there")
-    parser.add_argument("--json", "-j", action="store_true", help="print JSON, and nothing else on standard output")
-    parser.set_defaults(run=run)
+    add_json(parser)
+    parser.set_defaults(run=run, parser=parser)
 
 
 def _rows(text: str) -> list[Plan]:
@@ -62,19 +82,52 @@ def _rows(text: str) -> list[Plan]:
         raise argparse.ArgumentTypeError(f"{e}; {e.hint}") from e
 
 
+_SILENCE = 10.0
+"""Seconds after which a step that is still under way says so."""
+
+
 class _Progress:
+    """What begins, with the time since the start; what takes long says so now and then."""
+
     def __init__(self) -> None:
-        self._start = time.monotonic()
+        self._start = self._began = time.monotonic()
+        self._words = ""
+        self._changed = threading.Condition()
+        self._ended = False
+        self._reminder = threading.Thread(target=self._remind, name="ladder-progress")
+
+    def __enter__(self) -> Self:
+        self._reminder.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        self._reminder.join()
 
     def __call__(self, words: str) -> None:
-        print(f"[{time.monotonic() - self._start:7.1f} s] {words}", file=sys.stderr, flush=True)
+        with self._changed:
+            self._began, self._words = time.monotonic(), words
+            self._changed.notify()
+        tell(f"[{self._began - self._start:7.1f} s] {words}")
+
+    def _remind(self) -> None:
+        with self._changed:
+            while not self._ended:
+                if not self._changed.wait(_SILENCE) and self._words:
+                    now = time.monotonic()
+                    tell(f"[{now - self._start:7.1f} s]   still: {self._words}, for {now - self._began:.0f} s")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the ladder and print it."""
     memory = -(-arguments.memory // PAGE_SIZE) * PAGE_SIZE
     supply: Supply
+    if arguments.report:
+        report_page.prepare(arguments.report)
     if arguments.on:
+        refuse_unused(arguments, ("devices", "charge", "profile"), "with --on: these devices are as they are")
         supply = Given(arguments.on)
     else:
         supply = Simulated(arguments.devices, arguments.pairs, arguments.profile, memory, arguments.charge)
@@ -85,13 +138,12 @@ def run(arguments: argparse.Namespace) -> int:
         rows=arguments.rows,
         repeat=arguments.repeat,
     )
-    if arguments.report:
-        report_page.prepare(arguments.report)
-    report, traces = ladder(supply, options, _Progress())
+    with _Progress() as progress:
+        report, traces = ladder(supply, options, progress)
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else _render(report))
     if arguments.report:
         page = report_page.write(report.to_dict(), traces, arguments.report)
-        print(f"vhost-vdpa: the report is in {page}", file=sys.stderr)
+        tell(f"vhost-vdpa: the report is in {page}")
     return 0 if report.sound else 1
 
 

@@ -3,32 +3,48 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Sequence
-from typing import Any
-
-from ..host.mgmt import SYSFS_DEVICES, VdpaDevice, list_devices
+from ..host.mgmt import SYSFS_DEVICES, list_devices
 from ..host.parents import parent_of, unserved
+from .commands import COMMANDS
+from .failure import report
+from .options import add_json
 from .table import table
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+    from typing import Any
+
+    from ..host.mgmt import VdpaDevice
+
 SCHEMA = "pyvhostvdpa/list/1"
+_EPILOG = """\
+examples:
+  vhost-vdpa list             a table; '-' where something is not known
+  vhost-vdpa list -j | jq -r '.devices[].chardev'
+
+exit status: 0, also if there is no device"""
 
 
 def register(commands: Any) -> None:
     """Add the sub-command."""
     parser = commands.add_parser(
-        "list", help="the vDPA devices of this machine", description="List vDPA devices. Opens none of them."
+        "list",
+        help=COMMANDS["list"],
+        description="List vDPA devices: name, node, driver, and the process that has it open. Opens none of them.",
+        epilog=_EPILOG,
     )
-    parser.add_argument("--json", "-j", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
+    add_json(parser, f"print JSON, schema {SCHEMA}")
+    parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the devices."""
     devices = list_devices()
     if arguments.json:
+        import json  # noqa: PLC0415
+
         print(json.dumps({"schema": SCHEMA, "devices": [device.to_dict() for device in devices]}, indent=2))
         return 0
     if not devices:
@@ -56,16 +72,16 @@ def _explain(devices: Sequence[VdpaDevice]) -> None:
     """Say why fields are unknown, and which device nothing answers for."""
     for why in dict.fromkeys(device.unknown for device in devices if device.unknown):
         concerned = ", ".join(device.name for device in devices if device.unknown == why)
-        print(f"{concerned}: management device, type, MAC and link are unknown: {why}", file=sys.stderr)
+        report(f"{concerned}: management device, type, MAC and link are unknown: {why}")
     if not all(device.holders or device.holders_known for device in devices):
-        print("holders are unknown: not every process can be seen from here; run as root on the host", file=sys.stderr)
+        report("holders are unknown: not every process can be seen from here; run as root on the host")
     for device in devices:
         if device.chardev and (wrong := unserved(device.name, parent_of(device.chardev))):
-            print(f"{device.name}: {wrong[0]}; next: {wrong[1]}", file=sys.stderr)
+            report(f"{device.name}: {wrong[0]}; next: {wrong[1]}")
 
 
 def _explain_empty() -> None:
     if SYSFS_DEVICES.is_dir():
-        print("no vDPA device; next: vdpa mgmtdev show, then vdpa dev add name vdpa0 mgmtdev NAME", file=sys.stderr)
+        report("no vDPA device; next: vdpa mgmtdev show, then vdpa dev add name vdpa0 mgmtdev NAME")
     else:
-        print("this kernel has no vDPA bus loaded; next: modprobe vhost_vdpa", file=sys.stderr)
+        report("this kernel has no vDPA bus loaded; next: modprobe vhost_vdpa")

@@ -7,11 +7,15 @@ import argparse
 from typing import Any
 
 from ..base.errors import MigrationEnded
+from ..host import mgmt
 from ..migration.local import Options, migrate
 from ..migration.report import STAYED, Report
 from ..trace.recorder import Trace
 from . import tracing
+from .commands import COMMANDS
+from .options import DEVICE
 from .peer import (
+    NOTES,
     SENDING,
     Progress,
     add_options,
@@ -33,19 +37,28 @@ _PHASES = SENDING | {
     "start": "opening the source, allocating and mapping guest memory",
     "passthrough": "traffic in passthrough on the source",
 }
+_EPILOG = f"""\
+{NOTES}
+examples:
+  vhost-vdpa migrate vdpa0 vdpa1 --memory 16G --json > result.json
+  vhost-vdpa migrate /dev/vhost-vdpa-0 /dev/vhost-vdpa-1 --pairs 4 --write 20M --limit 1G
+  vhost-vdpa migrate vdpa0 vdpa1 --spans --trace calls.jsonl
+
+exit status: 0 if the guest moved and no frame was lost; 1 if not, with the reason; 2 wrong usage; 130 if cancelled"""
 
 
 def register(commands: Any) -> None:
     """Add the sub-command."""
     parser = commands.add_parser(
         "migrate",
-        help="migrate a guest with traffic from one device to another",
+        help=COMMANDS["migrate"],
+        epilog=_EPILOG,
         description="Start a guest in passthrough on SRC, switch it to shadow virtqueues, move it with its memory to "
-        "a second process that has DST, with traffic all the time, and tell what that cost: 'send' and 'receive' in "
+        "a second process that has DST, with traffic all the time, and print what that cost: 'send' and 'receive' in "
         "one command. Both devices are reset: run it on devices that nobody uses. Ctrl-C cancels: the guest goes on "
         "on SRC.",
     )
-    parser.add_argument("source", metavar="SRC", help="vhost-vdpa chardev, such as /dev/vhost-vdpa-0")
+    parser.add_argument("source", metavar="SRC", help=DEVICE)
     parser.add_argument("destination", metavar="DST", help="another one, with the same features")
     add_sending_options(parser, downtime="1000")
     parser.add_argument(
@@ -54,7 +67,7 @@ def register(commands: Any) -> None:
     add_options(parser)
     tracing.add_options(parser)
     tracing.add_spans_option(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,8 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     progress = Progress(_PHASES)
     options = Options(guest_options(arguments), send_options(arguments), arguments.seconds, arguments.procedure)
     with tracing.writing(arguments) as trace:
+        source, destination = mgmt.chardev_of(arguments.source), mgmt.chardev_of(arguments.destination)
         try:
-            report = migrate(arguments.source, arguments.destination, options, progress.phase, trace, progress.tell)
+            report = migrate(source, destination, options, progress.phase, trace, progress.tell)
         except MigrationEnded as e:
             if e.report is not None:
                 _print(e.report, arguments, trace)

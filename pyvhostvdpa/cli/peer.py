@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +20,14 @@ from ..migration.saved import DEFAULT_FOLDER
 from ..migration.source import LastRound, SendOptions
 from ..net.control_queue import DEFAULT_DEADLINE
 from ..trace.gap import StopToRun
+from .failure import report
+from .options import add_json
 from .table import table
-from .units import count, seconds, size
+from .units import SIZES, count, guest_memory, seconds, size, stream_rate
 
 ADDRESS = "unix:PATH|tcp:HOST:PORT"
+NOTES = f"{SIZES}; --seconds in seconds, --downtime in milliseconds\n"
+"""On units, for help."""
 
 SENDING = {
     "start": "starting the guest: allocating and mapping its memory",
@@ -49,21 +52,39 @@ SENDING = {
 
 def add_sending_options(parser: argparse.ArgumentParser, downtime: str) -> None:
     """Add the options of a guest that is started here, and of how it is sent; ``downtime`` as by default, in ms."""
-    parser.add_argument("--memory", type=size, default="1G", help="guest memory (default %(default)s)")
-    parser.add_argument("--pairs", type=count, default="1", help="queue pairs of each NIC (default %(default)s)")
     parser.add_argument(
-        "--frame-size", type=count, default="256", help=f"Ethernet frame, {MIN_FRAME} to {MAX_FRAME} (default 256)"
+        "--memory", metavar="SIZE", type=guest_memory, default="1G", help="guest memory (default %(default)s)"
     )
     parser.add_argument(
-        "--write", metavar="BYTES/s", type=size, default=None, help="memory that the guest's CPU writes (default none)"
+        "--pairs", metavar="N", type=count, default="1", help="queue pairs of each NIC (default %(default)s)"
     )
-    parser.add_argument("--limit", metavar="BYTES/s", type=size, default=None, help="of the stream while it runs")
+    parser.add_argument(
+        "--frame-size",
+        metavar="BYTES",
+        type=count,
+        default="256",
+        help=f"Ethernet frame, {MIN_FRAME} to {MAX_FRAME} bytes (default 256)",
+    )
+    parser.add_argument(
+        "--write",
+        metavar="SIZE",
+        type=size,
+        default=None,
+        help="memory that the guest's CPU writes per second (default none)",
+    )
+    parser.add_argument(
+        "--limit",
+        metavar="SIZE",
+        type=stream_rate,
+        default=None,
+        help="bytes per second on the stream while the guest runs (default as fast as it goes)",
+    )
     parser.add_argument(
         "--downtime",
         metavar="MS",
         type=count,
         default=downtime,
-        help="that what is left of memory may take at the end (default %(default)s)",
+        help="milliseconds that sending the remaining memory may take while the guest is stopped (default %(default)s)",
     )
     parser.add_argument(
         "--hash", action="store_true", help="compare a hash of all memory on both sides while the guest stands still"
@@ -134,7 +155,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="10",
         help="how long the last frames may take at the end (default %(default)s)",
     )
-    parser.add_argument("--json", "-j", action="store_true", help="print JSON, and nothing else on standard output")
+    add_json(parser)
 
 
 def procedures_line(chosen: Mapping[str, Mapping[str, Any]]) -> str:
@@ -168,9 +189,14 @@ def tls(arguments: argparse.Namespace) -> Tls | None:
     if not any(given):
         return None
     if not all(given):
-        raise MigrationRefused("TLS takes all of --tls-cert, --tls-key and --tls-ca")
+        names = ("--tls-cert", "--tls-key", "--tls-ca")
+        missing = " and ".join(name for name, value in zip(names, given, strict=True) if not value)
+        raise MigrationRefused(
+            f"TLS takes all of --tls-cert, --tls-key and --tls-ca; {missing} is missing",
+            hint=f"add {missing}; vhost-vdpa help migration shows how to make the files with openssl",
+        )
     if arguments.insecure_plain:
-        raise MigrationRefused("either TLS or --insecure-plain")
+        raise MigrationRefused("either TLS or --insecure-plain", hint="leave out --insecure-plain")
     return Tls(*given)
 
 
@@ -182,13 +208,12 @@ class Progress:
         self._phases = phases
 
     def phase(self, name: str) -> None:
-        """Tell that a phase begins."""
+        """Print that a phase begins."""
         self.tell(self._phases.get(name, name))
 
     def tell(self, text: str) -> None:
-        """Tell anything."""
-        # in one piece: several threads may tell at once
-        print(f"[{time.monotonic() - self._start:6.2f} s] {text}\n", end="", file=sys.stderr, flush=True)
+        """Print a progress line."""
+        report(f"[{time.monotonic() - self._start:6.2f} s] {text}")
 
 
 def frames_table(frames: Mapping[str, int | None]) -> str:

@@ -5,37 +5,40 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from ..base.uapi import BackendFeature, names
 from ..host import mgmt
 from ..probe.probe import Probe, look, probe
 from ..probe.proofs import MUST_MOVE_S
+from .commands import COMMANDS
+from .failure import report
+from .options import DEVICE, add_json
 from .table import table
 from .units import seconds
 
 DESCRIPTION = """\
-Tell what a device is and can do: queues, groups, address spaces, features, and what they make possible for a live
-migration. Opening a device resets it, so one that is in use is refused; --no-open tells what can be told of it all the
-same. --verify proves each backend feature with real descriptors: maps that a frame goes through, a suspend after which
+Print what a device is and can do: queues, groups, address spaces, features, and what they make possible for a live
+migration. Opening a device resets it, so one that is in use is refused; --no-open prints what is known without opening
+it. --verify proves each backend feature with real descriptors: maps that a frame goes through, a suspend after which
 nothing moves. It sends a few broadcast frames (EtherType 0x88b5). Afterwards the device is reset."""
-EPILOG = "exit status: 0, or 1 when something failed, or when --verify found a feature that does not do what it says"
+EPILOG = """\
+examples:
+  vhost-vdpa probe vdpa0 --no-open      of a device in use
+  vhost-vdpa probe vdpa0 --verify       advertised, usable, proved
+  vhost-vdpa probe vdpa0 -j > vdpa0.json
+
+exit status: 0; 1 if something failed, or if --verify found a feature that does not do what it says"""
 
 
 def register(commands: Any) -> None:
     """Add the sub-command."""
-    parser = commands.add_parser(
-        "probe", help="what a device can do, and whether a guest on it can be migrated", description=DESCRIPTION,
-        epilog=EPILOG,
-    )  # fmt: skip
-    parser.add_argument(
-        "device", metavar="DEV", nargs="?", help="chardev or vDPA name (default: the only device of this machine)"
-    )
-    parser.add_argument("--json", "-j", action="store_true", help="print JSON, schema pyvhostvdpa/probe/probe/1")
+    parser = commands.add_parser("probe", help=COMMANDS["probe"], description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("device", metavar="DEV", nargs="?", help=f"{DEVICE} (default: the only device)")
+    add_json(parser, "print JSON, schema pyvhostvdpa/probe/probe/1")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--verify", action="store_true", help="prove each feature with real descriptors")
-    mode.add_argument("--no-open", action="store_true", help="tell only what can be told without opening the device")
+    mode.add_argument("--no-open", action="store_true", help="print only what is known without opening the device")
     parser.add_argument(
         "--patience",
         metavar="SECONDS",
@@ -43,7 +46,7 @@ def register(commands: Any) -> None:
         default=str(MUST_MOVE_S),
         help="with --verify: how long a device may take to finish a descriptor (default %(default)s)",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(_render(found))
     for lie in lies:
-        print(f"vhost-vdpa: {path} advertises what it does not do: {lie}", file=sys.stderr)
+        report(f"vhost-vdpa: {path} advertises what it does not do: {lie}")
     return 1 if lies else 0
 
 

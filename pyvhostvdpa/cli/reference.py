@@ -12,8 +12,8 @@ from importlib import resources
 from pathlib import Path
 from types import ModuleType
 
-from ..base.causes import explain_all
-from ..base.errors import MissingFeature, errno_text
+from ..base.causes import errno_text, explain_all
+from ..base.errors import MissingFeature
 from ..base.uapi import IOCTLS
 from ..chardev.door import VhostVdpa
 
@@ -27,7 +27,7 @@ GENERATED = {
 
 def topics() -> dict[str, str]:
     """Return the topics there are, with one line each."""
-    pages = {page.name.removesuffix(".md"): _title(page.read_text()) for page in _pages()}
+    pages = {each.name.removesuffix(".md"): _title(each.read_text()) for each in _pages()}
     return {**dict(sorted(pages.items())), **GENERATED}
 
 
@@ -38,19 +38,24 @@ def text(topic: str, name: str = "") -> str:
         return api(name)
     if topic in generators:
         return generators[topic]()
-    for page in _pages():
-        if page.name == f"{topic}.md":
-            return page.read_text().rstrip()
+    found = page(topic)
+    if found:
+        return found
     raise MissingFeature(f"no help on {topic!r}", hint=f"vhost-vdpa help TOPIC, one of: {', '.join(topics())}")
+
+
+def page(topic: str) -> str:
+    """Return a page that ships, "" if there is none of this name."""
+    return next((each.read_text().rstrip() for each in _pages() if each.name == f"{topic}.md"), "")
 
 
 def _pages() -> list[Path]:
     folder = resources.files(f"{PACKAGE}.cli") / "docs"
-    return sorted(Path(str(page)) for page in folder.iterdir() if page.name.endswith(".md"))
+    return sorted(Path(str(each)) for each in folder.iterdir() if each.name.endswith(".md"))
 
 
-def _title(page: str) -> str:
-    return page.partition("\n")[0].lstrip("# ")
+def _title(text: str) -> str:
+    return text.partition("\n")[0].lstrip("# ")
 
 
 def _first_line(thing: object) -> str:
@@ -89,6 +94,9 @@ def _describe(wanted: str) -> str:
         for name, thing in _public(module):
             if wanted in (name, f"{module.__name__}.{name}"):
                 return "\n".join(_page_of(name, thing, module.__name__))
+    package = importlib.import_module(PACKAGE)
+    if wanted in package.__all__:
+        return f"from {PACKAGE} import {wanted}\n\n{wanted} = {getattr(package, wanted)!r}"
     raise MissingFeature(f"nothing public is called {wanted!r}", hint="vhost-vdpa help api lists all names")
 
 

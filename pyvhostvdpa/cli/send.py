@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import MigrationEnded
-from ..migration.endpoint import Address, check_security, connect
+from ..host import mgmt
+from ..migration.endpoint import Address, check_listening, check_security, connect
 from ..migration.report import SentReport, frames_when
-from ..migration.session import Receiving, Sending
+from ..migration.session import Receiving, Sending, check_devices
 from ..trace import gap
 from ..trace.recorder import Trace
 from . import tracing
+from .commands import COMMANDS
+from .options import DEVICE, refuse_unused
 from .peer import (
     ADDRESS,
+    NOTES,
     PART,
     SENDING,
     Progress,
@@ -36,16 +40,27 @@ from .receive import show
 from .table import table
 from .units import seconds
 
+_EPILOG = f"""\
+{NOTES}
+examples:
+  vhost-vdpa send vdpa0 --to unix:/run/there --memory 4G --write 20M --hash
+  vhost-vdpa send vdpa0 --to tcp:host:4444 --tls-cert c.pem --tls-key k.pem --tls-ca ca.pem
+  vhost-vdpa send vdpa0 --resume guest-0123456789ab-source.saved
+
+exit status: 0 if the guest was sent; 1 if not, with the reason and where the guest is; 2 wrong usage; 130 if cancelled
+"""
+
 
 def register(commands: Any) -> None:
     """Add the sub-command."""
     parser = commands.add_parser(
         "send",
-        help="migrate a guest to 'vhost-vdpa receive', with its memory",
+        help=COMMANDS["send"],
+        epilog=_EPILOG,
         description="Start a guest with traffic in passthrough on DEV, and migrate it to the other end of a stream. "
         "The devices are reset: run it on devices that nobody uses. Ctrl-C cancels: the guest goes on here.",
     )
-    parser.add_argument("devices", metavar="DEV", nargs="+", help="vhost-vdpa chardev, one a NIC of the guest")
+    parser.add_argument("devices", metavar="DEV", nargs="+", help=f"{DEVICE}; one per NIC of the guest")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--to", metavar=ADDRESS, help="where 'vhost-vdpa receive' listens")
     where.add_argument("--resume", metavar="FILE", type=Path, help="start the guest saved in FILE here instead")
@@ -57,7 +72,7 @@ def register(commands: Any) -> None:
     add_options(parser)
     tracing.add_options(parser)
     tracing.add_spans_option(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -66,10 +81,15 @@ def run(arguments: argparse.Namespace) -> int:
         return _resume(arguments, trace) if arguments.resume is not None else _send(arguments, trace)
 
 
+_OF_A_NEW_GUEST = ("memory", "pairs", "frame_size", "write", "limit", "downtime", "hash", "spans")
+_OF_THE_STREAM = ("tls_cert", "tls_key", "tls_ca", "insecure_plain")
+
+
 def _resume(arguments: argparse.Namespace, trace: Trace) -> int:
+    refuse_unused(arguments, (*_OF_A_NEW_GUEST, *_OF_THE_STREAM), "with --resume: the guest comes from the file")
     progress = Progress(SENDING | {"destination": "traffic in passthrough"})
     receiving = Receiving(
-        arguments.devices,
+        [mgmt.chardev_of(each) for each in arguments.devices],
         arguments.seconds,
         arguments.state,
         progress.phase,
@@ -89,10 +109,15 @@ def _send(arguments: argparse.Namespace, trace: Trace) -> int:
     if security is not None:
         # bad files are to be told now, not to a guest that runs
         security.context(server=False)
+    paths = [mgmt.chardev_of(each) for each in arguments.devices]
+    options = guest_options(arguments)
+    check_devices(paths)
+    # a guest that has run for minutes for nobody is not what was asked for
+    check_listening(address)
     sending = Sending(
-        paths=arguments.devices,
+        paths=paths,
         connect=lambda cancel: connect(address, security, cancel.fileno()),
-        guest_options=guest_options(arguments),
+        guest_options=options,
         options=send_options(arguments),
         seconds=arguments.seconds,
         observer=progress.phase,

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 from ..base.errors import VhostVdpaError
+from ..base.files import check_writable, replace_file
 from ..trace import events, perfetto, records, spans
 from ..trace.recorder import Trace, describe
+from .failure import PROGRAM, report
 from .table import table
-
-log = logging.getLogger(__name__)
 
 
 def _write_spans(trace: Trace, file: TextIO) -> None:
@@ -34,12 +32,12 @@ _FORMATS: dict[str, Callable[[Trace, TextIO], None]] = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options to a sub-command's parser."""
-    parser.add_argument("--trace", metavar="FILE", help="write what passed the devices' doors, failed or not, to FILE")
+    parser.add_argument("--trace", metavar="FILE", help="write every call to the devices, failed or not, to FILE")
     parser.add_argument(
         "--trace-format",
         choices=sorted(_FORMATS),
         help="perfetto: open it at ui.perfetto.dev; events: QEMU's trace events, one JSON object a line; "
-        "spans: what DT1 and DT2 are made of; records: everything as it was recorded, for programs "
+        "spans: what DT1 and DT2 are made of; records: everything as it was recorded, for programs; needs --trace "
         "(default: events for FILE.jsonl, else perfetto)",
     )
 
@@ -50,12 +48,12 @@ def add_spans_option(parser: argparse.ArgumentParser) -> None:
 
 
 def print_report(
-    arguments: argparse.Namespace, trace: Trace, report: dict[str, Any], summary: Callable[[], str]
+    arguments: argparse.Namespace, trace: Trace, found: dict[str, Any], summary: Callable[[], str]
 ) -> None:
     """Print a report as JSON or for people, with the spans if they were asked for."""
     if arguments.json:
         more = {"spans": spans.to_dict(trace)} if arguments.spans else {}
-        print(json.dumps(report | more, indent=2))
+        print(json.dumps(found | more, indent=2))
         return
     print(summary())
     if arguments.spans:
@@ -64,38 +62,57 @@ def print_report(
 
 @contextmanager
 def writing(arguments: argparse.Namespace) -> Iterator[Trace]:
-    """Give out a trace, and write it in the end: after an error it says what led to it."""
+    """Give out a trace, and write it in the end: after an error it says what led to it.
+
+    Until then the file is as it was, and it stays so if no device was
+    opened.
+    """
     trace = Trace()
-    if arguments.trace:
-        _write(arguments.trace, lambda file: None)
+    _check(arguments)
     try:
         yield trace
     except BaseException:
         try:
             _save(arguments, trace)
         except VhostVdpaError as e:
-            # the error on its way is the one to be told
-            log.warning("%s", e)
+            # the error on its way is the one that decides
+            report(f"{PROGRAM}: {e}")
         raise
     _save(arguments, trace)
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse a file that cannot be written before the run that would be for nothing."""
+    if arguments.trace_format and not arguments.trace:
+        arguments.parser.error("--trace-format needs --trace FILE")
+    if arguments.trace == "-":
+        arguments.parser.error("--trace takes a file, since standard output has the report (./- for a file named -)")
+    if arguments.trace:
+        try:
+            check_writable(arguments.trace)
+        except OSError as e:
+            raise _unwritable(arguments.trace, e) from e
+
+
 def _save(arguments: argparse.Namespace, trace: Trace) -> None:
-    if not arguments.trace:
+    if not arguments.trace or not trace.events:
         return
     chosen = arguments.trace_format or ("events" if arguments.trace.endswith(".jsonl") else "perfetto")
     _write(arguments.trace, lambda file: _FORMATS[chosen](trace, file))
     if chosen != "records":
         dropped = f", {trace.dropped} older ones were dropped" if trace.dropped else ""
-        print(f"trace of {len(trace.events)} events{dropped}: {arguments.trace} ({chosen})", file=sys.stderr)
+        report(f"trace of {len(trace.events)} events{dropped}: {arguments.trace} ({chosen})")
 
 
 def _write(path: str, content: Callable[[TextIO], None]) -> None:
     try:
-        with open(path, "w", encoding="utf-8") as file:
-            content(file)
+        replace_file(path, content)
     except OSError as e:
-        raise VhostVdpaError(f"{path} cannot be written: {e.strerror}", hint="name another file with --trace") from e
+        raise _unwritable(path, e) from e
+
+
+def _unwritable(path: str, error: OSError) -> VhostVdpaError:
+    return VhostVdpaError(f"{path} cannot be written: {error.strerror}", hint="name another file with --trace")
 
 
 def render_spans(trace: Trace) -> str:

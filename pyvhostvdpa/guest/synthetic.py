@@ -247,7 +247,8 @@ class Guest:
             return driver.send(data, self._answer_seconds)
         except TimeoutError as e:
             raise MigrationFailed(
-                f"the guest's control queue: {e}", hint="a device that is only slow: a longer --control-deadline"
+                f"the guest's control queue: {e}",
+                hint="for a device that is only slow: vhost-vdpa migrate, send and receive take --control-deadline",
             ) from e
 
     def run(self) -> None:

@@ -7,10 +7,10 @@ opened device is asked by ``vhost-vdpa probe``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from ..base.record import Record
 
 
-class Driver(NamedTuple):
+class Driver(Record):
     """A parent driver. ``base`` is what GET_VRING_BASE reports, ``iommu`` whether it maps by the platform IOMMU."""
 
     suspend: str

@@ -7,21 +7,23 @@ cannot be read, as in a container or as another user than root, is None.
 
 from __future__ import annotations
 
-import gzip
 import os
 import resource
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
+from ..base.record import Record
 from ..memory import hugepages
-from ..memory.guest import HUGE_PAGE, pinned_bytes
+from ..memory.pinned import HUGE_PAGE, pinned_bytes
 from . import mgmt
 from .mgmt import VdpaDevice
 from .parents import Parent, parent_of
 from .processes import Daemon, Holder, sees_all, vduse_daemon
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 CONFIGS = (
     "proc/config.gz",
@@ -31,8 +33,36 @@ CONFIGS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Nic:
+_GZIP = 16
+"""Tells zlib that there is a gzip header."""
+
+
+class Settings(Mapping[str, str]):
+    """A kernel's configuration by name, without ``CONFIG_``. Of thousands of lines a few are asked for."""
+
+    def __init__(self, text: str) -> None:
+        self._text = f"\n{text}"
+
+    def __getitem__(self, name: str) -> str:
+        _, found, after = self._text.partition(f"\nCONFIG_{name}=")
+        if not found:
+            raise KeyError(name)
+        return after.partition("\n")[0]
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._text.splitlines():
+            name, found, _ = line.partition("=")
+            if found and name.startswith("CONFIG_"):
+                yield name.removeprefix("CONFIG_")
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Nic(Record):
     """A PCI network function that has, or could have, a vDPA driver. ``ids`` as ``15b3:101d``."""
 
     slot: str
@@ -42,8 +72,7 @@ class Nic:
     max_vfs: int
 
 
-@dataclass(frozen=True, slots=True)
-class Firmware:
+class Firmware(Record):
     """Firmware of an RDMA-capable NIC: its version and board id (PSID)."""
 
     name: str
@@ -51,8 +80,7 @@ class Firmware:
     board: str
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(Record):
     """A device node. ``usable`` tells whether this user may open it."""
 
     mode: int
@@ -61,8 +89,7 @@ class Node:
     usable: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
+class Machine(Record):
     """The facts. Sizes in bytes, ``memlock`` None for unlimited.
 
     ``open_elsewhere`` are those who have a device open that the bus has no more: one that is being deleted.
@@ -83,16 +110,16 @@ class Machine:
     own_network: bool = False
     stuck: tuple[Holder, ...] = ()
     open_elsewhere: tuple[Holder, ...] = ()
-    management: Mapping[str, Any] = field(default_factory=dict)
+    management: Mapping[str, Any] = _NOTHING
     management_unknown: str = ""
     devices: tuple[VdpaDevice, ...] = ()
-    parents: Mapping[str, Parent] = field(default_factory=dict)
-    daemons: Mapping[str, Daemon | None] = field(default_factory=dict)
-    net: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    nodes: Mapping[str, Node | None] = field(default_factory=dict)
+    parents: Mapping[str, Parent] = _NOTHING
+    daemons: Mapping[str, Daemon | None] = _NOTHING
+    net: Mapping[str, Mapping[str, Any]] = _NOTHING
+    nodes: Mapping[str, Node | None] = _NOTHING
     nics: tuple[Nic, ...] = ()
     firmware: tuple[Firmware, ...] = ()
-    vendor_modules: Mapping[str, str] = field(default_factory=dict)
+    vendor_modules: Mapping[str, str] = _NOTHING
     incoherent_iommus: tuple[str, ...] = ()
     iommu_groups: int = 0
     shmem_huge: str | None = None
@@ -107,13 +134,13 @@ class Machine:
 def gather(root: Path = Path("/"), device: str | None = None) -> Machine:
     """Read the facts; ``device`` (a chardev or vDPA name) leaves the others out.
 
-    Raises :class:`~pyvhostvdpa.MissingFeature` for a name that means two devices.
+    Raises as :func:`pyvhostvdpa.host.mgmt.select` does.
     """
     release = os.uname().release
     config, source = _kernel_config(root, release)
     here = root == Path("/")
     stuck = mgmt.stuck() if here else ()
-    tool = here and shutil.which("vdpa") is not None
+    tool = here and mgmt.has_tool()
     known = mgmt.list_devices() if here else []
     devices = tuple(known if device is None else mgmt.select(known, device))
     management, management_unknown = mgmt.ask("mgmtdev", "show") if tool and not stuck else ({}, "")
@@ -169,17 +196,26 @@ def _names(path: Path) -> frozenset[str]:
         return frozenset()
 
 
-def _kernel_config(root: Path, release: str) -> tuple[dict[str, str] | None, str]:
+def _kernel_config(root: Path, release: str) -> tuple[Settings | None, str]:
     """Return the running kernel's configuration and where it was found."""
     for name in CONFIGS:
         path = root / name.format(release=release)
         try:
-            text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+            text = _unpacked(path) if path.suffix == ".gz" else path.read_text()
         except (OSError, EOFError):
             continue
-        pairs = (line.split("=", 1) for line in text.splitlines() if line.startswith("CONFIG_") and "=" in line)
-        return {key.removeprefix("CONFIG_"): value for key, value in pairs}, str(path)
+        return Settings(text), str(path)
     return None, ""
+
+
+def _unpacked(path: Path) -> str:
+    # loaded only where a kernel shows its configuration like that; gzip would load every compression there is
+    import zlib  # noqa: PLC0415
+
+    try:
+        return zlib.decompress(path.read_bytes(), zlib.MAX_WBITS | _GZIP).decode()
+    except zlib.error as e:
+        raise OSError(f"{path}: {e}") from e
 
 
 def _installed(root: Path, release: str) -> frozenset[str] | None:

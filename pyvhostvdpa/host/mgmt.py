@@ -9,18 +9,19 @@ nothing here does.
 from __future__ import annotations
 
 import errno
-import json
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..base.errors import DeviceBusy, ManagementFailed, MissingFeature
+from ..base.errors import DeviceBusy, ManagementFailed, MissingFeature, NotVhostVdpa
+from ..base.record import Record
+from .command import outcome
 from .processes import Holder, device_number, openers, sees_all, stuck
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = [
     "SYSFS_DEVICES",
@@ -32,6 +33,7 @@ __all__ = [
     "chardev_of",
     "delete_device",
     "device_number",
+    "has_tool",
     "holders",
     "list_devices",
     "name_of",
@@ -42,6 +44,7 @@ __all__ = [
     "select",
     "stuck",
     "vdpa_json",
+    "vdpa_name",
     "vendor_statistics",
     "wait_for_chardev",
 ]
@@ -54,8 +57,7 @@ _QUEUE_TIMEOUT = 2.0
 _CHARDEV_POLL = 0.01
 
 
-@dataclass(frozen=True, slots=True)
-class VdpaDevice:
+class VdpaDevice(Record):
     """One device on the vdpa bus. What is not known is None, and ``unknown`` says why, "" if netlink answered.
 
     ``holders_known`` tells whether every process could be looked at; without it there may be more than ``holders``.
@@ -90,25 +92,25 @@ class VdpaDevice:
 
 def _run(arguments: Sequence[str], seconds: float = _VDPA_TIMEOUT) -> tuple[int, str, str]:
     """Run ``vdpa`` and return its status, output and complaints; TimeoutError if it does not come back in time."""
-    return _outcome([_tool(), *arguments], seconds)
+    return outcome([_tool(), *arguments], seconds)
+
+
+def has_tool() -> bool:
+    """Whether iproute2's ``vdpa`` is installed."""
+    try:
+        _tool()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _tool() -> str:
-    tool = shutil.which("vdpa")
-    if tool is None:
-        raise FileNotFoundError("vdpa")
-    return tool
-
-
-def _outcome(argv: Sequence[str], timeout: float) -> tuple[int, str, str]:
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        said, complained = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        # not waited for: in the kernel's lock not even a kill ends it
-        process.kill()
-        raise TimeoutError from None
-    return process.returncode, said, complained
+    # shutil.which() would load every compression there is
+    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        tool = os.path.join(folder, "vdpa")
+        if os.path.isfile(tool) and os.access(tool, os.X_OK):
+            return tool
+    raise FileNotFoundError("vdpa")
 
 
 def vdpa_json(*arguments: str) -> dict[str, Any]:
@@ -118,6 +120,8 @@ def vdpa_json(*arguments: str) -> dict[str, Any]:
 
 def ask(*arguments: str) -> tuple[dict[str, Any], str]:
     """Run ``vdpa -j ARGUMENTS``; return what it printed, and why it printed nothing: "" if it answered."""
+    import json  # noqa: PLC0415
+
     try:
         status, said, complained = _run(["-j", *arguments])
         parsed = json.loads(said or "{}")
@@ -168,7 +172,9 @@ def _vdpa(*arguments: str, seconds: float) -> None:
         first = next(iter(stuck()), None)
         raise ManagementFailed(
             f"{command}: no answer within {seconds:g} s; " + (f"{first} is stuck" if first else "the driver is slow"),
-            hint="vhost-vdpa doctor names the holder; end that process" if first else "a longer --timeout",
+            hint="vhost-vdpa doctor names the holder; end that process"
+            if first
+            else "give it more time: vhost-vdpa dev takes --timeout SECONDS",
         ) from e
     if status:
         words = complained.strip() or said.strip() or f"status {status}"
@@ -179,8 +185,16 @@ def _vdpa(*arguments: str, seconds: float) -> None:
 def add_device(name: str, mgmtdev: str, *attributes: str, seconds: float = CHANGE_SECONDS) -> None:
     """Create a device by iproute2's ``vdpa dev add``; ``attributes`` in its words: ``"mac", "52:54:…"``.
 
-    :class:`~pyvhostvdpa.ManagementFailed` if it fails, or takes longer than ``seconds``.
+    Raises :class:`~pyvhostvdpa.ManagementFailed` if it fails or takes longer
+    than ``seconds``, and for a name that the kernel would take and no other
+    command could handle: with a blank or a slash, or one that begins as an
+    option does.
     """
+    if not name.strip("._:-") or name[0] in "-." or not all(c.isascii() and (c.isalnum() or c in "._:-") for c in name):
+        raise ManagementFailed(
+            f"{name!r} is not a usable name for a device: letters and digits, with . _ : - between them",
+            hint="vhost-vdpa dev add name vdpa0 mgmtdev MGMTDEV",
+        )
     _vdpa("dev", "add", "name", name, "mgmtdev", mgmtdev, *attributes, seconds=seconds)
 
 
@@ -289,13 +303,18 @@ def number_of(name: str) -> int | None:
 def select(devices: Sequence[VdpaDevice], device: str | os.PathLike[str]) -> list[VdpaDevice]:
     """Return the one of ``devices`` that a path (by the device behind the node), vDPA name or chardev's name means.
 
-    None of them is an empty list. :class:`~pyvhostvdpa.MissingFeature` asks back if a name means two: a device may be
-    called as another one's chardev.
+    A name of none of them gives an empty list. :class:`~pyvhostvdpa.MissingFeature` if a name means two: a device
+    may be called as another one's chardev. A path of something else is :class:`~pyvhostvdpa.NotVhostVdpa`.
     """
     text = os.fspath(device)
     if os.sep in text:
         number = device_number(text)
-        return [d for d in devices if d.chardev == text or (number is not None and number == number_of(d.name))]
+        at = [d for d in devices if d.chardev == text or (number is not None and number == number_of(d.name))]
+        if not at and name_of(text) is None:
+            raise NotVhostVdpa(
+                f"{text}: not a vhost-vdpa character device", hint="vhost-vdpa list shows the devices of this machine"
+            )
+        return at
     found = [d for d in devices if text in (d.name, Path(d.chardev).name if d.chardev else d.name)]
     if len(found) > 1:
         words = " or ".join(f"{d.name} ({d.chardev or f'no chardev, driver {d.driver}'})" for d in found)
@@ -320,6 +339,15 @@ def chardev_of(device: str | os.PathLike[str] | None) -> str:
     there = ", ".join(f"{d.name} ({d.chardev or f'no chardev, driver {d.driver}'})" for d in known) or "none"
     what = f"no vDPA device {os.fspath(device)} with a chardev" if device else "which device?"
     raise MissingFeature(f"{what}; this machine has: {there}", hint="vhost-vdpa doctor" if not nodes else "name one")
+
+
+def vdpa_name(device: str | os.PathLike[str]) -> str:
+    """Return the vDPA name that ``device`` means, raising as :func:`select` does.
+
+    What means no device is returned as it is, for the caller's message.
+    """
+    found = select(list_devices(), device)
+    return found[0].name if found else os.fspath(device)
 
 
 def name_of(chardev: str | os.PathLike[str]) -> str | None:
@@ -349,7 +377,7 @@ def vendor_statistics(chardev: str | os.PathLike[str], queues: Sequence[int]) ->
         return {}
     try:
         argv = ["sh", "-c", _EACH_QUEUE, "sh", _tool(), name, *map(str, queues)]
-        _, said, _ = _outcome(argv, _VDPA_TIMEOUT + _QUEUE_TIMEOUT * len(queues))
+        _, said, _ = outcome(argv, _VDPA_TIMEOUT + _QUEUE_TIMEOUT * len(queues))
     except (FileNotFoundError, TimeoutError):
         return {}
     return parse_vendor_statistics(said, name)
@@ -357,6 +385,8 @@ def vendor_statistics(chardev: str | os.PathLike[str], queues: Sequence[int]) ->
 
 def parse_vendor_statistics(said: str, name: str) -> dict[int, dict[str, int]]:
     """Read lines of a queue's number and what ``vdpa -j dev vstats show`` said of it, which may be nothing."""
+    import json  # noqa: PLC0415
+
     found = {}
     for line in said.splitlines():
         queue, _, text = line.partition(" ")

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 from ..base.errors import MissingFeature
+from ..base.record import Record
 from .mgmt import SYSFS_DEVICES, ask, name_of
 from .processes import sees_all, stuck, vduse_daemon
 
 
-class Parent(NamedTuple):
+class Parent(Record):
     """What is known of the driver that made a device.
 
     ``module`` is None if it is unknown, and ``why`` says why. ``pinned`` tells whether it works on pinned pages; no

@@ -12,7 +12,8 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+
+from ..base.record import Record
 
 _PROC = Path("/proc")
 _SECOND_LOOK = 0.05
@@ -22,7 +23,7 @@ _REMOVERS = ("rmmod", "modprobe", "kmod")
 _PARENTS = ("vdpa", "vduse", "ifcvf", "mlx5_core")
 
 
-class Holder(NamedTuple):
+class Holder(Record):
     """A process that has a chardev open, or waits for one."""
 
     pid: int
@@ -32,7 +33,7 @@ class Holder(NamedTuple):
         return f"pid {self.pid} ({self.name})"
 
 
-class Daemon(NamedTuple):
+class Daemon(Record):
     """A process that serves a VDUSE device. ``state`` is the letter of proc(5): T stopped, t traced, Z zombie."""
 
     pid: int
@@ -48,31 +49,50 @@ class Daemon(NamedTuple):
         return self.state in "TtZX"
 
 
-class _Stat(NamedTuple):
+class _Stat(Record):
     name: str
     state: str
     began: int
 
 
-def _processes(proc: Path) -> Iterator[Path]:
-    return (entry for entry in proc.iterdir() if entry.name.isdigit())
+def _processes(proc: Path) -> Iterator[str]:
+    """Yield the processes' folders. There may be thousands, with many files each: strings are what costs least."""
+    return (f"{proc}/{pid}" for pid in os.listdir(proc) if pid.isdigit())
 
 
-def _descriptors(process: Path) -> list[Path]:
+def _pid(process: str) -> int:
+    return int(os.path.basename(process))
+
+
+def _descriptors(process: str) -> list[str]:
     try:
-        return list((process / "fd").iterdir())
+        return [f"{process}/fd/{number}" for number in os.listdir(f"{process}/fd")]
     except OSError:
         return []
 
 
-def _stat(process: Path) -> _Stat | None:
-    """Read a process's name, state and start (clock ticks since boot); None if it is gone."""
+def _contents(path: str) -> bytes:
+    """Return the beginning of a file of a process, empty if that is gone."""
     try:
-        text = (process / "stat").read_text()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return None
+        return b""
+    try:
+        return os.read(fd, 4096)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
+
+
+def _stat(process: str) -> _Stat | None:
+    """Read a process's name, state and start (clock ticks since boot); None if it is gone."""
+    return _parsed(_contents(f"{process}/stat"))
+
+
+def _parsed(stat_line: bytes) -> _Stat | None:
     # the name is in brackets and may contain any character
-    name, _, rest = text.partition("(")[2].rpartition(")")
+    name, _, rest = stat_line.decode(errors="replace").partition("(")[2].rpartition(")")
     fields = rest.split()
     return _Stat(name, fields[0], int(fields[19])) if len(fields) > 19 else None
 
@@ -95,7 +115,7 @@ def _majors(proc: Path) -> frozenset[int]:
     return frozenset(int(words[0]) for words in numbered if len(words) == 2 and words[1] == "vhost-vdpa")
 
 
-def _opened(descriptor: Path, majors: frozenset[int]) -> int | None:
+def _opened(descriptor: str, majors: frozenset[int]) -> int | None:
     """Return the number of the vhost-vdpa device that a descriptor is open on; None for any other, or a closed one."""
     try:
         target = os.readlink(descriptor)
@@ -133,25 +153,23 @@ def openers(proc: Path = _PROC) -> dict[int, tuple[Holder, ...]]:
             continue
         status = _stat(process)
         for number in numbers:
-            found.setdefault(number or 0, []).append(Holder(int(process.name), status.name if status else "?"))
+            found.setdefault(number or 0, []).append(Holder(_pid(process), status.name if status else "?"))
     return {number: tuple(who) for number, who in found.items()}
 
 
-def _waits(process: Path) -> tuple[int, int, str] | None:
+def _waits(process: str) -> tuple[int, int, str] | None:
     """Return when a process began that sleeps uninterruptibly in vDPA's management, its pid and its name."""
-    status = _stat(process)
+    line = _contents(f"{process}/stat")
+    status = _parsed(line) if b") D " in line else None
     if status is None or status.state != "D":
         return None
     if status.name != "vdpa" and not (status.name in _REMOVERS and _removes_a_parent(process)):
         return None
-    return status.began, int(process.name), status.name
+    return status.began, _pid(process), status.name
 
 
-def _removes_a_parent(process: Path) -> bool:
-    try:
-        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return False
+def _removes_a_parent(process: str) -> bool:
+    words = _contents(f"{process}/cmdline").decode(errors="replace").split("\0")
     removing = "rmmod" in words[0] or any(word in ("-r", "--remove") for word in words)
     return removing and any(parent in word for word in words[1:] for parent in _PARENTS)
 
@@ -167,7 +185,7 @@ def stuck(proc: Path = _PROC) -> tuple[Holder, ...]:
     if not found:
         return ()
     time.sleep(_SECOND_LOOK)
-    return tuple(Holder(pid, name) for _, pid, name in found if _waits(proc / str(pid)))
+    return tuple(Holder(pid, name) for _, pid, name in found if _waits(f"{proc}/{pid}"))
 
 
 def vduse_daemon(name: str, proc: Path = _PROC) -> Daemon | None:
@@ -181,5 +199,5 @@ def vduse_daemon(name: str, proc: Path = _PROC) -> Daemon | None:
                 continue
             if target == wanted:
                 status = _stat(process)
-                return Daemon(int(process.name), status.name, status.state) if status else None
+                return Daemon(_pid(process), status.name, status.state) if status else None
     return None

@@ -28,7 +28,7 @@ class Bound:
 
     free: int
     source: str
-    hint: str = "ask for less: --memory"
+    hint: str = "use a smaller guest, or free memory"
 
     def __str__(self) -> str:
         return f"{self.free >> 20} MiB available ({self.source})"
@@ -123,7 +123,7 @@ def ordinary(root: Path = _ROOT) -> Bound:
         if limit is not None:
             free = max(0, limit - group.used("memory") + group.reclaimable())
             source = f"{group.limit_name('memory')} of cgroup {group.name} is {limit >> 20} MiB"
-            found.append(Bound(free, source, "ask for less: --memory, or raise that limit"))
+            found.append(Bound(free, source, "use a smaller guest, or raise that limit"))
     return min(found, key=lambda bound: bound.free)
 
 

@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NewType, Self
 
 from .._cdefs import ffi, lib
 from ..base.closing import Closing
 from ..base.errors import DeviceClosed, MapRejected, MissingFeature
+from . import pinned
 from .available import from_pool
+from .pinned import pinned_bytes
 
 Gpa = NewType("Gpa", int)
 """Guest physical address."""
@@ -33,10 +34,10 @@ Hva = NewType("Hva", int)
 Iova = NewType("Iova", int)
 """Address as the device sees it, in one address space."""
 
-PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+PAGE_SIZE = pinned.PAGE_SIZE
 GUEST_PAGE: int = lib.GUEST_PAGE
 """What dirty pages are counted in, on every machine."""
-HUGE_PAGE = 2 << 20
+HUGE_PAGE = pinned.HUGE_PAGE
 DEFAULT_GPA = Gpa(1 << 30)
 """Where the synthetic guest's RAM starts. Not 0: some devices take IOVA 0 for no address."""
 
@@ -74,7 +75,8 @@ class MappedMemory(Closing):
     def _check_populated(self, failed: int) -> None:
         if failed:
             raise MissingFeature(
-                f"cannot allocate {self.size} bytes of memory: {os.strerror(failed)}", hint="ask for less: --memory"
+                f"cannot allocate {self.size} bytes of memory: {os.strerror(failed)}",
+                hint="use a smaller guest, or free memory",
             )
 
     @property
@@ -421,14 +423,6 @@ class IovaAllocator:
     def free(self, iova: int) -> None:
         """Give a range back by its start."""
         del self._given[iova]
-
-
-def pinned_bytes() -> int:
-    """Return what this process has pinned (VmPin), in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmPin:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def allow_pinning(size: int) -> str:

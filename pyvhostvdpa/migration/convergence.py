@@ -24,6 +24,19 @@ class Convergence:
             return 0.0
         return count / bandwidth if bandwidth else None
 
+    def words(self, left: PageSet, bandwidth: float | None, measured: bool) -> str:
+        """Return for people how long sending ``left`` takes.
+
+        ``measured`` tells that ``bandwidth`` comes from rounds of pages with
+        content. Without such a round it is only a lower limit: most of the
+        time went into finding pages of zeros, and an estimate by it was 50
+        times too long.
+        """
+        seconds = self.estimate(left, bandwidth)
+        if seconds is None or (not measured and seconds > self.downtime):
+            return "how long that takes to send is not known yet"
+        return f"{duration(seconds)} to send" if measured or not seconds else f"at most {duration(seconds)} to send"
+
     def done(self, left: PageSet, bandwidth: float | None) -> bool:
         """Tell whether what is left can be sent within the downtime, so that the guest may be stopped."""
         seconds = self.estimate(left, bandwidth)
@@ -37,3 +50,12 @@ class Convergence:
         else:
             self.fruitless += 1
         return self.fruitless >= self.patience
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: ms up to two seconds, then seconds, minutes from five on, hours from three on."""
+    if seconds < 2:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 300:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3 * 3600 else f"{seconds / 3600:,.0f} h"

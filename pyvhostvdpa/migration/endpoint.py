@@ -77,15 +77,31 @@ class Tls:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
+        for what, path in (("certificate", self.cert), ("key", self.key), ("authority", self.ca)):
+            _check_readable(what, path)
         try:
             context.load_cert_chain(self.cert, self.key)
+        except (OSError, ssl.SSLError) as e:
+            raise _unusable(f"the certificate {self.cert} with the key {self.key}, not a pair in PEM: {e}") from e
+        try:
             context.load_verify_locations(self.ca)
         except (OSError, ssl.SSLError) as e:
-            raise MigrationRefused(
-                f"TLS: cannot use {self.cert}, {self.key} and {self.ca}: {e}",
-                hint="vhost-vdpa help migration shows how to make them with openssl",
-            ) from e
+            raise _unusable(f"the authority {self.ca}, which is not a certificate in PEM: {e}") from e
         return context
+
+
+def _check_readable(what: str, path: str) -> None:
+    """Raise for a file that cannot be read: OpenSSL would not say which one it was."""
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError as e:
+        raise _unusable(f"the {what} {path}: {e.strerror}") from e
+
+
+def _unusable(why: str) -> MigrationRefused:
+    how = "vhost-vdpa help migration shows how to make the files with openssl"
+    return MigrationRefused(f"TLS: cannot use {why}", hint=how)
 
 
 def check_security(address: Address, tls: Tls | None, plain: bool) -> None:
@@ -93,7 +109,7 @@ def check_security(address: Address, tls: Tls | None, plain: bool) -> None:
     if not address.local and tls is None and not plain:
         raise MigrationRefused(
             f"{address} without TLS would show the guest's memory to the network",
-            hint="--tls-cert FILE --tls-key FILE --tls-ca FILE on both sides; or --insecure-plain",
+            hint="vhost-vdpa send and receive take --tls-cert FILE --tls-key FILE --tls-ca FILE; or --insecure-plain",
         )
 
 
@@ -183,21 +199,36 @@ def _shake_hands(secured: ssl.SSLSocket, cancel: int, deadline: float) -> None:
 
 def connect(address: Address, tls: Tls | None = None, cancel: int = -1, stall: float = STALL_SECONDS) -> Channel:
     """Return a greeted channel to a listening destination; :class:`~pyvhostvdpa.MigrationRefused` if none."""
+    sock = _dial(address)
+    return _greeted(Channel(_secured(sock, tls, False, address.host or "localhost", cancel), cancel, stall))
+
+
+def check_listening(address: Address) -> None:
+    """Raise :class:`~pyvhostvdpa.MigrationRefused` if nothing listens at an address now.
+
+    Connects and hangs up: the destination sees a peer that brings no guest,
+    and waits for the next one.
+    """
+    _dial(address).close()
+
+
+def _dial(address: Address) -> socket.socket:
     try:
-        if address.local:
-            sock = socket.socket(socket.AF_UNIX)
+        if not address.local:
+            return socket.create_connection((address.host, address.port), HANDSHAKE_SECONDS)
+        sock = socket.socket(socket.AF_UNIX)
+        try:
             # who does not accept may have a full queue
             sock.settimeout(HANDSHAKE_SECONDS)
             sock.connect(address.path)
-        else:
-            sock = socket.create_connection((address.host, address.port), HANDSHAKE_SECONDS)
-    except OSError as e:
-        if address.local:
+        except BaseException:
             sock.close()
+            raise
+        return sock
+    except OSError as e:
         raise MigrationRefused(
             f"{address}: {e.strerror or e}", hint=f"on the destination: vhost-vdpa receive DEV --listen {address}"
         ) from e
-    return _greeted(Channel(_secured(sock, tls, False, address.host or "localhost", cancel), cancel, stall))
 
 
 def _greeted(channel: Channel, seconds: float = HANDSHAKE_SECONDS, deadline: float | None = None) -> Channel:

@@ -140,7 +140,8 @@ def check_folder(folder: Path) -> int:
         room = os.statvfs(folder)
     except OSError as e:
         raise MigrationRefused(
-            f"no place to save a guest: {folder}: {e.strerror}", hint="--state DIR names another"
+            f"no place to save a guest: {folder}: {e.strerror}",
+            hint="vhost-vdpa send and receive take another folder with --state DIR",
         ) from e
     return room.f_bavail * room.f_frsize
 
@@ -150,7 +151,7 @@ def _check_private(folder: Path) -> None:
     if mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX:
         raise MigrationRefused(
             f"{folder} can be written by other users, who could exchange a saved guest",
-            hint=f"chmod go-w {folder}; or --state DIR names another",
+            hint=f"chmod go-w {folder}; vhost-vdpa send and receive take another folder with --state DIR",
         )
 
 

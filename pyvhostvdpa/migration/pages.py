@@ -199,10 +199,17 @@ class PageSender:
         zeros stand in until there are others. What the socket's buffers
         still hold counts as sent.
         """
-        telling = [each for each in self._rounds if each.pages >= each.zero_pages] or self._rounds
-        last = telling[-_RATE_ROUNDS:]
+        last = (self._telling() or self._rounds)[-_RATE_ROUNDS:]
         seconds = sum(each.seconds for each in last)
         return sum(each.content for each in last) / seconds if seconds else None
+
+    @property
+    def measured(self) -> bool:
+        """Whether a round of mostly pages with content has shown the bandwidth; without one it is a lower limit."""
+        return bool(self._telling())
+
+    def _telling(self) -> list[RoundStatistics]:
+        return [each for each in self._rounds if each.pages >= each.zero_pages]
 
     def send(self, pages: PageSet) -> RoundStatistics:
         """Send a set of pages as they are now.

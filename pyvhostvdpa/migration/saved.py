@@ -53,7 +53,7 @@ def check_room(folder: Path, size: int) -> None:
         raise MigrationRefused(
             f"{folder} has {free >> 20} MiB free; a guest whose stream breaks at the hand-over is saved there, "
             f"and takes {size >> 20} MiB",
-            hint="--state DIR names another place",
+            hint="vhost-vdpa send and receive take another folder with --state DIR",
         )
 
 

@@ -37,7 +37,7 @@ from ..trace.phases import CANCEL_START, DT1_START, DT1_STOP, DT2_STOP
 from .alive import AliveLimit
 from .cancel import Cancel
 from .common import PATIENCE, Observer, Tell, harmless, hash_bytes, patience, words_of
-from .convergence import Convergence
+from .convergence import Convergence, duration
 from .dirty import DirtyTracker, PageSet
 from .fence import MARGIN, Fence, hold, needs_holding
 from .folder import Draft
@@ -283,10 +283,10 @@ class Source:
         while True:
             self._send_round(pages)
             pages = self._collect()
-            seconds = converging.estimate(pages, self._sender.bandwidth)
+            takes = converging.words(pages, self._sender.bandwidth, self._sender.measured)
             self._tell(
                 f"round {len(self.sent.rounds)}: {_speed(self.sent.rounds[-1])}; "
-                f"{pages.bytes >> 10:,} KiB written since, {(seconds or 0) * 1000:.0f} ms to send"
+                f"{pages.bytes >> 10:,} KiB written since, {takes}"
             )
             if converging.done(pages, self._sender.bandwidth) and pages.count and not short:
                 # this round is known to be short: the guest runs for it, and stands still for what it writes meanwhile
@@ -299,8 +299,8 @@ class Source:
             if converging.gave_up(pages):
                 raise MigrationFailed(
                     f"the guest writes memory faster than the stream moves it: after {len(self.sent.rounds)} rounds "
-                    f"{pages.bytes >> 10:,} KiB are left, which take {(seconds or 0) * 1000:.0f} ms",
-                    hint="a higher --downtime, or --limit, or a guest that writes less",
+                    f"{pages.bytes >> 10:,} KiB are left, {takes}",
+                    hint="allow a longer downtime, or a faster stream, or let the guest write less",
                 )
 
     def _collect(self) -> PageSet:
@@ -325,7 +325,7 @@ class Source:
             return
         self._told = now
         rate = moved / (now - self._round_began)
-        left = f", {(total - moved) / rate:.1f} s left" if rate else ""
+        left = f", {duration((total - moved) / rate)} left" if rate else ""
         done = f"{moved >> 20} of {total >> 20} MiB"
         self._tell(f"round {len(self.sent.rounds) + 1}: {done}, {rate / (1 << 20):,.1f} MiB/s{left}")
 

@@ -213,7 +213,7 @@ class DeviceControl:
                 self.died = True
                 raise ControlFailed(
                     f"{who}the device did not answer {left} control commands within {deadline} s",
-                    hint="a device that is slow and not dead takes a longer --control-deadline",
+                    hint="for a device that is only slow: vhost-vdpa migrate, send and receive take --control-deadline",
                 )
 
     def _answered(self, seconds: float) -> int:

@@ -257,6 +257,7 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_runs(
     assert "apt install python3-matplotlib" in said
 
 
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib, an extra, is not installed")
 def test_a_picture_says_what_batching_buys(tmp_path: Path) -> None:
     target = tmp_path / "out.svg"
     plot.check_plot(target)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +30,10 @@ SOUND = Machine(
     nodes={"/dev/vhost-vdpa-0": Node(0o600, 0, 0, True)},
     shmem_huge="advise",
 )
+
+
+def replace(facts: Any, **changes: Any) -> Any:
+    return facts._replace(**changes)
 
 
 def found(machine: Machine, check: str, memory: int = GIB) -> list[Finding]:

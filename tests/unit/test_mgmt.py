@@ -47,7 +47,7 @@ def test_add_device_that_takes_longer_than_it_may_says_how_long_and_which_option
     tool(tmp_path, monkeypatch, "exec sleep 30")
     with pytest.raises(ManagementFailed, match=r"no answer within 0\.3 s; the driver is slow") as failed:
         mgmt.add_device("vdpa9", "vdpasim_net", seconds=0.3)
-    assert failed.value.hint == "a longer --timeout"
+    assert failed.value.hint == "give it more time: vhost-vdpa dev takes --timeout SECONDS"
 
 
 def test_ask_says_why_it_has_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

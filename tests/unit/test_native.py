@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def test_a_dirty_log_may_end_while_both_kinds_of_queues_mark_pages(tmp_path: Pat
     assert (done.returncode, done.stdout) == (0, "2000000 elements\n"), done.stderr
 
 
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind, which counts instructions, is not installed")
 @pytest.mark.parametrize("regions", BUDGET)
 def test_an_element_costs_few_instructions(tmp_path: Path, regions: int, capsys: pytest.CaptureFixture[str]) -> None:
     program = build(tmp_path, "relay_bench", "-O2")

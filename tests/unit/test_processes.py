@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvhostvdpa.base.errors import MissingFeature
+from pyvhostvdpa.base.errors import MissingFeature, NotVhostVdpa
 from pyvhostvdpa.host import mgmt, processes
 from pyvhostvdpa.host.mgmt import VdpaDevice
 from pyvhostvdpa.host.processes import Holder, openers, stuck, vduse_daemon
@@ -144,5 +144,12 @@ def test_chardev_of_a_name_that_means_two_devices_asks_which(monkeypatch: pytest
     assert mgmt.select(both, "plain") == mgmt.select(both, "/dev/vhost-vdpa-1") == both[1:]
     assert mgmt.select(both, "vhost-vdpa-0") == both[:1]
     assert mgmt.select(both, "absent") == []
+    with pytest.raises(MissingFeature, match="which device"):
+        mgmt.vdpa_name("vhost-vdpa-1")
+    assert mgmt.vdpa_name("/dev/vhost-vdpa-0") == "vhost-vdpa-1"
+    assert mgmt.vdpa_name("vhost-vdpa-0") == "vhost-vdpa-1"
+    assert mgmt.vdpa_name("absent") == "absent"
+    with pytest.raises(NotVhostVdpa, match="/dev/null"):
+        mgmt.select(both, "/dev/null")
     assert mgmt.chardev_of("plain") == "/dev/vhost-vdpa-1"
     assert mgmt.chardev_of("/dev/vhost-vdpa-1") == "/dev/vhost-vdpa-1"

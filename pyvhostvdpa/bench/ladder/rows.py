@@ -158,5 +158,6 @@ PLANS = {
 def plan(row: str) -> Plan:
     """Return a row by its name; MissingFeature tells which there are."""
     if row not in PLANS:
-        raise MissingFeature(f"there is no row {row!r}", hint=f"--rows takes some of {','.join(PLANS)}")
+        known = ",".join(PLANS)
+        raise MissingFeature(f"there is no row {row!r}", hint=f"vhost-vdpa ladder --rows takes some of {known}")
     return PLANS[row]

@@ -62,7 +62,10 @@ def regions(memory: int, count: int) -> list[tuple[Gpa, int]]:
     """Divide guest memory: half of it in the first region, the rest in equal ones, with holes between them."""
     small = memory // 2 // max(count - 1, 1) // HUGE_PAGE * HUGE_PAGE
     if small == 0:
-        raise MigrationRefused(f"{memory} bytes are too few for {count} regions", hint="ask for more: --memory")
+        raise MigrationRefused(
+            f"{memory} bytes are too few for {count} regions",
+            hint="vhost-vdpa ladder with more --memory, or fewer --regions",
+        )
     sizes = [memory - (count - 1) * small] + [small] * (count - 1)
     starts = [DEFAULT_GPA + sum(sizes[:k]) + k * HUGE_PAGE for k in range(count)]
     return [(Gpa(start), size) for start, size in zip(starts, sizes, strict=True)]
@@ -83,6 +86,7 @@ def ladder(
     traces: dict[str, Trace] = {}
     results: list[RowResult] = []
     place: dict[str, object] = {}
+    observer(f"allocating {options.memory >> 20:,} MiB of guest memory")
     with GuestMemory(layout) as memory:
         for plan in options.rows:
             result = RowResult(plan)
@@ -233,7 +237,7 @@ class _Row:
                 raise MigrationRefused(
                     f"{device.path} has {device.groups.max_pairs} queue pairs that can be used, "
                     f"{self.options.pairs} were asked for",
-                    hint="--pairs, or vdpa dev add … max_vqp N where the driver can",
+                    hint="vhost-vdpa ladder --pairs with fewer, or vdpa dev add … max_vqp N where the driver can",
                 )
 
     def _guests(self) -> list[_Guest]:
@@ -248,32 +252,34 @@ class _Row:
 
     def _migrate(self) -> Run:
         guests = self._guests()
-        self._say("passthrough on the source")
-        for guest in guests:
+        for number, guest in enumerate(guests):
+            self._say("mapping guest memory on the source", number)
             guest.source.attach(self.memory)
+            self._say("passthrough on the source", number)
             guest.source.start_passthrough(guest.nic.queues, guest.control)
             guest.use_pairs()
             guest.exchange(guest.source)
-        for guest in guests:
+        for number, guest in enumerate(guests):
+            self._say("mapping guest memory on the destination", number)
             with guest.destination.trace.in_phase(DEST_PREMAP):
                 guest.destination.attach(self.memory)
             if self._ours:
                 guest.stand_by()
         counted = {"dt1": self._counted(self.sources, lambda: self._switch(guests))}
-        self._say("through shadow virtqueues")
-        for guest in guests:
+        for number, guest in enumerate(guests):
+            self._say("through shadow virtqueues", number)
             guest.exchange(guest.source)
-        self._say("stop (DT2), and start of the destination")
+        self.observe(f"{self.plan.row}: stop (DT2) and start of the destination, all devices")
         counted["dt2"], counted["dest"] = self._moved(guests)
-        self._say("passthrough on the destination")
-        for guest in guests:
+        for number, guest in enumerate(guests):
+            self._say("passthrough on the destination", number)
             guest.exchange(guest.destination)
             guest.settle()
         return self._finish(guests, counted)
 
     def _switch(self, guests: list[_Guest]) -> None:
-        self._say("switch (DT1)")
-        for guest in guests:
+        for number, guest in enumerate(guests):
+            self._say("switch (DT1)", number)
             with guest.source.trace.in_phase(DT1_STOP):
                 guest.source.stop(then=State.SHADOW)
             with guest.source.trace.in_phase(DT1_START):
@@ -301,8 +307,9 @@ class _Row:
     def _start_destinations(self, guests: list[_Guest]) -> None:
         self._each([guest.start for guest in guests])
 
-    def _say(self, words: str) -> None:
-        self.observe(f"{self.plan.row}: {words}")
+    def _say(self, words: str, number: int) -> None:
+        """Report what begins, and on which device: one alone may take half a minute."""
+        self.observe(f"{self.plan.row}: {words}, device {number + 1} of {len(self.sources)}")
 
     def _moved(self, guests: list[_Guest]) -> tuple[_Counted, _Counted]:
         """Stop the sources and start the destinations, and nothing else in between."""

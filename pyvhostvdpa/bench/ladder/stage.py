@@ -49,8 +49,10 @@ class Simulated:
         if rest or not 1 <= scale <= hwsim.MAX_SCALE:
             raise MigrationRefused(
                 f"{memory} bytes cannot be charged as {charged}: it has to be 1 to {hwsim.MAX_SCALE} times as much",
-                hint="--memory 1G --charge 128G",
+                hint="vhost-vdpa ladder --memory 1G --charge 128G",
             )
+        if not hwsim.loaded():
+            raise hwsim.not_loaded()
         self.profile: str | None = profile
         self.charged: int | None = charged
         self._devices, self._pairs, self._scale = devices, pairs, scale
@@ -91,13 +93,15 @@ class Given:
 
     def __init__(self, chardevs: Sequence[str | os.PathLike[str]]) -> None:
         paths = [mgmt.chardev_of(each) for each in chardevs]
+        for path in paths:
+            check_path(path)
+            if mgmt.holders(path):
+                raise mgmt.busy(path)
         if len(paths) < 2 or len(paths) % 2 or len({mgmt.device_number(path) for path in paths}) != len(paths):
             raise MigrationRefused(
                 f"{len(paths)} devices were given: it takes as many destinations as sources, all different",
-                hint="--on SOURCE… DESTINATION…; vhost-vdpa list shows the devices",
+                hint="vhost-vdpa ladder --on SOURCE… DESTINATION…; vhost-vdpa list shows the devices",
             )
-        for path in paths:
-            check_path(path)
         self._paths = paths
 
     @contextmanager

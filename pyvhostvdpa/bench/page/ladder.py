@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ...base.errors import VhostVdpaError
+from ...base.files import check_folder, check_writable, replace_file
 from ...trace import events, perfetto
 from ...trace.phases import DEST
 from ...trace.recorder import Trace
@@ -27,6 +29,7 @@ Row = Mapping[str, Any]
 
 TITLE = "What a live migration's downtime is made of"
 _PAGE = "index.html"
+_DATA = "ladder.json"
 _MEASURES = {
     "dt1": ("DT1", "DT1: switching to shadow virtqueues", True),
     "dt2": ("DT2", "DT2: stopping on the source", False),
@@ -51,10 +54,15 @@ _KINDS = {
 
 
 def prepare(directory: Path) -> None:
-    """Make ``directory``, before a run of minutes that would end at one that cannot be written (VhostVdpaError)."""
+    """Raise VhostVdpaError before a run of minutes that would end at a folder that cannot be written.
+
+    Nothing is made yet: a run that fails leaves the page of the last one.
+    """
     with _explained(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / _PAGE).touch()
+        check_folder(directory)
+        if directory.is_dir():
+            for file in (directory / _PAGE, directory / _DATA):
+                check_writable(file)
 
 
 def write(report: Mapping[str, Any], traces: Mapping[str, Trace], directory: Path) -> Path:
@@ -67,13 +75,13 @@ def write(report: Mapping[str, Any], traces: Mapping[str, Trace], directory: Pat
     prepare(directory)
     index = directory / _PAGE
     with _explained(directory):
-        (directory / "ladder.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        directory.mkdir(parents=True, exist_ok=True)
+        text, data = render(report, traces), json.dumps(report, indent=2) + "\n"
+        replace_file(directory / _DATA, lambda file: file.write(data))
         for row, trace in traces.items():
-            with open(directory / f"{row}.perfetto.json", "w", encoding="utf-8") as file:
-                perfetto.write(trace, file)
-            with open(directory / f"{row}.events.jsonl", "w", encoding="utf-8") as file:
-                events.write(trace, file)
-        index.write_text(render(report, traces), encoding="utf-8")
+            replace_file(directory / f"{row}.perfetto.json", partial(perfetto.write, trace))
+            replace_file(directory / f"{row}.events.jsonl", partial(events.write, trace))
+        replace_file(index, lambda file: file.write(text))
     return index
 
 
@@ -83,7 +91,8 @@ def _explained(directory: Path) -> Iterator[None]:
         yield
     except OSError as e:
         raise VhostVdpaError(
-            f"{e.filename or directory} cannot be written: {e.strerror}", hint="name another folder with --report"
+            f"{e.filename or directory} cannot be written: {e.strerror}",
+            hint="vhost-vdpa ladder --report DIR with another folder",
         ) from e
 
 

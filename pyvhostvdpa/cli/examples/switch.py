@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Switch a running device to shadow virtqueues and back, under traffic."""
 
-import sys
+import argparse
 import time
 
-from pyvhostvdpa import GuestMemory, VdpaNetDevice
+from pyvhostvdpa import DEFAULT_GPA, GuestMemory, VdpaNetDevice
 from pyvhostvdpa.guest.nic import GuestNic
 from pyvhostvdpa.guest.traffic import Traffic
-from pyvhostvdpa.memory.guest import DEFAULT_GPA
 
-with VdpaNetDevice(sys.argv[1]) as dev, GuestMemory([(DEFAULT_GPA, 64 << 20)]) as memory:
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("device", help="such as /dev/vhost-vdpa-0")
+arguments = parser.parse_args()
+
+with VdpaNetDevice(arguments.device) as dev, GuestMemory([(DEFAULT_GPA, 64 << 20)]) as memory:
     dev.attach(memory)
     nic = GuestNic(memory)
     traffic = Traffic(nic)

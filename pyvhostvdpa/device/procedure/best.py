@@ -54,11 +54,11 @@ def choose(target: Target, wanted: str | None = None) -> Choice:
     if wanted is None:
         return Choice(DIRECT, f"{IN_PLACE} is not possible: {lacking}") if lacking else Choice(IN_PLACE)
     if wanted not in _MADE:
-        raise MissingFeature(f"there is no procedure {wanted!r}", hint=f"--procedure takes one of {', '.join(NAMES)}")
+        raise MissingFeature(f"there is no procedure {wanted!r}", hint=f"there are {', '.join(NAMES)}")
     if wanted == IN_PLACE and lacking:
         raise MissingFeature(
             f"{target.path} cannot do the procedure {IN_PLACE}: {lacking}",
-            hint="leave --procedure out: the device then gets the best that it can do",
+            hint="ask for none: the device then gets the best that it can do",
         )
     return Choice(wanted)
 

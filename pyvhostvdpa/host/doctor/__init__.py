@@ -8,11 +8,13 @@ device is said to be so, with the command that tells.
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..machine import Machine
 from . import access, hardware, memory, migrating
 from .finding import DEFAULT_MEMORY, NO_DEVICE, Check, Finding, Level, Plan
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 SCHEMA = "pyvhostvdpa/host/doctor/1"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
+from ...base.record import Record
 from ..drivers import DRIVERS, Driver
 from ..machine import Machine
 from ..mgmt import VdpaDevice
@@ -26,8 +26,7 @@ class Level(enum.Enum):
     SKIP = "SKIP"
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Record):
     """What one check found. ``next`` is a command or a thing to change, "" if nothing is to be done."""
 
     id: str
@@ -41,15 +40,13 @@ class Finding:
         return {"id": self.id, "level": self.level.value, "what": self.what, "why": self.why, "next": self.next}
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Record):
     """What is to be done on this machine: a guest of ``memory`` bytes."""
 
     memory: int = DEFAULT_MEMORY
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(Record):
     """What a check says; its id is added by the table."""
 
     level: Level

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...memory.guest import HUGE_PAGE, PAGE_SIZE
 from ...memory.hugepages import advisable
+from ...memory.pinned import HUGE_PAGE, PAGE_SIZE
 from ..machine import Machine
 from .finding import Level, Plan, Told, mebibytes, named
 

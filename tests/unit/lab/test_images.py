@@ -11,7 +11,22 @@ from labkit.images import Cpio
 from labkit.progress import Progress
 
 
-def test_cpio_is_read_by_another_program(tmp_path):
+def entries(archive):
+    """Name, mode and content of each entry, by cpio(5)'s "New ASCII Format"."""
+    found, at = [], 0
+    while not found or found[-1][0] != "TRAILER!!!":
+        assert archive[at : at + 6] == b"070701"
+        fields = [int(archive[at + 6 + 8 * n : at + 14 + 8 * n], 16) for n in range(13)]
+        mode, size, named = fields[1], fields[6], fields[11]
+        name = archive[at + 110 : at + 110 + named]
+        assert name.endswith(b"\0")
+        data = -(-(at + 110 + named) // 4) * 4
+        found.append((name[:-1].decode(), mode, archive[data : data + size]))
+        at = -(-(data + size) // 4) * 4
+    return found
+
+
+def test_cpio_has_the_new_ascii_format():
     cpio = Cpio()
     cpio.folder("d")
     cpio.file("d/f", b"hello", executable=True)
@@ -19,6 +34,23 @@ def test_cpio_is_read_by_another_program(tmp_path):
     cpio.link("l", "d/f")
     archive = cpio.finish()
     assert len(archive) % 512 == 0
+    assert entries(archive) == [
+        ("d", 0o40755, b""),
+        ("d/f", 0o100755, b"hello"),
+        ("empty", 0o100644, b""),
+        ("l", 0o120777, b"d/f"),
+        ("TRAILER!!!", 0, b""),
+    ]
+
+
+@pytest.mark.skipif(shutil.which("busybox") is None, reason="busybox is not installed")
+def test_cpio_is_read_by_busybox(tmp_path):
+    cpio = Cpio()
+    cpio.folder("d")
+    cpio.file("d/f", b"hello", executable=True)
+    cpio.file("empty", b"")
+    cpio.link("l", "d/f")
+    archive = cpio.finish()
     subprocess.run(["busybox", "cpio", "-id"], input=archive, cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "l").read_bytes() == b"hello"
     assert (tmp_path / "d/f").stat().st_mode & 0o777 == 0o755
