@@ -11,6 +11,7 @@ from ..base.errors import MigrationEnded
 from ..host import mgmt
 from ..migration.endpoint import Address, check_listening, check_security, connect
 from ..migration.report import SentReport, frames_when
+from ..migration.saved import check_room
 from ..migration.session import Receiving, Sending, check_devices
 from ..trace import gap
 from ..trace.recorder import Trace
@@ -112,6 +113,7 @@ def _send(arguments: argparse.Namespace, trace: Trace) -> int:
     paths = [mgmt.chardev_of(each) for each in arguments.devices]
     options = guest_options(arguments)
     check_devices(paths)
+    check_room(arguments.state, options.memory)
     # a guest that has run for minutes for nobody is not what was asked for
     check_listening(address)
     sending = Sending(
