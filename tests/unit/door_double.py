@@ -61,7 +61,9 @@ class DoorDouble:
     """An opened device with ``PAIRS`` pairs and a control queue.
 
     ``advertised`` are its backend features. ``set_group_after_driver_ok`` is
-    how kernels before 7.x behave.
+    how kernels before 7.x behave. ``refuses`` are status bits that it does
+    not take, ``answered`` the number of calls before each control command
+    was answered.
     """
 
     features: int
@@ -71,6 +73,8 @@ class DoorDouble:
     path: str = "/dev/vhost-vdpa-double"
     calls: list[Call] = field(default_factory=list)
     fault: Fault | None = None
+    refuses: int = 0
+    answered: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.trace = Trace().device(self.path)
@@ -168,7 +172,7 @@ class DoorDouble:
             return
         self._rule(bool(self.status & ~status), errno.EINVAL, "SET_STATUS")
         started = bool(status & Status.DRIVER_OK) and not self.status & Status.DRIVER_OK
-        self.status = status
+        self.status = status & ~Status(self.refuses)
         if started:
             self._control.start()
 
@@ -382,6 +386,7 @@ class _Answers:
                 if not flags & 1:
                     break
                 slot = following
+            self._door.answered.append(len(self._door.calls))
             self._at(asid, used + 4 + 8 * (self._seen % ring.num), 8)[:] = struct.pack("<II", head, 1)
             self._seen = (self._seen + 1) & 0xFFFF
             self._at(asid, used + 2, 2)[:] = struct.pack("<H", self._seen)

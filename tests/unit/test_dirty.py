@@ -122,6 +122,28 @@ def test_marks_are_taken_while_others_mark() -> None:
     assert (log[0], taken[0]) == (0, (1 << 64) - 1)
 
 
+def test_no_mark_is_lost_while_another_thread_takes_them() -> None:
+    words = 1 << 14
+    every, log, taken = (ffi.new("uint64_t[]", words) for _ in range(3))
+    lib.pages_mark(every, 0, 64 * words)
+    stop = threading.Event()
+
+    def take() -> None:
+        while not stop.is_set():
+            lib.pages_take(taken, log, words)
+
+    for _ in range(10):
+        ffi.memmove(taken, bytes(8 * words), 8 * words)
+        stop.clear()
+        thread = threading.Thread(target=take)
+        thread.start()
+        lib.pages_publish(every, words, 0, ffi.cast("uint8_t *", log), 8 * words)
+        stop.set()
+        thread.join()
+        lib.pages_take(taken, log, words)
+        assert lib.pages_count(taken, words) == 64 * words
+
+
 def test_the_log_of_a_stopped_tracker_is_no_longer_written(memory: GuestMemory) -> None:
     memory.start_dirty_log()
     [log, _] = memory.dirty_log

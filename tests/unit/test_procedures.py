@@ -13,7 +13,7 @@ from door_double import PAIRS, DoorDouble, Fault
 
 from pyvhostvdpa import GuestMemory, MissingFeature, OutOfOrder, State, VhostVdpaError
 from pyvhostvdpa._cdefs import ffi
-from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
+from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature, Status
 from pyvhostvdpa.bench.ladder.rows import PLANS
 from pyvhostvdpa.chardev.iotlb import Iotlb, Limits
 from pyvhostvdpa.device.groups import probe_groups
@@ -258,6 +258,33 @@ def disorder(it: Rig) -> None:
     avail[2 + start % queue.num], avail[2 + (start + 1) % queue.num] = 0, 1
     ids[2 * (start % queue.num)] = 1
     used[1] = (start + 1) & 0xFFFF
+
+
+@pytest.mark.parametrize("mode", [State.PASSTHROUGH, State.SHADOW])
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_control_state_is_restored_before_the_data_queues_run(name: str, mode: State) -> None:
+    with rig(name) as it:
+        assert it.control is not None
+        commands = len(it.control.model.replay())
+        it.start(mode)
+        assert commands
+        assert len(it.door.answered) == commands
+        enabled = [at for at, call in enumerate(it.door.calls) if call.name == "SET_VRING_ENABLE" and call.arguments[1]]
+        [control, *data] = enabled
+        assert it.door.calls[control].arguments[0] == 2 * PAIRS
+        assert len(data) == 2 * PAIRS
+        assert min(data) >= it.door.answered[-1]
+
+
+@pytest.mark.parametrize("bit", [Status.FEATURES_OK, Status.DRIVER_OK])
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_device_that_refuses_a_status_bit_is_reset(name: str, bit: Status) -> None:
+    with rig(name) as it:
+        it.door.refuses = int(bit)
+        with pytest.raises(VhostVdpaError, match=r"refused the features|did not accept it"):
+            it.start(State.PASSTHROUGH)
+        assert it.procedure.state is State.RESET
+        assert not it.door.status & Status.FEATURES_OK
 
 
 @pytest.mark.parametrize("name", OWN)
