@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import socket
 import struct
 import threading
@@ -280,10 +281,11 @@ def _given_up_by_the_destination(source: Source) -> None:
         source.give()
 
 
-def test_interrupt_after_go_is_too_late(world: World) -> None:
+def test_interrupts_after_go_are_too_late(world: World) -> None:
     def interrupt(phase: str) -> None:
         if phase == "start":
-            world.cancel.set()
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
-    with world.receive(Source.give, interrupt):
+    with world.cancel.on_signals(), world.receive(Source.give, interrupt):
         assert [kind for kind, _ in world.heard] == [Frame.RUNNING]

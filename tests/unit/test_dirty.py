@@ -126,17 +126,20 @@ def test_no_mark_is_lost_while_another_thread_takes_them() -> None:
     words = 1 << 14
     every, log, taken = (ffi.new("uint64_t[]", words) for _ in range(3))
     lib.pages_mark(every, 0, 64 * words)
-    stop = threading.Event()
+    stop, begun = threading.Event(), threading.Event()
 
     def take() -> None:
         while not stop.is_set():
             lib.pages_take(taken, log, words)
+            begun.set()
 
-    for _ in range(10):
+    for _ in range(40):
         ffi.memmove(taken, bytes(8 * words), 8 * words)
         stop.clear()
+        begun.clear()
         thread = threading.Thread(target=take)
         thread.start()
+        begun.wait()
         lib.pages_publish(every, words, 0, ffi.cast("uint8_t *", log), 8 * words)
         stop.set()
         thread.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -274,6 +275,47 @@ def test_control_state_is_restored_before_the_data_queues_run(name: str, mode: S
         assert it.door.calls[control].arguments[0] == 2 * PAIRS
         assert len(data) == 2 * PAIRS
         assert min(data) >= it.door.answered[-1]
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_stop_returns_what_the_device_used_and_nobody_was_told_of(name: str) -> None:
+    with rig(name) as it:
+        queue = it.nic.queues[1]
+        avail = ffi.cast("struct vring_avail *", it.memory.hva(queue.avail))
+        used = ffi.cast("struct vring_used *", it.memory.hva(queue.used))
+        descriptor = ffi.cast("struct vring_desc *", it.memory.hva(queue.desc))
+        descriptor.addr, descriptor.len, descriptor.flags = DEFAULT_GPA, 64, 0
+        avail.ring[0], avail.idx = 0, 1
+        it.start(State.SHADOW)
+        ring = it.procedure.shadows[1].c.device  # type: ignore[attr-defined]
+        until = time.monotonic() + 30
+        while not ring.avail.idx and time.monotonic() < until:
+            time.sleep(0.001)
+        assert ring.avail.idx == 1
+        time.sleep(0.01)
+        ring.used.ring[0].id, ring.used.idx = ring.avail.ring[0], 1
+        it.stop()
+        assert (used.idx, used.ring[0].id) == (1, 0)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_halt_of_a_device_out_of_order_resets_it_and_says_so(name: str) -> None:
+    with rig(name) as it:
+        it.start(State.PASSTHROUGH)
+        disorder(it)
+        with pytest.raises(OutOfOrder):
+            it.procedure.halt()
+        assert it.procedure.state is State.RESET
+        assert it.device_is_off()
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_start_notifies_the_device_and_the_guest_of_every_queue(name: str) -> None:
+    with rig(name) as it:
+        it.start(State.PASSTHROUGH)
+        for queue in it.nic.queues:
+            assert os.eventfd_read(queue.kick) >= 1
+            assert os.eventfd_read(queue.call) >= 1
 
 
 @pytest.mark.parametrize("bit", [Status.FEATURES_OK, Status.DRIVER_OK])

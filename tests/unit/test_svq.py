@@ -604,4 +604,31 @@ def test_a_buffer_is_marked_though_the_device_claims_to_have_written_nothing(mod
     m.memory.start_dirty_log()
     m.complete(m.fetch()[0][0], 0)
     assert m.give_back() == 1
-    assert DATA in m.memory.dirty_pages()
+    pages = m.memory.dirty_pages()
+    assert DATA in pages
+    assert DATA + PAGE_SIZE not in pages
+
+
+def test_a_shadow_begins_with_what_waits_in_the_guest_s_ring(model: Make) -> None:
+    m = model(start_idx=65534)
+    for slot in range(3):
+        m.describe(slot, [Segment(DATA + slot, 1)])
+        m.publish(slot)
+    m.svq = m.shadow()
+    assert m.forward() == 3
+    assert [segments for _, segments in m.fetch()] == [[Segment(DATA + slot, 1)] for slot in range(3)]
+
+
+def test_a_returned_element_marks_its_slot_and_the_index(model: Make) -> None:
+    """Which lie in different pages of a long ring."""
+    m = model(num=1024, start_idx=600)
+    m.describe(0, [Segment(DATA, 64)])
+    m.publish(0)
+    m.forward()
+    m.complete(m.fetch()[0][0])
+    m.memory.start_dirty_log()
+    assert m.give_back() == 1
+    slot = m.queue.used + 4 + 8 * 600
+    pages = {at // PAGE_SIZE * PAGE_SIZE for at in (m.queue.used, slot)}
+    assert len(pages) == 2
+    assert set(m.memory.dirty_pages()) == pages
