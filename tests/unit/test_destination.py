@@ -281,6 +281,15 @@ def _given_up_by_the_destination(source: Source) -> None:
         source.give()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell's background job ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupts_after_go_are_too_late(world: World) -> None:
     def interrupt(phase: str) -> None:
         if phase == "start":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -110,10 +111,11 @@ def test_marks_are_taken_while_others_mark() -> None:
 
     thread = threading.Thread(target=take)
     thread.start()
+    until = time.monotonic() + 20
     try:
         for bit in range(64):
             log[0] = 1 << bit
-            while log[0] and thread.is_alive():
+            while log[0] and thread.is_alive() and time.monotonic() < until:
                 pass
     finally:
         stop.set()
@@ -123,7 +125,7 @@ def test_marks_are_taken_while_others_mark() -> None:
 
 
 def test_no_mark_is_lost_while_another_thread_takes_them() -> None:
-    words = 1 << 14
+    words = 1 << 16
     every, log, taken = (ffi.new("uint64_t[]", words) for _ in range(3))
     lib.pages_mark(every, 0, 64 * words)
     stop, begun = threading.Event(), threading.Event()
@@ -133,7 +135,7 @@ def test_no_mark_is_lost_while_another_thread_takes_them() -> None:
             lib.pages_take(taken, log, words)
             begun.set()
 
-    for _ in range(40):
+    for _ in range(50):
         ffi.memmove(taken, bytes(8 * words), 8 * words)
         stop.clear()
         begun.clear()
