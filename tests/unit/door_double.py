@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from pyvhostvdpa._cdefs import ffi
 from pyvhostvdpa.base.errors import DeviceClosed, KernelError
-from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, BackendFeature, IotlbType, Status
+from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, Access, BackendFeature, IotlbType, Status
 from pyvhostvdpa.chardev.door import IotlbMessage, IotlbWriteError
 from pyvhostvdpa.trace import Trace
 
@@ -90,6 +90,8 @@ class DoorDouble:
         """The kernel's tree: IOVA to size and address, by address space."""
         self.device_maps: list[dict[int, tuple[int, int]]] = [{} for _ in range(self.as_num)]
         """What the device translates with: a reset empties it unless PERSIST was acknowledged."""
+        self.access: dict[tuple[int, int], Access] = {}
+        """What the device may do with each map, by address space and IOVA."""
         self.resets = 0
         self.failed: Call | None = None
         self._control = _Answers(self)
@@ -309,6 +311,7 @@ class DoorDouble:
             overlap = any(iova < end and message.iova < iova + size for iova, (size, _) in tree.items())
             self._rule(overlap, errno.EFAULT, "IOTLB_UPDATE")
             tree[message.iova] = device[message.iova] = (message.size, message.uaddr)
+            self.access[message.asid, message.iova] = message.perm
         else:
             for iova, (size, _) in list(tree.items()):
                 if iova < message.iova + message.size and message.iova < iova + size:
@@ -324,6 +327,10 @@ class DoorDouble:
                 return uaddr + iova - start
         return None
 
+    def _may_write(self, asid: int, iova: int) -> bool:
+        starts = [start for start, (size, _) in self.device_maps[asid].items() if start <= iova < start + size]
+        return all(self.access[asid, start] in (Access.WO, Access.RW) for start in starts)
+
     def unreachable_rings(self) -> list[str]:
         """Return the rings of enabled queues that the device cannot reach with the maps it has."""
         missing = []
@@ -335,6 +342,8 @@ class DoorDouble:
             for name, at, size in zip(("desc", "avail", "used"), ring.addresses, sizes, strict=True):
                 if ring.ready and self.translate(self.asid_of[group], at, size) is None:
                     missing.append(f"queue {index} {name} at {at:#x} in ASID {self.asid_of[group]}")
+                elif ring.ready and name == "used" and not self._may_write(self.asid_of[group], at):
+                    missing.append(f"queue {index} used, which is read-only, at {at:#x}")
         return missing
 
 

@@ -282,15 +282,15 @@ def _given_up_by_the_destination(source: Source) -> None:
 
 
 @pytest.fixture
-def interruptible() -> Iterator[None]:
-    """A shell's background job ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
+def former() -> Iterator[list[int]]:
+    """Signals that had their former effect."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    yield heard
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("interruptible")
-def test_interrupts_after_go_are_too_late(world: World) -> None:
+def test_interrupts_after_go_are_too_late(world: World, former: list[int]) -> None:
     def interrupt(phase: str) -> None:
         if phase == "start":
             signal.raise_signal(signal.SIGINT)
@@ -298,3 +298,4 @@ def test_interrupts_after_go_are_too_late(world: World) -> None:
 
     with world.cancel.on_signals(), world.receive(Source.give, interrupt):
         assert [kind for kind, _ in world.heard] == [Frame.RUNNING]
+    assert former == []
