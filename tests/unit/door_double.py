@@ -20,7 +20,7 @@ from prepared_double import PreparedDouble
 
 from pyvhostvdpa._cdefs import ffi
 from pyvhostvdpa.base.errors import DeviceClosed, KernelError
-from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, BackendFeature, IotlbType, Status
+from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, Access, BackendFeature, IotlbType, Status
 from pyvhostvdpa.chardev.calls import PreparedCalls
 from pyvhostvdpa.chardev.door import IotlbMessage, IotlbWriteError
 from pyvhostvdpa.trace import Trace
@@ -64,7 +64,9 @@ class DoorDouble:
     """An opened device with ``PAIRS`` pairs and a control queue.
 
     ``advertised`` are its backend features. ``set_group_after_driver_ok`` is
-    how kernels before 7.x behave.
+    how kernels before 7.x behave. ``refuses`` are status bits that it does
+    not take, ``answered`` the number of calls before each control command
+    was answered.
     """
 
     features: int
@@ -74,6 +76,8 @@ class DoorDouble:
     path: str = "/dev/vhost-vdpa-double"
     calls: list[Call] = field(default_factory=list)
     fault: Fault | None = None
+    refuses: int = 0
+    answered: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.trace = Trace().device(self.path)
@@ -89,6 +93,8 @@ class DoorDouble:
         """The kernel's tree: IOVA to size and address, by address space."""
         self.device_maps: list[dict[int, tuple[int, int]]] = [{} for _ in range(self.as_num)]
         """What the device translates with: a reset empties it unless PERSIST was acknowledged."""
+        self.access: dict[tuple[int, int], Access] = {}
+        """What the device may do with each map, by address space and IOVA."""
         self.resets = 0
         self.failed: Call | None = None
         self._control = _Answers(self)
@@ -174,7 +180,7 @@ class DoorDouble:
             return
         self._rule(bool(self.status & ~status), errno.EINVAL, "SET_STATUS")
         started = bool(status & Status.DRIVER_OK) and not self.status & Status.DRIVER_OK
-        self.status = status
+        self.status = status & ~Status(self.refuses)
         if started:
             self._control.start()
 
@@ -311,6 +317,7 @@ class DoorDouble:
             overlap = any(iova < end and message.iova < iova + size for iova, (size, _) in tree.items())
             self._rule(overlap, errno.EFAULT, "IOTLB_UPDATE")
             tree[message.iova] = device[message.iova] = (message.size, message.uaddr)
+            self.access[message.asid, message.iova] = message.perm
         else:
             for iova, (size, _) in list(tree.items()):
                 if iova < message.iova + message.size and message.iova < iova + size:
@@ -326,6 +333,10 @@ class DoorDouble:
                 return uaddr + iova - start
         return None
 
+    def _may_write(self, asid: int, iova: int) -> bool:
+        starts = [start for start, (size, _) in self.device_maps[asid].items() if start <= iova < start + size]
+        return all(self.access[asid, start] in (Access.WO, Access.RW) for start in starts)
+
     def unreachable_rings(self) -> list[str]:
         """Return the rings of enabled queues that the device cannot reach with the maps it has."""
         missing = []
@@ -337,6 +348,8 @@ class DoorDouble:
             for name, at, size in zip(("desc", "avail", "used"), ring.addresses, sizes, strict=True):
                 if ring.ready and self.translate(self.asid_of[group], at, size) is None:
                     missing.append(f"queue {index} {name} at {at:#x} in ASID {self.asid_of[group]}")
+                elif ring.ready and name == "used" and not self._may_write(self.asid_of[group], at):
+                    missing.append(f"queue {index} used, which is read-only, at {at:#x}")
         return missing
 
 
@@ -388,6 +401,7 @@ class _Answers:
                 if not flags & 1:
                     break
                 slot = following
+            self._door.answered.append(len(self._door.calls))
             self._at(asid, used + 4 + 8 * (self._seen % ring.num), 8)[:] = struct.pack("<II", head, 1)
             self._seen = (self._seen + 1) & 0xFFFF
             self._at(asid, used + 2, 2)[:] = struct.pack("<H", self._seen)

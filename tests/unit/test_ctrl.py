@@ -499,3 +499,33 @@ def test_waiting_without_event_idx_leaves_the_event_alone(model: Make) -> None:
     m.ring.avail.ring[m.num] = 77
     assert d.wait() == 1
     assert m.ring.avail.ring[m.num] == 77
+
+
+COMES = 0x0100
+"""An index whose upper byte, written over its lower one, is the next index."""
+
+
+def test_a_command_that_comes_while_a_notification_is_asked_for_is_taken(model: Make) -> None:
+    """Nobody notifies of it. Here asking for the notification is what makes the command come."""
+    m = model(num=8)
+    served = Served(m, lib.SVQ_F_EVENT_IDX)
+    put(m, DATA, COMMAND)
+    m.describe(2, [Segment(DATA, 10), Segment(DATA + 100, 1, True)])
+    avail = m.ring.avail
+    avail.ring[COMES % 8] = 2
+    avail.idx = served.c.used_idx = served.c.last_avail = COMES
+    event = int(ffi.cast("uintptr_t", avail)) + 1
+    served.c.ring.used = ffi.cast("struct vring_used *", event - 4 - 8 * 8)
+    assert served.take() == COMMAND
+
+
+def test_an_answer_that_comes_while_a_notification_is_asked_for_is_seen(model: Make) -> None:
+    m = model(num=8)
+    d = Driven(m)
+    d.c.features = lib.SVQ_F_EVENT_IDX
+    used = m.ring.used
+    used.idx = d.c.used_idx = COMES
+    d.c.open = 1
+    event = int(ffi.cast("uintptr_t", used)) + 1
+    d.c.ring.avail = ffi.cast("struct vring_avail *", event - 4 - 2 * 8)
+    assert d.wait(0) == 0

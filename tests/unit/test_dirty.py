@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -112,16 +113,42 @@ def test_marks_are_taken_while_others_mark() -> None:
 
     thread = threading.Thread(target=take)
     thread.start()
+    until = time.monotonic() + 20
     try:
         for bit in range(64):
             log[0] = 1 << bit
-            while log[0] and thread.is_alive():
+            while log[0] and thread.is_alive() and time.monotonic() < until:
                 pass
     finally:
         stop.set()
         thread.join()
     # Not before: a mark leaves the log a moment before it is among those taken.
     assert (log[0], taken[0]) == (0, (1 << 64) - 1)
+
+
+def test_no_mark_is_lost_while_another_thread_takes_them() -> None:
+    words = 1 << 16
+    every, log, taken = (ffi.new("uint64_t[]", words) for _ in range(3))
+    lib.pages_mark(every, 0, 64 * words)
+    stop, begun = threading.Event(), threading.Event()
+
+    def take() -> None:
+        while not stop.is_set():
+            lib.pages_take(taken, log, words)
+            begun.set()
+
+    for _ in range(50):
+        ffi.memmove(taken, bytes(8 * words), 8 * words)
+        stop.clear()
+        begun.clear()
+        thread = threading.Thread(target=take)
+        thread.start()
+        begun.wait()
+        lib.pages_publish(every, words, 0, ffi.cast("uint8_t *", log), 8 * words)
+        stop.set()
+        thread.join()
+        lib.pages_take(taken, log, words)
+        assert lib.pages_count(taken, words) == 64 * words
 
 
 def test_the_log_of_a_stopped_tracker_is_no_longer_written(memory: GuestMemory) -> None:

@@ -365,3 +365,15 @@ def test_a_failed_save_leaves_nothing_and_says_where(
     with pytest.raises(MigrationFailed, match=r"could not be saved to .*-source.saved: No space left"):
         save(tmp_path, "source", saved(guest), guest.memory)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_never_written_through_a_link_of_its_random_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyvhostvdpa.migration.folder.secrets.token_hex", lambda size: "guessed")
+    other = tmp_path / "other"
+    other.write_text("of somebody else")
+    (tmp_path / "guessed.half").symlink_to(other)
+    with pytest.raises(FileExistsError):
+        Draft(tmp_path)
+    assert other.read_text() == "of somebody else"

@@ -17,8 +17,10 @@ from hostile_state import LAYOUT, Path_, World, cohere, full, plain, put
 
 import pyvhostvdpa
 from pyvhostvdpa.base.errors import MissingFeature, StreamCorrupt
+from pyvhostvdpa.guest.nic_state import BadState, RingPlace, check_place
 from pyvhostvdpa.guest.state import DeviceState, GuestState
 from pyvhostvdpa.guest.synthetic import MAX_WRITER_RATE, Guest
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, PAGE_SIZE, GuestMemory
 from pyvhostvdpa.net.features import Feature
 
 HARNESS = Path(__file__).with_name("hostile_state.py")
@@ -233,3 +235,22 @@ def test_random_states_are_refused_or_run() -> None:
 @pytest.mark.parametrize("name", ["control_tables", "no_pairs"])
 def test_state_that_once_crashed_a_destination_is_refused(name: str) -> None:
     assert harness(str(CORPUS / name)).startswith("1 inputs, 0 of them accepted")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"desc": DEFAULT_GPA + 8}, "not aligned"),
+        ({"avail": DEFAULT_GPA + 0x1001}, "not aligned"),
+        ({"used": DEFAULT_GPA + 0x2002}, "not aligned"),
+        ({"desc": DEFAULT_GPA + PAGE_SIZE * 16 - 16}, "desc .* is not guest memory"),
+        ({"avail": DEFAULT_GPA + PAGE_SIZE * 16 - 4}, "avail .* is not guest memory"),
+        ({"used": DEFAULT_GPA + PAGE_SIZE * 16 - 4}, "used .* is not guest memory"),
+    ],
+)
+def test_ring_that_no_driver_can_have_there_is_refused(change: dict[str, int], words: str) -> None:
+    good = RingPlace(0, 8, DEFAULT_GPA, DEFAULT_GPA + 0x1000, DEFAULT_GPA + 0x2000)
+    with GuestMemory([(DEFAULT_GPA, 16 * PAGE_SIZE)]) as memory:
+        check_place(memory, good)
+        with pytest.raises(BadState, match=words):
+            check_place(memory, dataclasses.replace(good, **change))

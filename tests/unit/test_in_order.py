@@ -170,3 +170,12 @@ def test_every_slot_is_looked_at(model: Make) -> None:
         m.ring.used.ring[slot].id = (slot + 1) % NUM
         assert not lib.vring_in_order(m.ring, start.c, 0)
         m.ring.used.ring[slot].id = slot
+
+
+def test_open_heads_are_those_between_used_and_avail(model: Callable[..., Model]) -> None:
+    m = model(start_idx=65534)
+    for head in (5, 2, 7):
+        m.publish(head)
+    heads = ffi.new("uint16_t[]", 8)
+    assert lib.vring_open_heads(m.ring, heads) == 3
+    assert list(heads)[:3] == [5, 2, 7]

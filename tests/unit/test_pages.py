@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
@@ -393,6 +394,31 @@ def test_cancelling_while_the_stream_moves_leaves_no_half_frame(raw: Pair) -> No
             sender.send(PageSet.all(raw.source))
         assert not raw.near.torn
         raw.near.send(struct.pack("<IIQQ", OTHER, 0, 0, 0))
+
+
+def test_cancelling_within_a_frame_ends_behind_it(raw: Pair) -> None:
+    fill(raw.source)
+    done = threading.Event()
+
+    def cancel_then_read() -> None:
+        time.sleep(0.1)
+        os.eventfd_write(raw.near.cancel, 1)
+        time.sleep(0.1)
+        with socket.socket(fileno=os.dup(raw.far.fileno())) as sock:
+            sock.settimeout(0.01)
+            while not done.is_set():
+                with suppress(TimeoutError):
+                    sock.recv(1 << 12)
+
+    thread = threading.Thread(target=cancel_then_read)
+    thread.start()
+    try:
+        with pytest.raises(MigrationCancelled):
+            PageSender(raw.source, raw.near).send(PageSet.all(raw.source))
+    finally:
+        done.set()
+        thread.join()
+    assert not raw.near.torn
 
 
 def test_cancelling_ends_a_sender_with_a_limit(pair: Pair) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import pytest
 from door_double import PAIRS, DoorDouble, Fault
 
-from pyvhostvdpa import GuestMemory, MissingFeature, OutOfOrder, State, VhostVdpaError
+from pyvhostvdpa import GuestMemory, MissingFeature, OutOfOrder, QueueBroken, State, VhostVdpaError
 from pyvhostvdpa._cdefs import ffi
-from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
+from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature, Status
 from pyvhostvdpa.bench.ladder.rows import PLANS
 from pyvhostvdpa.chardev.iotlb import Iotlb, Limits
 from pyvhostvdpa.device.groups import probe_groups
@@ -258,6 +260,138 @@ def disorder(it: Rig) -> None:
     avail[2 + start % queue.num], avail[2 + (start + 1) % queue.num] = 0, 1
     ids[2 * (start % queue.num)] = 1
     used[1] = (start + 1) & 0xFFFF
+
+
+@pytest.mark.parametrize("mode", [State.PASSTHROUGH, State.SHADOW])
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_control_state_is_restored_before_the_data_queues_run(name: str, mode: State) -> None:
+    with rig(name) as it:
+        assert it.control is not None
+        commands = len(it.control.model.replay())
+        it.start(mode)
+        assert commands
+        assert len(it.door.answered) == commands
+        enabled = [at for at, call in enumerate(it.door.calls) if call.name == "SET_VRING_ENABLE" and call.arguments[1]]
+        [control, *data] = enabled
+        assert it.door.calls[control].arguments[0] == 2 * PAIRS
+        assert len(data) == 2 * PAIRS
+        assert min(data) >= it.door.answered[-1]
+
+
+def give_one(it: Rig) -> Any:
+    """Start in shadow mode with one element in queue 1, which the device takes; the guest's used ring."""
+    queue = it.nic.queues[1]
+    avail = ffi.cast("struct vring_avail *", it.memory.hva(queue.avail))
+    descriptor = ffi.cast("struct vring_desc *", it.memory.hva(queue.desc))
+    descriptor.addr, descriptor.len, descriptor.flags = DEFAULT_GPA, 64, 0
+    avail.ring[0], avail.idx = 0, 1
+    it.start(State.SHADOW)
+    ring = shadow_ring(it, 1)
+    until = time.monotonic() + 30
+    while not ring.avail.idx and time.monotonic() < until:
+        time.sleep(0.001)
+    assert ring.avail.idx == 1
+    # the relay sleeps by then, and nobody tells it of what follows
+    time.sleep(0.01)
+    return ffi.cast("struct vring_used *", it.memory.hva(queue.used))
+
+
+def shadow_ring(it: Rig, index: int) -> Any:
+    return it.procedure.shadows[index].c.device  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_stop_returns_what_the_device_used_and_nobody_was_told_of(name: str) -> None:
+    with rig(name) as it:
+        used, ring = give_one(it), shadow_ring(it, 1)
+        ring.used.ring[0].id, ring.used.idx = ring.avail.ring[0], 1
+        it.stop()
+        assert (used.idx, used.ring[0].id) == (1, 0)
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_queue_that_broke_is_told_and_keeps_no_other_from_the_guest(name: str) -> None:
+    with rig(name) as it:
+        used, ring = give_one(it), shadow_ring(it, 1)
+        ring.used.ring[0].id, ring.used.idx = ring.avail.ring[0], 1
+        shadow_ring(it, 0).used.idx = 1000
+        with pytest.raises(QueueBroken, match="virtqueue 0"):
+            it.stop()
+        assert (used.idx, used.ring[0].id) == (1, 0)
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_base_beyond_what_the_guest_gave_breaks_the_queue(name: str) -> None:
+    with rig(name) as it:
+        it.start(State.PASSTHROUGH)
+        it.door.vrings[1].base += 3
+        with pytest.raises(QueueBroken, match="reports base 3"):
+            it.stop()
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_stop_whose_suspend_fails_leaves_the_control_queue_served(name: str) -> None:
+    with rig(name) as it:
+        it.start(State.PASSTHROUGH)
+        threads = threading.active_count()
+        it.door.fault = Fault(1)
+        with pytest.raises(VhostVdpaError, match="SUSPEND"):
+            it.stop()
+        assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_device_goes_on_at_the_used_index_of_the_guest_s_ring(name: str) -> None:
+    with rig(name) as it:
+        queue = it.nic.queues[1]
+        for part in (queue.avail, queue.used):
+            ffi.cast("uint16_t *", it.memory.hva(part))[1] = 5
+        for step in SCENARIO[:5]:
+            act(it, step)
+            if step == ("start", State.PASSTHROUGH):
+                assert it.door.vrings[1].base == 5
+
+
+def test_switch_in_place_with_another_control_state_tells_the_device() -> None:
+    with rig("in place") as it:
+        assert it.control is not None
+        it.start(State.PASSTHROUGH)
+        it.stop(State.SHADOW)
+        it.door.answered.clear()
+        it.control.model.pairs = PAIRS
+        it.start(State.SHADOW)
+        assert len(it.door.answered) == len(it.control.model.replay())
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_halt_of_a_device_out_of_order_resets_it_and_says_so(name: str) -> None:
+    with rig(name) as it:
+        it.start(State.PASSTHROUGH)
+        disorder(it)
+        with pytest.raises(OutOfOrder):
+            it.procedure.halt()
+        assert it.procedure.state is State.RESET
+        assert it.device_is_off()
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_start_notifies_the_device_and_the_guest_of_every_queue(name: str) -> None:
+    with rig(name) as it:
+        it.start(State.PASSTHROUGH)
+        for queue in it.nic.queues:
+            assert os.eventfd_read(queue.kick) >= 1
+            assert os.eventfd_read(queue.call) >= 1
+
+
+@pytest.mark.parametrize("bit", [Status.FEATURES_OK, Status.DRIVER_OK])
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_device_that_refuses_a_status_bit_is_reset(name: str, bit: Status) -> None:
+    with rig(name) as it:
+        it.door.refuses = int(bit)
+        with pytest.raises(VhostVdpaError, match=r"refused the features|did not accept it"):
+            it.start(State.PASSTHROUGH)
+        assert it.procedure.state is State.RESET
+        assert not it.door.status & Status.FEATURES_OK
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -138,6 +138,13 @@ def test_alive_is_no_handshake(here: Reception, address: Address) -> None:
         pass
 
 
+def test_deadline_of_the_handshake_ends_with_it(here: Reception, address: Address) -> None:
+    with honest(address):
+        channel, _ = here.next()
+        with channel:
+            assert (channel.deadline, channel.cancel) == (None, -1)
+
+
 def test_sources_beyond_those_that_may_wait_are_told(
     here: Reception, address: Address, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,10 +111,13 @@ def test_answer_lost_for_want_of_memory_saves_the_guest(rig: Rig, monkeypatch: p
                 raise MemoryError
             return expect(*kinds, seconds=seconds)
 
+        held: list[Path] = []
         monkeypatch.setattr(source.channel, "expect", fail)
+        monkeypatch.setattr("pyvhostvdpa.migration.source.hold", lambda fence, path, *rest: held.append(path))
         with pytest.raises(MigrationFailed, match="saved in"):
             source.run()
-    assert len(rig.files()) == 1
+    assert rig.files() == held
+    assert len(held) == 1
 
 
 def test_guest_that_cannot_be_saved_keeps_its_process_until_there_is_room(

@@ -551,3 +551,84 @@ def test_heads_in_flight_are_listed_by_age_whatever_shadow_slots_they_have(model
         m.publish(again)
         m.forward()
     assert m.svq.in_flight == [1, 3, 2, 0]
+
+
+@pytest.mark.parametrize(("following", "broken"), [(7, lib.SVQ_OK), (8, lib.SVQ_BAD_CHAIN)])
+def test_a_next_is_within_the_ring(model: Make, following: int, broken: int) -> None:
+    """Whatever lies behind the table, and be it a good descriptor."""
+    m = model(num=8)
+    table = ffi.new("struct vring_desc[]", 9)
+    m.svq.c.guest.desc = table
+    for d in table:
+        d.addr, d.len, d.flags, d.next = DATA, 10, 0, 0
+    table[0].flags, table[0].next = NEXT, following
+    m.publish(0)
+    assert m.forward() == (0 if broken else 1)
+    assert m.svq.c.broken == broken
+
+
+@pytest.mark.parametrize(("following", "broken"), [(2, lib.SVQ_OK), (3, lib.SVQ_BAD_CHAIN)])
+def test_a_next_is_within_its_indirect_table(model: Make, following: int, broken: int) -> None:
+    m = model(num=8)
+    m.svq = m.shadow(lib.SVQ_F_INDIRECT)
+    m.describe_indirect(0, DATA + 0x1000, [Segment(DATA, 10)] * 4)
+    entries = ffi.cast("struct vring_desc *", m.memory.hva(DATA + 0x1000, 64))
+    entries[0].next, entries[2].flags = following, 0
+    m.ring.desc[0].len = 48
+    m.publish(0)
+    assert m.forward() == (0 if broken else 1)
+    assert m.svq.c.broken == broken
+
+
+def test_a_chain_that_needs_one_descriptor_more_than_there_are_waits(model: Make) -> None:
+    m = model(num=4, regions=2)
+    end = m.memory.regions[0].end
+    m.describe(0, [Segment(DATA, 64)])
+    for slot in (1, 2):
+        m.describe(slot, [Segment(end - 32, 64)])
+    for slot in range(3):
+        m.publish(slot)
+    assert m.forward() == 2
+    assert m.svq.statistics()["stalls"] == 1
+    m.complete(m.fetch()[0][0])
+    m.give_back()
+    assert m.forward() == 1
+
+
+def test_a_buffer_is_marked_though_the_device_claims_to_have_written_nothing(model: Make) -> None:
+    m = model()
+    m.describe(0, [Segment(DATA, PAGE_SIZE, True)])
+    m.publish(0)
+    m.forward()
+    m.memory.dirty_pages()
+    m.memory.start_dirty_log()
+    m.complete(m.fetch()[0][0], 0)
+    assert m.give_back() == 1
+    pages = m.memory.dirty_pages()
+    assert DATA in pages
+    assert DATA + PAGE_SIZE not in pages
+
+
+def test_a_shadow_begins_with_what_waits_in_the_guest_s_ring(model: Make) -> None:
+    m = model(start_idx=65534)
+    for slot in range(3):
+        m.describe(slot, [Segment(DATA + slot, 1)])
+        m.publish(slot)
+    m.svq = m.shadow()
+    assert m.forward() == 3
+    assert [segments for _, segments in m.fetch()] == [[Segment(DATA + slot, 1)] for slot in range(3)]
+
+
+def test_a_returned_element_marks_its_slot_and_the_index(model: Make) -> None:
+    """Which lie in different pages of a long ring."""
+    m = model(num=1024, start_idx=600)
+    m.describe(0, [Segment(DATA, 64)])
+    m.publish(0)
+    m.forward()
+    m.complete(m.fetch()[0][0])
+    m.memory.start_dirty_log()
+    assert m.give_back() == 1
+    slot = m.queue.used + 4 + 8 * 600
+    pages = {at // PAGE_SIZE * PAGE_SIZE for at in (m.queue.used, slot)}
+    assert len(pages) == 2
+    assert set(m.memory.dirty_pages()) == pages

@@ -32,6 +32,8 @@ VM_LIMIT_S = 6 * 3600.0
 KILLED, SURVIVED, BROKEN = "killed", "survived", "broken"
 # What pytest's exit status says of a mutant: tests failed, or did not end.
 VERDICTS = {0: SURVIVED, 1: KILLED, EXIT_TIMEOUT: KILLED}
+SHELL_SIGNALS = 128
+"""What a shell adds to the number of the signal that ended a command."""
 BASELINE = "no change"
 
 
@@ -302,7 +304,9 @@ def _union(mutants: Sequence[Mutant]) -> list[str]:
 
 
 def _verdict(status: int, why: str) -> tuple[str, str]:
-    verdict = VERDICTS.get(status, BROKEN)
+    # a change of C that makes the tests crash is noticed as well; pytest itself knows 0 to 5
+    crashed = status < 0 or status > SHELL_SIGNALS
+    verdict = KILLED if crashed else VERDICTS.get(status, BROKEN)
     return verdict, why if verdict == BROKEN else ""
 
 
