@@ -82,7 +82,7 @@ def test_private_memory_on_user_addresses_ends_in_an_error_and_no_number(devices
     assert (done.returncode, done.stdout) == (1, "")
     assert "every message was accepted, but the device does not reach" in done.stderr or "did not arrive" in done.stderr
     assert "skips private memory" in done.stderr
-    assert "next: --backing shared" in done.stderr
+    assert "next: vhost-vdpa bench map --backing shared" in done.stderr
 
 
 @pytest.mark.parametrize("mode", ["batch", "per-region-batch"])

@@ -24,7 +24,7 @@ from pyvhostvdpa.device.procedure.direct import Direct
 from pyvhostvdpa.device.procedure.in_place import InPlace
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.memory.guest import DEFAULT_GPA
-from pyvhostvdpa.net.control import ControlModel
+from pyvhostvdpa.net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
 from pyvhostvdpa.net.control_queue import GuestControl
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED, negotiate
 
@@ -420,3 +420,13 @@ def test_stop_without_suspend_is_refused_before_any_call() -> None:
             assert it.runs()
     finally:
         del PROCEDURES["no SUSPEND"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_control_command_is_answered_in_every_mode(name: str) -> None:
+    with rig(name) as it:
+        assert it.nic.control is not None
+        for step in SCENARIO[:5]:
+            act(it, step)
+            if step[0] == "start":
+                assert it.nic.control.send(command(Class.MQ, VQ_PAIRS_SET, b"\1\0"), 10.0) == OK, f"after {step}"
