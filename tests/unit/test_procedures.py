@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature, Status
 from pyvhostvdpa.bench.ladder.rows import PLANS
 from pyvhostvdpa.chardev.iotlb import Iotlb, Limits
 from pyvhostvdpa.device.groups import probe_groups
+from pyvhostvdpa.device.procedure import best
 from pyvhostvdpa.device.procedure.base import Procedure, Target
 from pyvhostvdpa.device.procedure.direct import Direct
 from pyvhostvdpa.device.procedure.in_place import InPlace
@@ -26,7 +28,7 @@ from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.memory.guest import DEFAULT_GPA
 from pyvhostvdpa.net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
 from pyvhostvdpa.net.control_queue import GuestControl
-from pyvhostvdpa.net.features import CONTROL, SUPPORTED, negotiate
+from pyvhostvdpa.net.features import CONTROL, SUPPORTED, Feature, negotiate
 
 MiB = 1 << 20
 OFFERED = int(SUPPORTED | CONTROL)
@@ -430,3 +432,16 @@ def test_control_command_is_answered_in_every_mode(name: str) -> None:
             act(it, step)
             if step[0] == "start":
                 assert it.nic.control.send(command(Class.MQ, VQ_PAIRS_SET, b"\1\0"), 10.0) == OK, f"after {step}"
+
+
+def test_guest_with_indirect_descriptors_is_not_switched_in_place() -> None:
+    """Its tables would be looked for in the descriptors' address space by some devices, and are not mapped there."""
+    with rig("in place") as it:
+        target = it.procedure.target
+        assert best.choose(target).name == best.IN_PLACE
+        indirect = replace(target, features=target.features | Feature.INDIRECT_DESC)
+        choice = best.choose(indirect)
+        assert choice.name == best.DIRECT
+        assert "indirect descriptor tables" in choice.why_not_better
+        with pytest.raises(MissingFeature, match="indirect descriptor tables"):
+            best.choose(indirect, best.IN_PLACE)

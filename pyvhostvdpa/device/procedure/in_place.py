@@ -26,7 +26,7 @@ from ...chardev.calls import PreparedCalls
 from ...memory.guest import PAGE_SIZE
 from ...net.control import ControlModel
 from ...net.control_queue import GuestControl
-from ...net.features import ring_bits
+from ...net.features import Feature, ring_bits
 from ...virtqueue.layout import GuestQueue, RingLayout, ring_layout
 from ...virtqueue.serving import RingServer
 from .base import OWN_ASID, State, Target
@@ -76,6 +76,12 @@ class InPlace(Direct):
             return f"it takes SUSPEND and RESUME, and {names(missing)} is not offered"
         if not target.descriptors_apart:
             return f"descriptors cannot lie in an address space of their own: {target.why_not_apart}"
+        if Feature.INDIRECT_DESC in target.features:
+            # vhost_types.h names the descriptor table, driver and device area; devices differ in where they look
+            return (
+                "the guest may use indirect descriptor tables, which lie in its memory, and it is not specified "
+                "whether a device looks for them there when descriptors have an address space of their own"
+            )
         return ""
 
     # -- start ------------------------------------------------------------------
