@@ -43,7 +43,14 @@ def _in_threads(actions: Sequence[Callable[[], None]]) -> None:
     threads = [
         threading.Thread(target=action, name=f"device-{number}", daemon=True) for number, action in enumerate(actions)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+    started = []
+    for thread, action in zip(threads, actions, strict=True):
+        try:
+            thread.start()
+        except RuntimeError:
+            # no thread to be had: one after the other is slower, and stops or starts every device all the same
+            action()
+        else:
+            started.append(thread)
+    for thread in started:
         thread.join()

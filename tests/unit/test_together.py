@@ -43,3 +43,17 @@ def test_no_more_threads_than_allowed_do_all_of_it() -> None:
     together([lambda number=number: act(number) for number in range(7)], at_most=2)  # type: ignore[misc]
     assert sorted(number for number, _ in done) == list(range(7))
     assert len({name for _, name in done}) == 2
+
+
+def test_threads_that_cannot_be_started_leave_no_action_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name != "device-0":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    together([lambda number=number: done.append(number) for number in range(3)])  # type: ignore[misc]
+    assert sorted(done) == [0, 1, 2]
