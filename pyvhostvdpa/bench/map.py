@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from ..base.errors import MissingFeature, NotProved
 from ..base.uapi import IotlbType
-from ..chardev.burst import Burst
+from ..chardev.burst import PreparedMessages
 from ..chardev.door import IotlbMessage, IotlbWriteError
 from ..chardev.iotlb import Limits
 from ..chardev.rejection import likely_cause
@@ -26,10 +26,10 @@ from ..device.net import VdpaNetDevice
 from ..memory.guest import PAGE_SIZE
 from .memory import Backing, BenchMemory
 from .plan import (
+    MapBenchOptions,
+    MessagePlace,
     Mode,
-    Options,
     Piece,
-    Place,
     Point,
     Refusal,
     check,
@@ -44,7 +44,7 @@ from .prover import Prover
 from .report import MapReport, Result, place
 from .stats import summarize
 
-Observer = Callable[[str], None]
+PhaseCallback = Callable[[str], None]
 """Called with words of progress."""
 
 
@@ -56,8 +56,8 @@ class _Task:
     point: Point
     runs: int
     entries: int
-    maps: Burst
-    unmaps: Burst
+    maps: PreparedMessages
+    unmaps: PreparedMessages
     map_ns: list[int]
     unmap_ns: list[int]
     set_maps: int | None = None
@@ -66,7 +66,7 @@ class _Task:
     def work(self) -> int:
         return work(self.mode, self.entries, self.point.regions)
 
-    def result(self, options: Options) -> Result:
+    def result(self, options: MapBenchOptions) -> Result:
         return Result(
             mode=self.mode,
             point=self.point,
@@ -92,7 +92,7 @@ class _Clock:
     def learn(self, mode: Mode, amount: int, seconds: float) -> None:
         self._took[mode] = (amount, seconds)
 
-    def tell(self, observe: Observer, words: str, todo: Sequence[tuple[Mode, int]], seldom: bool) -> None:
+    def tell(self, observe: PhaseCallback, words: str, todo: Sequence[tuple[Mode, int]], seldom: bool) -> None:
         """Say it; with ``seldom`` only if nothing was said for a second."""
         now = time.monotonic()
         if seldom and now - self._told < 1:
@@ -112,7 +112,7 @@ class _Clock:
 
 
 def run(
-    path: str | os.PathLike[str], options: Options | None = None, observer: Observer = lambda words: None
+    path: str | os.PathLike[str], options: MapBenchOptions | None = None, observer: PhaseCallback = lambda words: None
 ) -> MapReport:
     """Measure and return the report. The device is reset, and reset again and closed in the end.
 
@@ -122,19 +122,21 @@ def run(
     if a map that the kernel accepted does not lead to memory, and
     :class:`~pyvhostvdpa.chardev.door.IotlbWriteError` for one it did not accept.
     """
-    options = options or Options()
+    options = options or MapBenchOptions()
     with ExitStack() as stack:
         device = stack.enter_context(VdpaNetDevice(path))
         return _Bench(device, options, observer, stack).run()
 
 
 class _Bench:
-    def __init__(self, device: VdpaNetDevice, options: Options, observer: Observer, stack: ExitStack) -> None:
+    def __init__(
+        self, device: VdpaNetDevice, options: MapBenchOptions, observer: PhaseCallback, stack: ExitStack
+    ) -> None:
         self.device, self.options, self.observe = device, options, observer
         self._stack = stack
         self.limits: Limits = device.iotlb.limits
         self.report = MapReport(place(device), options)
-        self.place = Place(self.limits, options.layout)
+        self.place = MessagePlace(self.limits, options.layout)
         self._clock = _Clock()
         self._todo: list[Point] = []
 
@@ -229,7 +231,7 @@ class _Bench:
         bursts = []
         for unmap in (False, True):
             each = messages(mode, pieces, memory.hva, self.options.asid, unmap)
-            burst = Burst(len(each))
+            burst = PreparedMessages(len(each))
             for message in each:
                 burst.add(message)
             bursts.append(burst)
@@ -255,7 +257,7 @@ class _Bench:
             task.unmap_ns.append(unmap_ns)
         self._clock.learn(task.mode, task.work, (time.monotonic() - began) * (self.options.repeat + 1))
 
-    def _send(self, burst: Burst) -> int:
+    def _send(self, burst: PreparedMessages) -> int:
         try:
             return burst.send(self.device.chardev).ns
         except IotlbWriteError as e:
@@ -263,7 +265,7 @@ class _Bench:
             why = likely_cause(self.device.chardev, e.rejected, limits.pinned, limits.entries)
             raise IotlbWriteError(e.errno or 0, e.rejected, e.applied, why.cause, why.hint) from e
 
-    def _renew(self, bursts: Sequence[Burst]) -> None:
+    def _renew(self, bursts: Sequence[PreparedMessages]) -> None:
         """Give a device that forgot its maps at the reset all of them anew."""
         if not self.prover.forgets:
             return

@@ -38,7 +38,7 @@ class Page(enum.Enum):
         return {Page.SMALL: PAGE_SIZE, Page.LARGE: 2 << 20, Page.HUGE: 1 << 30}[self]
 
 
-class Layout(enum.Enum):
+class PhysicalLayout(enum.Enum):
     """How memory lies."""
 
     CONTIGUOUS = "contiguous"
@@ -92,7 +92,7 @@ class BenchMemory(MappedMemory):
         self,
         size: int,
         page: Page = Page.SMALL,
-        layout: Layout = Layout.CONTIGUOUS,
+        layout: PhysicalLayout = PhysicalLayout.CONTIGUOUS,
         backing: Backing = Backing.SHARED,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
@@ -117,7 +117,7 @@ class BenchMemory(MappedMemory):
 
     def _populate(self, progress: Callable[[int], None]) -> None:
         order = list(range(self.size // self.page.bytes))
-        if self.layout is Layout.SCATTERED:
+        if self.layout is PhysicalLayout.SCATTERED:
             random.Random(_SEED).shuffle(order)
         for at in range(0, len(order), _STEP):
             some = order[at : at + _STEP]

@@ -14,11 +14,11 @@ from ..base.uapi import Access, IotlbType
 from ..chardev.door import IotlbMessage
 from ..chardev.iotlb import Limits
 from ..memory.guest import DEFAULT_GPA, HUGE_PAGE, PAGE_SIZE, allow_pinning
-from .memory import Backing, Layout, Page, unavailable
+from .memory import Backing, Page, PhysicalLayout, unavailable
 from .prover import SIZE as RINGS
 
 HOLE = 1 << 30
-"""Bytes of IOVA without a map behind each region, with :attr:`Layout.HOLES`."""
+"""Bytes of IOVA without a map behind each region, with :attr:`PhysicalLayout.HOLES`."""
 
 
 class Mode(enum.Enum):
@@ -39,13 +39,13 @@ def default_memory(page: Page) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class MapBenchOptions:
     """What to measure: every size with every number of regions in every mode. ``memory`` in bytes."""
 
     memory: tuple[int, ...] = default_memory(Page.SMALL)
     regions: tuple[int, ...] = (16,)
     page: Page = Page.SMALL
-    layout: Layout = Layout.CONTIGUOUS
+    layout: PhysicalLayout = PhysicalLayout.CONTIGUOUS
     backing: Backing = Backing.SHARED
     asid: int = 0
     modes: tuple[Mode, ...] = tuple(Mode)
@@ -85,10 +85,10 @@ class Piece:
     iova: int
 
 
-class Place:
+class MessagePlace:
     """Where in an address space the rings and the measured memory go."""
 
-    def __init__(self, limits: Limits, layout: Layout) -> None:
+    def __init__(self, limits: Limits, layout: PhysicalLayout) -> None:
         self._limits = limits
         self._layout = layout
         low = -(-max(limits.first, 1) // HUGE_PAGE) * HUGE_PAGE
@@ -110,7 +110,7 @@ class Place:
         for begin, end in pairwise(cuts):
             made.append(Piece(begin, end - begin, iova))
             iova += end - begin
-            if self._layout is Layout.HOLES:
+            if self._layout is PhysicalLayout.HOLES:
                 iova += HOLE
         return made
 
@@ -128,7 +128,7 @@ def in_words(size: int) -> str:
     return str(size)
 
 
-def refusal(point: Point, options: Options, limits: Limits, notes: list[str]) -> Refusal | None:
+def refusal(point: Point, options: MapBenchOptions, limits: Limits, notes: list[str]) -> Refusal | None:
     """Return why a point cannot be measured, None if nothing speaks against it.
 
     May raise this process's memlock limit; what was changed goes to ``notes``.
@@ -138,13 +138,13 @@ def refusal(point: Point, options: Options, limits: Limits, notes: list[str]) ->
     why, hint = unavailable(point.bytes, options.page, options.backing)
     if why:
         return Refusal(point, why, hint)
-    if not Place(limits, options.layout).fits(point):
+    if not MessagePlace(limits, options.layout).fits(point):
         span = f"{limits.first:#x}-{limits.last:#x}"
-        holes = f", with holes of {in_words(HOLE)}" if options.layout is Layout.HOLES else ""
+        holes = f", with holes of {in_words(HOLE)}" if options.layout is PhysicalLayout.HOLES else ""
         return Refusal(point, f"does not fit into the device's IOVA range {span}{holes}", "less --memory or --regions")
     # what is sure before anything is allocated; runs are counted afterwards
     pages = point.bytes // options.page.bytes
-    scattered = options.layout is Layout.SCATTERED and limits.pinned
+    scattered = options.layout is PhysicalLayout.SCATTERED and limits.pinned
     likely = int(0.95 * pages) if scattered else point.regions
     too_many = entries_refused(point, likely, limits, about="about " if scattered else "")
     if too_many:
@@ -170,14 +170,14 @@ def entries_refused(point: Point, entries: int, limits: Limits, rings: int = 1, 
     )
 
 
-def points(options: Options) -> Iterator[Point]:
+def points(options: MapBenchOptions) -> Iterator[Point]:
     """Yield what was asked for, the cheap before the dear."""
     for size in sorted(set(options.memory)):
         for regions in sorted(set(options.regions)):
             yield Point(size, regions)
 
 
-def check(options: Options, limits: Limits) -> None:
+def check(options: MapBenchOptions, limits: Limits) -> None:
     """Raise :class:`~pyvhostvdpa.MissingFeature` for what no point could be measured with."""
     if not 0 <= options.asid < limits.as_num:
         raise MissingFeature(

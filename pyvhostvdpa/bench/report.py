@@ -17,8 +17,8 @@ from ..base.errors import MissingFeature
 from ..base.uapi import names
 from ..device.net import VdpaNetDevice
 from ..host.parents import parent_of
-from .memory import Layout, Page
-from .plan import Mode, Options, Point, Refusal
+from .memory import Page, PhysicalLayout
+from .plan import MapBenchOptions, Mode, Point, Refusal
 from .stats import Fit, Summary, fit
 
 SCHEMA = "pyvhostvdpa/bench-map/1"
@@ -43,7 +43,7 @@ class Result:
     mode: Mode
     point: Point
     page: Page
-    layout: Layout
+    layout: PhysicalLayout
     asid: int
     runs: int
     entries: int
@@ -86,7 +86,7 @@ class MapReport:
     """All results. ``loops`` tells how they were proved: by frames that came back, or by finished descriptors only."""
 
     place: dict[str, Any]
-    options: Options
+    options: MapBenchOptions
     results: list[Result] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     loops: bool = False

@@ -27,7 +27,7 @@ _MESSAGE = struct.Struct("=IIQQQBB6x32x")
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class BurstResult:
     """What became of a burst: how many messages, and CLOCK_MONOTONIC before the first and after the last, in ns."""
 
     messages: int
@@ -40,7 +40,7 @@ class Sent:
         return self.end - self.begin
 
 
-class Burst:
+class PreparedMessages:
     """At most ``capacity`` messages in a buffer that is allocated once.
 
     They can be sent any number of times. ValueError if more are added.
@@ -92,7 +92,7 @@ class Burst:
         _, asid, iova, size, uaddr, perm, kind = _MESSAGE.unpack_from(self._buffer, index * _MESSAGE.size)
         return IotlbMessage(IotlbType(kind), asid, iova, size, uaddr, perm)
 
-    def send(self, chardev: VhostVdpa) -> Sent:
+    def send(self, chardev: VhostVdpa) -> BurstResult:
         """Write all messages, one system call each.
 
         Raises :class:`~pyvhostvdpa.chardev.door.IotlbWriteError` for the first
@@ -105,16 +105,16 @@ class Burst:
             chardev.send_prepared(c)
         except KernelError as e:
             raise IotlbWriteError(e.errno or 0, self.message(c.done), c.done) from e
-        return Sent(c.count, c.begin, c.end)
+        return BurstResult(c.count, c.begin, c.end)
 
 
-def send_all(chardev: VhostVdpa, messages: Iterable[IotlbMessage], chunk: int = CHUNK) -> Sent:
+def send_all(chardev: VhostVdpa, messages: Iterable[IotlbMessage], chunk: int = CHUNK) -> BurstResult:
     """Build and send any number of messages in the memory of one buffer of ``chunk`` messages.
 
     ``applied`` of the :class:`~pyvhostvdpa.chardev.door.IotlbWriteError` that it
     may raise counts all that are in force.
     """
-    burst = Burst(chunk)
+    burst = PreparedMessages(chunk)
     sent = begin = end = 0
     for message in messages:
         burst.add(message)
@@ -122,10 +122,10 @@ def send_all(chardev: VhostVdpa, messages: Iterable[IotlbMessage], chunk: int = 
             begin, end, sent = _flush(chardev, burst, begin, sent)
     if len(burst):
         begin, end, sent = _flush(chardev, burst, begin, sent)
-    return Sent(sent, begin, end)
+    return BurstResult(sent, begin, end)
 
 
-def _flush(chardev: VhostVdpa, burst: Burst, begin: int, before: int) -> tuple[int, int, int]:
+def _flush(chardev: VhostVdpa, burst: PreparedMessages, begin: int, before: int) -> tuple[int, int, int]:
     try:
         sent = burst.send(chardev)
     except IotlbWriteError as e:

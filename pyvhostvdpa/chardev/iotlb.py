@@ -21,7 +21,7 @@ from .door import IotlbMessage, IotlbWriteError, VhostVdpa
 from .rejection import likely_cause
 
 
-class Layout(enum.Enum):
+class GuestMapping(enum.Enum):
     """How guest memory lies in an address space."""
 
     NONE = "none"
@@ -120,7 +120,7 @@ class AddressSpace:
     def __init__(self, iotlb: Iotlb, asid: int) -> None:
         self._iotlb = iotlb
         self.asid = asid
-        self.layout = Layout.NONE
+        self.layout = GuestMapping.NONE
         self._maps: list[Mapping] = []
         self._to_restore: tuple[Mapping, ...] = ()
         """What :meth:`map_again` has not mapped yet: a second try must not forget what the first one unmapped."""
@@ -145,8 +145,8 @@ class AddressSpace:
             change.unmap(iova, size)
 
     @contextmanager
-    def _one(self) -> Iterator[Batch]:
-        change = Batch(self, self._iotlb.limits)
+    def _one(self) -> Iterator[Changes]:
+        change = Changes(self, self._iotlb.limits)
         yield change
         self._iotlb.make_room(change.pinned)
         self._iotlb.write(self.asid, change.messages)
@@ -165,13 +165,13 @@ class AddressSpace:
         self._to_restore = ()
 
     @contextmanager
-    def batch(self) -> Iterator[Batch]:
+    def batch(self) -> Iterator[Changes]:
         """Collect maps and unmaps, then send them between BATCH_BEGIN and BATCH_END in one burst.
 
         Nothing is sent if the block raises. The kernel reports no failure of
         a batch as a whole (it ignores the parent's answer at BATCH_END).
         """
-        batch = Batch(self, self._iotlb.limits)
+        batch = Changes(self, self._iotlb.limits)
         yield batch
         if batch.messages:
             self._send(batch)
@@ -194,7 +194,7 @@ class AddressSpace:
                 self._end_batch()
                 raise
 
-    def _send(self, batch: Batch) -> None:
+    def _send(self, batch: Changes) -> None:
         begin = IotlbMessage(IotlbType.BATCH_BEGIN, self.asid)
         end = IotlbMessage(IotlbType.BATCH_END, self.asid)
         self._iotlb.make_room(batch.pinned)
@@ -212,7 +212,7 @@ class AddressSpace:
         self._iotlb.chardev.write_iotlb([IotlbMessage(IotlbType.BATCH_END, self.asid)])
 
 
-class Batch:
+class Changes:
     """Maps and unmaps that are sent together when the block ends."""
 
     def __init__(self, space: AddressSpace, limits: Limits) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from ..base.errors import MissingFeature
 from ..bench import map as bench_map
 from ..bench import plot, requests, shadow, switching
-from ..bench.memory import Backing, Layout, Page
-from ..bench.plan import Mode, Options, default_memory, in_words
+from ..bench.memory import Backing, Page, PhysicalLayout
+from ..bench.plan import MapBenchOptions, Mode, default_memory, in_words
 from ..bench.report import Change, MapReport, compare, load
 from ..guest.nic import MIN_FRAME
 from ..host import mgmt
@@ -63,7 +63,7 @@ def register(commands: Any) -> None:
 def _register_map(kinds: Any) -> None:
     parser = kinds.add_parser("map", help="mapping memory, batched and not", description=MAP, epilog=EPILOG)
     parser.add_argument("device", metavar="DEV", nargs="?", help=f"{DEVICE} (default: the only device)")
-    default = Options()
+    default = MapBenchOptions()
     parser.add_argument(
         "--memory",
         type=_list(size),
@@ -80,7 +80,7 @@ def _register_map(kinds: Any) -> None:
     parser.add_argument("--page", choices=_words(Page), default="4k", help="what memory is made of (default 4k)")
     parser.add_argument(
         "--layout",
-        choices=_words(Layout),
+        choices=_words(PhysicalLayout),
         default="contiguous",
         help="scattered: each page far from its neighbour in physical memory; holes: 1G of IOVA without a map behind "
         "each region (default contiguous)",
@@ -131,11 +131,11 @@ def _run_map(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         plot.check_plot(arguments.plot)
     old = load(arguments.compare) if arguments.compare else None
-    options = Options(
+    options = MapBenchOptions(
         memory=arguments.memory or default_memory(Page(arguments.page)),
         regions=arguments.regions,
         page=Page(arguments.page),
-        layout=Layout(arguments.layout),
+        layout=PhysicalLayout(arguments.layout),
         backing=Backing(arguments.backing),
         asid=arguments.asid,
         modes=arguments.mode,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ..base.errors import MissingFeature
-from ..host.doctor import Finding, Level, Plan, examine, healthy, to_dict
+from ..host.doctor import Finding, GuestSize, Level, examine, healthy, to_dict
 from ..host.machine import gather
 from .commands import COMMANDS
 from .options import DEVICE, add_json
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise MissingFeature(
             f"no vDPA device {arguments.device}", hint="vhost-vdpa list; vhost-vdpa doctor without DEV"
         )
-    findings = examine(machine, Plan(arguments.memory))
+    findings = examine(machine, GuestSize(arguments.memory))
     if arguments.json:
         import json  # noqa: PLC0415
 

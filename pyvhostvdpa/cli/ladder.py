@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from ..base.errors import MissingFeature
 from ..bench.ladder.report import LadderReport, RowResult
-from ..bench.ladder.rows import PLANS, Plan, plan
+from ..bench.ladder.rows import PLANS, LadderRow, plan
 from ..bench.ladder.run import LadderOptions, ladder
 from ..bench.ladder.stage import Given, Simulated, Supply
 from ..bench.page import ladder as report_page
@@ -75,7 +75,7 @@ def register(commands: Any) -> None:
     parser.set_defaults(run=run, parser=parser)
 
 
-def _rows(text: str) -> list[Plan]:
+def _rows(text: str) -> list[LadderRow]:
     try:
         return [plan(row.strip()) for row in text.split(",")]
     except MissingFeature as e:

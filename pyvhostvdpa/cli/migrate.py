@@ -17,7 +17,7 @@ from .options import DEVICE
 from .peer import (
     NOTES,
     SENDING,
-    Progress,
+    ProgressPrinter,
     add_options,
     add_sending_options,
     drops_note,
@@ -72,7 +72,7 @@ def register(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Migrate and print the report."""
-    progress = Progress(_PHASES)
+    progress = ProgressPrinter(_PHASES)
     options = Options(guest_options(arguments), send_options(arguments), arguments.seconds, arguments.procedure)
     with tracing.writing(arguments) as trace:
         source, destination = mgmt.chardev_of(arguments.source), mgmt.chardev_of(arguments.destination)

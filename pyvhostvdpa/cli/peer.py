@@ -200,7 +200,7 @@ def tls(arguments: argparse.Namespace) -> Tls | None:
     return Tls(*given)
 
 
-class Progress:
+class ProgressPrinter:
     """Phases and words, with the time since the start, on standard error."""
 
     def __init__(self, phases: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from .options import DEVICE, refuse_unused
 from .peer import (
     ADDRESS,
     PART,
-    Progress,
+    ProgressPrinter,
     add_options,
     add_tls_options,
     drops_note,
@@ -96,7 +96,7 @@ _OF_THE_STREAM = ("tls_cert", "tls_key", "tls_ca", "insecure_plain")
 
 
 def _receiving(arguments: argparse.Namespace, trace: Trace) -> Receiving:
-    progress = Progress(_PHASES)
+    progress = ProgressPrinter(_PHASES)
     paths = [mgmt.chardev_of(each) for each in arguments.devices]
     return Receiving(
         paths,

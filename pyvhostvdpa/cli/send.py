@@ -23,7 +23,7 @@ from .peer import (
     NOTES,
     PART,
     SENDING,
-    Progress,
+    ProgressPrinter,
     add_options,
     add_sending_options,
     add_tls_options,
@@ -88,7 +88,7 @@ _OF_THE_STREAM = ("tls_cert", "tls_key", "tls_ca", "insecure_plain")
 
 def _resume(arguments: argparse.Namespace, trace: Trace) -> int:
     refuse_unused(arguments, (*_OF_A_NEW_GUEST, *_OF_THE_STREAM), "with --resume: the guest comes from the file")
-    progress = Progress(SENDING | {"destination": "traffic in passthrough"})
+    progress = ProgressPrinter(SENDING | {"destination": "traffic in passthrough"})
     receiving = Receiving(
         [mgmt.chardev_of(each) for each in arguments.devices],
         arguments.seconds,
@@ -104,7 +104,7 @@ def _resume(arguments: argparse.Namespace, trace: Trace) -> int:
 
 
 def _send(arguments: argparse.Namespace, trace: Trace) -> int:
-    progress = Progress(SENDING)
+    progress = ProgressPrinter(SENDING)
     address, security = Address.parse(arguments.to), tls(arguments)
     check_security(address, security, arguments.insecure_plain)
     if security is not None:

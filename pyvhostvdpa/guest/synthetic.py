@@ -19,7 +19,7 @@ from typing import Any
 from .._cdefs import ffi, lib
 from ..base.errors import MigrationFailed, MissingFeature, StreamCorrupt
 from ..device.net import VdpaNetDevice
-from ..memory.guest import DEFAULT_GPA, PAGE_SIZE, GuestMemory, Progress
+from ..memory.guest import DEFAULT_GPA, PAGE_SIZE, GuestMemory, ProgressCallback
 from ..net.config import MAX_CONFIG
 from ..net.control import ANNOUNCE_ACK, OK, VQ_PAIRS_SET, Class, ControlModel, command
 from ..net.control_queue import GuestControl
@@ -97,7 +97,7 @@ class GuestWriter:
         os.close(self.c.wake)
 
 
-class Guest:
+class SyntheticGuest:
     """A guest with one NIC a device, in the order of the devices."""
 
     def __init__(self, memory: GuestMemory) -> None:
@@ -110,8 +110,8 @@ class Guest:
 
     @classmethod
     def create(
-        cls, devices: Sequence[VdpaNetDevice], options: GuestOptions, progress: Progress = lambda done: None
-    ) -> Guest:
+        cls, devices: Sequence[VdpaNetDevice], options: GuestOptions, progress: ProgressCallback = lambda done: None
+    ) -> SyntheticGuest:
         """Start a guest for these devices, its memory new, its drivers ready to be started."""
         guest = cls(GuestMemory([(DEFAULT_GPA, options.memory)], progress))
         try:
@@ -147,7 +147,7 @@ class Guest:
         state: GuestState,
         devices: Sequence[DeviceState],
         shapes: Sequence[DeviceShape] | None = None,
-    ) -> Guest:
+    ) -> SyntheticGuest:
         """Return the guest whose memory this is, which it takes over.
 
         Raises :class:`~pyvhostvdpa.StreamCorrupt` naming the field if memory
@@ -174,7 +174,7 @@ class Guest:
     @classmethod
     def expect(
         cls, memory: GuestMemory, devices: Sequence[DeviceState], shapes: Sequence[DeviceShape] | None = None
-    ) -> Guest:
+    ) -> SyntheticGuest:
         """Return the guest that is to come into this memory, which it takes over, from its :meth:`outline`.
 
         It cannot run before it was given its state (:meth:`load`). Raises

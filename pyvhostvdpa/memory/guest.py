@@ -42,7 +42,7 @@ DEFAULT_GPA = Gpa(1 << 30)
 """Where the synthetic guest's RAM starts. Not 0: some devices take IOVA 0 for no address."""
 
 
-Progress = Callable[[int], None]
+ProgressCallback = Callable[[int], None]
 
 _POPULATE_STEP = 64 << 20
 _ENTRIES = 1 << 15
@@ -91,7 +91,7 @@ class MappedMemory(Closing):
             raise DeviceClosed("memory used after close()")
         return Hva(int(ffi.cast("uintptr_t", self._address)))
 
-    def populate(self, progress: Progress = lambda done: None) -> None:
+    def populate(self, progress: ProgressCallback = lambda done: None) -> None:
         """Allocate every page now; :class:`MissingFeature` if the machine has not that much memory."""
         start = ffi.cast("uint8_t *", self.hva)
         for done in range(0, self.size, _POPULATE_STEP):
@@ -118,7 +118,7 @@ class SharedMemory(MappedMemory):
     if the machine has not that much memory.
     """
 
-    def __init__(self, name: str, size: int, progress: Progress = lambda done: None) -> None:
+    def __init__(self, name: str, size: int, progress: ProgressCallback = lambda done: None) -> None:
         super().__init__(-(-size // PAGE_SIZE) * PAGE_SIZE)
         # the pool needs a flag; memory that becomes contiguous on advice needs none
         self._map_file(name, os.MFD_HUGETLB if from_pool(self.size) else 0, HUGE_PAGE)
@@ -287,7 +287,7 @@ class GuestMemory(Closing):
     if the machine has not that much memory.
     """
 
-    def __init__(self, layout: Sequence[tuple[Gpa, int]], progress: Progress = lambda done: None) -> None:
+    def __init__(self, layout: Sequence[tuple[Gpa, int]], progress: ProgressCallback = lambda done: None) -> None:
         ordered = [(gpa, -(-size // PAGE_SIZE) * PAGE_SIZE) for gpa, size in sorted(layout)]
         _check_layout(ordered)
         check_available(sum(size for _, size in ordered))

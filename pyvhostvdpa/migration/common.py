@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-Observer = Callable[[str], None]
+PhaseCallback = Callable[[str], None]
 """Called with the name of each phase as it begins."""
-Tell = Callable[[str], None]
+ReportCallback = Callable[[str], None]
 """Called with a line of progress for people."""
 
 PATIENCE = 300.0
@@ -71,7 +71,7 @@ def warn(text: str) -> None:
         log.warning("%s", text)
 
 
-def attempt(action: Callable[[], T], what: str, tell: Tell) -> T | None:
+def attempt(action: Callable[[], T], what: str, tell: ReportCallback) -> T | None:
     """Return what ``action`` returns; None if it fails, which is told as "``what``: why"."""
     try:
         return action()

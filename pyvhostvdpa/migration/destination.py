@@ -33,7 +33,7 @@ from ..device.procedure.base import GUEST_ASID
 from ..device.together import together
 from ..guest.nic import Window
 from ..guest.state import DeviceShape, DeviceState, GuestShape, GuestState
-from ..guest.synthetic import Guest
+from ..guest.synthetic import SyntheticGuest
 from ..memory.guest import PAGE_SIZE, GuestMemory, IovaAllocator, SharedMemory
 from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import Feature
@@ -43,13 +43,13 @@ from ..trace.phases import DEST_PREMAP, DEST_STAND_BY, DEST_START
 from ..trace.recorder import Trace
 from .alive import AliveLimit
 from .cancel import Cancel
-from .common import PATIENCE, Observer, Tell, harmless, hash_bytes, patience, words_of
+from .common import PATIENCE, PhaseCallback, ReportCallback, harmless, hash_bytes, patience, words_of
 from .fence import Fence, hold, needs_holding
 from .folder import Claim
 from .pages import PAGES, ZERO, PageReceiver
 from .rescue import rescue
 from .saved import DEFAULT_FOLDER, SavedGuest, check_room, load_claimed, save_held
-from .stream import Channel, Frame, Header, words
+from .stream import Channel, Frame, FrameHeader, words
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Arrived(Closing):
 
     id: str
     source: str
-    guest: Guest
+    guest: SyntheticGuest
     devices: list[VdpaNetDevice]
     hash: str = ""
     note: str = ""
@@ -88,8 +88,8 @@ class Destination:
         cancel: Cancel,
         trace: Trace | None = None,
         folder: Path = DEFAULT_FOLDER,
-        observer: Observer = lambda phase: None,
-        tell: Tell = lambda text: None,
+        observer: PhaseCallback = lambda phase: None,
+        tell: ReportCallback = lambda text: None,
         control_deadline: float = DEFAULT_DEADLINE,
         shape: GuestShape | None = None,
         procedure: str | None = None,
@@ -113,7 +113,7 @@ class Destination:
         self._guest_state: GuestState | None = None
         self._device_states: list[DeviceState] = []
         self._outline: list[DeviceState] = []
-        self._expected: Guest | None = None
+        self._expected: SyntheticGuest | None = None
         self._arrival = ""
 
     def run(self) -> Arrived:
@@ -196,7 +196,7 @@ class Destination:
 
     # -- memory and state ----------------------------------------------------------------
 
-    def _receive(self, shape: GuestShape) -> Guest:
+    def _receive(self, shape: GuestShape) -> SyntheticGuest:
         self._observe("memory")
         self._cancel.check()
         receiver = PageReceiver(self._memory, self.channel)
@@ -221,13 +221,13 @@ class Destination:
             self._hash = hash_bytes(self._memory)
         return guest
 
-    def _load(self, shape: GuestShape) -> Guest:
+    def _load(self, shape: GuestShape) -> SyntheticGuest:
         if self._expected is not None:
             self._expected.load(self._complete(), self._device_states, shape.devices)
             return self._expected
-        return self._keep(Guest.restore(self._memory, self._complete(), self._device_states, shape.devices))
+        return self._keep(SyntheticGuest.restore(self._memory, self._complete(), self._device_states, shape.devices))
 
-    def _keep(self, guest: Guest) -> Guest:
+    def _keep(self, guest: SyntheticGuest) -> SyntheticGuest:
         """End the guest with this side, unless it arrives; its devices first."""
         self._stack.callback(guest.close)
         for device in self._devices:
@@ -236,10 +236,10 @@ class Destination:
 
     def _stand_by(self, outline: Sequence[DeviceState], shape: GuestShape) -> None:
         """Let the devices stand ready for the guest that is to come, while it still runs on the source."""
-        guest = self._expected = self._keep(Guest.expect(self._memory, outline, shape.devices))
+        guest = self._expected = self._keep(SyntheticGuest.expect(self._memory, outline, shape.devices))
         together([partial(self._stand_ready, guest, number) for number in range(len(self._devices))])
 
-    def _stand_ready(self, guest: Guest, number: int) -> None:
+    def _stand_ready(self, guest: SyntheticGuest, number: int) -> None:
         device = self._devices[number]
         with device.trace.in_phase(DEST_STAND_BY):
             self._tell(f"{device.path}: {guest.stand_by(number, device)}")
@@ -250,7 +250,7 @@ class Destination:
             self._told = now
             self._tell(f"{receiver.bytes >> 20} MiB of memory received")
 
-    def _control(self, header: Header, shape: GuestShape) -> bool:
+    def _control(self, header: FrameHeader, shape: GuestShape) -> bool:
         """Take a control frame; whether it was the last."""
         payload = self.channel.receive_payload(header)
         if header.type == Frame.CANCEL:
@@ -283,7 +283,7 @@ class Destination:
 
     # -- the hand-over -------------------------------------------------------------------
 
-    def _await_go(self, shape: GuestShape, guest: Guest) -> None:
+    def _await_go(self, shape: GuestShape, guest: SyntheticGuest) -> None:
         """From READY on the source may give the guest away at any time; until GO is here, it may also keep it."""
         try:
             self._observe("ready")
@@ -307,7 +307,7 @@ class Destination:
         clock = int.from_bytes(payload[:8], "little", signed=True)
         guest.shift_clock(time.monotonic_ns() - clock)
 
-    def _unknown(self, shape: GuestShape, guest: Guest, error: VhostVdpaError, when: str) -> MigrationFailed:
+    def _unknown(self, shape: GuestShape, guest: SyntheticGuest, error: VhostVdpaError, when: str) -> MigrationFailed:
         """Save the guest; hold the file until the source cannot go on by itself any more. The error that tells so."""
         happened = f"{words_of(error)}, after this side was ready and {when}"
         state = SavedGuest(shape, self._complete(), tuple(self._device_states))
@@ -328,7 +328,7 @@ class Destination:
             f"  if it does not: {shlex.join(['vhost-vdpa', 'receive', '--take', str(path), *self.paths])}",
         )
 
-    def _start(self, shape: GuestShape, guest: Guest) -> Arrived:
+    def _start(self, shape: GuestShape, guest: SyntheticGuest) -> Arrived:
         self._cancel.too_late()
         self.channel.cancel = -1
         self._observe("start")
@@ -463,7 +463,9 @@ def _map(device: VdpaNetDevice, memory: GuestMemory) -> None:
         space.unmap(iova, PAGE_SIZE)
 
 
-def _start_devices(guest: Guest, devices: Sequence[VdpaNetDevice], check: Callable[[], None] = lambda: None) -> None:
+def _start_devices(
+    guest: SyntheticGuest, devices: Sequence[VdpaNetDevice], check: Callable[[], None] = lambda: None
+) -> None:
     """Start every device and let the guest run; on a failure, also of ``check``, all are reset."""
     try:
         check()
@@ -479,7 +481,7 @@ def _start_devices(guest: Guest, devices: Sequence[VdpaNetDevice], check: Callab
         raise
 
 
-def _start_device(guest: Guest, number: int, device: VdpaNetDevice) -> None:
+def _start_device(guest: SyntheticGuest, number: int, device: VdpaNetDevice) -> None:
     with device.trace.in_phase(DEST_START):
         guest.start(number, device)
 
@@ -488,7 +490,7 @@ def take(
     path: Path,
     paths: Sequence[str | os.PathLike[str]],
     trace: Trace | None = None,
-    tell: Tell = lambda text: None,
+    tell: ReportCallback = lambda text: None,
     control_deadline: float = DEFAULT_DEADLINE,
     procedure: str | None = None,
 ) -> Arrived:
@@ -517,7 +519,7 @@ def take(
         for device in devices:
             tell(f"mapping memory in {device.path}")
             _map(device, memory)
-        guest = Guest.restore(memory, saved.guest, saved.devices, saved.shape.devices)
+        guest = SyntheticGuest.restore(memory, saved.guest, saved.devices, saved.shape.devices)
         stack.callback(guest.close)
         for device in devices:
             stack.callback(device.close)

@@ -33,7 +33,7 @@ from ..trace.downtime import PhaseCost
 from ..trace.phases import DEST_PREMAP
 from ..trace.recorder import Trace
 from .cancel import Cancel
-from .common import Observer, Tell, harmless, warn
+from .common import PhaseCallback, ReportCallback, harmless, warn
 from .endpoint import NoPeer, greet_started
 from .order import Order
 from .report import Part, Report, SentReport
@@ -64,9 +64,9 @@ def migrate(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     options: Options | None = None,
-    observer: Observer = lambda phase: None,
+    observer: PhaseCallback = lambda phase: None,
     trace: Trace | None = None,
-    tell: Tell = lambda text: None,
+    tell: ReportCallback = lambda text: None,
 ) -> Report:
     """Migrate a guest with traffic from ``source`` to ``destination``; both are reset in the end.
 
@@ -126,7 +126,7 @@ class _Destination:
         seconds: float,
         options: SendOptions,
         trace: Trace | None,
-        tell: Tell,
+        tell: ReportCallback,
         procedure: str | None = None,
     ) -> None:
         self._path, self._seconds, self._options, self._procedure = path, seconds, options, procedure

@@ -43,7 +43,7 @@ _FAULTS = {
 }
 
 
-class Channel(Protocol):
+class PageChannel(Protocol):
     """A stream to the other side, as the page movers need it."""
 
     torn: bool
@@ -74,7 +74,7 @@ class Channel(Protocol):
         """Fill a buffer."""
 
 
-class Header(Protocol):
+class PageHeader(Protocol):
     """A frame's header."""
 
     @property
@@ -135,7 +135,7 @@ def memory_hash(memory: GuestMemory, progress: Moved = lambda done, total: None)
 class _Slices:
     """Runs a C loop in slices, so that Python's signals and callbacks have their turn."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: PageChannel) -> None:
         self.channel = channel
 
     def deadline(self) -> int:
@@ -158,7 +158,7 @@ class PageSender:
     def __init__(
         self,
         memory: GuestMemory,
-        channel: Channel,
+        channel: PageChannel,
         limit: float | None = None,
         progress: Moved = lambda done, total: None,
     ) -> None:
@@ -264,7 +264,7 @@ class PageSender:
 class PageReceiver:
     """Writes the page frames of a stream to guest memory, each when it was read whole and found right."""
 
-    def __init__(self, memory: GuestMemory, channel: Channel) -> None:
+    def __init__(self, memory: GuestMemory, channel: PageChannel) -> None:
         self._memory = memory
         self._channel = channel
         self._slices = _Slices(channel)
@@ -290,7 +290,7 @@ class PageReceiver:
         """Bytes of page frames so far, headers included."""
         return int(self._c.bytes)
 
-    def receive(self, header: Header) -> None:
+    def receive(self, header: PageHeader) -> None:
         """Read the payload behind a PAGES or ZERO header and write it to guest memory.
 
         On a raw channel further page frames that follow without a pause are

@@ -20,8 +20,8 @@ from ..host.parents import parent_of
 from ..trace import gap
 from ..trace.downtime import PhaseCost, of_all, total, worst
 from ..virtqueue.layout import GuestQueue
-from .common import Tell, attempt
-from .source import Sent
+from .common import ReportCallback, attempt
+from .source import SendResult
 
 SCHEMA = "pyvhostvdpa/migrate/1"
 SENT_SCHEMA = "pyvhostvdpa/send/1"
@@ -99,7 +99,7 @@ class SentReport:
     """
 
     outcome: str
-    sent: Sent
+    sent: SendResult
     frames: FrameCounts
     bad_pages: int | None
     parts: dict[str, Part]
@@ -207,7 +207,7 @@ class Report:
     """
 
     outcome: str
-    sent: Sent
+    sent: SendResult
     frames: FrameCounts
     bad_pages: int | None
     parts: dict[str, Part]
@@ -276,7 +276,7 @@ class Drops:
     makes the counters unknown; the guest has nothing to do with it.
     """
 
-    def __init__(self, path: str, queues: Sequence[GuestQueue], tell: Tell) -> None:
+    def __init__(self, path: str, queues: Sequence[GuestQueue], tell: ReportCallback) -> None:
         self._path, self._queues, self._tell = path, [queue.index for queue in queues], tell
         self._before = self._read()
 

@@ -19,7 +19,7 @@ from typing import BinaryIO
 from ..base.errors import MigrationFailed, MigrationRefused, StreamCorrupt
 from ..guest.nic_state import BadState
 from ..guest.state import MAX_DEVICES, DeviceState, GuestShape, GuestState, check_shapes
-from ..memory.guest import GuestMemory, Progress
+from ..memory.guest import GuestMemory, ProgressCallback
 from .folder import SAVED, Claim, Draft, check_folder
 from .pages import memory_hash, stream_sum
 from .stream import MAX_CONTROL
@@ -97,7 +97,7 @@ def _write(file: BinaryIO, saved: SavedGuest, memory: GuestMemory) -> None:
     file.truncate()
 
 
-def load(path: Path, progress: Progress = lambda done: None) -> tuple[SavedGuest, GuestMemory]:
+def load(path: Path, progress: ProgressCallback = lambda done: None) -> tuple[SavedGuest, GuestMemory]:
     """Return the guest in a file, and its memory, which is the caller's to close.
 
     Raises :class:`~pyvhostvdpa.MigrationRefused` if there is no such
@@ -112,7 +112,7 @@ def load(path: Path, progress: Progress = lambda done: None) -> tuple[SavedGuest
         raise MigrationRefused(f"{path}: {e.strerror}", hint=f"ls -l {path.absolute().parent}") from e
 
 
-def load_claimed(claim: Claim, progress: Progress = lambda done: None) -> tuple[SavedGuest, GuestMemory]:
+def load_claimed(claim: Claim, progress: ProgressCallback = lambda done: None) -> tuple[SavedGuest, GuestMemory]:
     """Return the guest in a file that this process has claimed; raises what :func:`load` does."""
     try:
         with open(os.dup(claim.fileno()), "rb") as file:
@@ -125,7 +125,7 @@ def _write_checked(file: BinaryIO, data: bytes) -> None:
     file.write(data + _SUM.pack(stream_sum(data)))
 
 
-def _load(file: BinaryIO, path: Path, progress: Progress) -> tuple[SavedGuest, GuestMemory]:
+def _load(file: BinaryIO, path: Path, progress: ProgressCallback) -> tuple[SavedGuest, GuestMemory]:
     saved, digest = read_sections(file, path)
     memory = GuestMemory(saved.shape.memory, progress)  # type: ignore[arg-type]
     try:

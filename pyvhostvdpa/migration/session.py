@@ -15,9 +15,9 @@ from ..chardev.door import check_path
 from ..device.net import VdpaNetDevice
 from ..guest.nic import MAX_FRAME, MIN_FRAME, Window
 from ..guest.state import GuestShape
-from ..guest.synthetic import Guest, GuestOptions
+from ..guest.synthetic import GuestOptions, SyntheticGuest
 from ..host import mgmt
-from ..memory.guest import Progress, check_available
+from ..memory.guest import ProgressCallback, check_available
 from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import CONTROL, SUPPORTED
 from ..trace import gap
@@ -25,14 +25,14 @@ from ..trace.downtime import PhaseCost, cost, measured
 from ..trace.phases import DT1, DT2, PHASES
 from ..trace.recorder import Trace
 from .cancel import Cancel, ending_early
-from .common import Observer, Tell, attempt, harmless
+from .common import PhaseCallback, ReportCallback, attempt, harmless
 from .destination import Arrived, Destination, receive_shape, take
 from .dirty import probe_interface
 from .endpoint import Inherited, Listener
 from .reception import Reception
 from .report import STAYED, Downtimes, DropCounts, Drops, Part, ReceivedReport, SentReport, environment, procedures
 from .saved import DEFAULT_FOLDER, check_room
-from .source import SendOptions, Sent, Source
+from .source import SendOptions, SendResult, Source
 from .stream import Channel, Frame
 
 _STALLED_SECONDS = 2.0
@@ -65,7 +65,7 @@ def check_pairs(devices: Sequence[VdpaNetDevice], pairs: int) -> None:
 
 
 def let_run(
-    guest: Guest, devices: Sequence[VdpaNetDevice], seconds: float, enough: Callable[[], bool] = lambda: False
+    guest: SyntheticGuest, devices: Sequence[VdpaNetDevice], seconds: float, enough: Callable[[], bool] = lambda: False
 ) -> Part:
     """Let a guest run, with an eye on its devices, for ``seconds`` or until that is enough."""
     before, begin = guest.counts().received, time.monotonic()
@@ -78,7 +78,7 @@ def let_run(
     return Part(guest.counts().received - before, time.monotonic() - begin)
 
 
-def drain(guest: Guest, devices: Sequence[VdpaNetDevice], part: Part, seconds: float) -> list[str]:
+def drain(guest: SyntheticGuest, devices: Sequence[VdpaNetDevice], part: Part, seconds: float) -> list[str]:
     """Send no more and wait ``seconds`` for the frames in flight.
 
     Returns sentences on what did not arrive, and why as far as is known.
@@ -114,8 +114,8 @@ class Sending:
     options: SendOptions = field(default_factory=SendOptions)
     seconds: float = 5.0
     shadowed: float = 0.0
-    observer: Observer = lambda phase: None
-    tell: Tell = lambda text: None
+    observer: PhaseCallback = lambda phase: None
+    tell: ReportCallback = lambda text: None
     trace: Trace = field(default_factory=Trace)
     procedure: str | None = None
     """Forced on the devices; the best that each can do without (:class:`~pyvhostvdpa.VdpaNetDevice`)."""
@@ -166,7 +166,7 @@ class Sending:
             self._drops = drops_of(guest, devices, self._warn)
             self.observer("passthrough")
             self._parts["passthrough"] = let_run(guest, devices, self.seconds)
-            sent = Sent()
+            sent = SendResult()
             signals.enter_context(cancel.on_signals())
             try:
                 self.observer("connect")
@@ -196,7 +196,9 @@ class Sending:
         self._warnings.append(text)
         self.tell(text)
 
-    def _shadowing(self, guest: Guest, devices: Sequence[VdpaNetDevice], cancel: Cancel, channel: Channel) -> None:
+    def _shadowing(
+        self, guest: SyntheticGuest, devices: Sequence[VdpaNetDevice], cancel: Cancel, channel: Channel
+    ) -> None:
         """Let the guest run between the switch and the first round of memory, and read the devices' counters."""
         told = time.monotonic()
 
@@ -220,8 +222,8 @@ class Sending:
             where = ", ".join(os.fspath(path) for path in self.paths)
             raise type(e)(f"{e}; the guest goes on in passthrough on {where}", hint=e.hint) from e
 
-    def _guest(self, devices: Sequence[VdpaNetDevice], stack: ExitStack) -> Guest:
-        guest = Guest.create(devices, self.guest_options, self._allocated())
+    def _guest(self, devices: Sequence[VdpaNetDevice], stack: ExitStack) -> SyntheticGuest:
+        guest = SyntheticGuest.create(devices, self.guest_options, self._allocated())
         stack.callback(guest.close)
         for device in devices:
             # devices let go of the memory before it goes: a second close is none
@@ -234,7 +236,7 @@ class Sending:
         guest.run()
         return guest
 
-    def _allocated(self) -> Progress:
+    def _allocated(self) -> ProgressCallback:
         done, told = 0, time.monotonic()
 
         def tell(step: int) -> None:
@@ -246,7 +248,7 @@ class Sending:
 
         return tell
 
-    def _stayed(self, guest: Guest, devices: Sequence[VdpaNetDevice], sent: Sent) -> SentReport | None:
+    def _stayed(self, guest: SyntheticGuest, devices: Sequence[VdpaNetDevice], sent: SendResult) -> SentReport | None:
         """Let a guest that goes on here run, and account for it; one that is stopped has no report."""
         if not all(traffic.running for traffic in guest.traffic):
             return None
@@ -259,7 +261,9 @@ class Sending:
         guest.pause()
         return self._report(STAYED, guest, devices, sent)
 
-    def _report(self, outcome: str, guest: Guest, devices: Sequence[VdpaNetDevice], sent: Sent) -> SentReport:
+    def _report(
+        self, outcome: str, guest: SyntheticGuest, devices: Sequence[VdpaNetDevice], sent: SendResult
+    ) -> SentReport:
         stayed, paths = outcome == STAYED, [device.path for device in devices]
         return SentReport(
             outcome=outcome,
@@ -289,8 +293,8 @@ class Receiving:
     paths: Sequence[str | os.PathLike[str]]
     seconds: float = 5.0
     folder: Path = DEFAULT_FOLDER
-    observer: Observer = lambda phase: None
-    tell: Tell = lambda text: None
+    observer: PhaseCallback = lambda phase: None
+    tell: ReportCallback = lambda text: None
     trace: Trace = field(default_factory=Trace)
     control_deadline: float = DEFAULT_DEADLINE
     drain: float = 10.0
@@ -388,12 +392,12 @@ class Receiving:
             )
 
 
-def drops_of(guest: Guest, devices: Sequence[VdpaNetDevice], tell: Tell) -> dict[str, Drops]:
+def drops_of(guest: SyntheticGuest, devices: Sequence[VdpaNetDevice], tell: ReportCallback) -> dict[str, Drops]:
     """Return the counters of lost frames from now on, by device; ``tell`` gets why some are unknown."""
     return {device.path: Drops(device.path, nic.queues, tell) for device, nic in zip(devices, guest.nics, strict=True)}
 
 
-def _bad_pages(guest: Guest) -> int:
+def _bad_pages(guest: SyntheticGuest) -> int:
     """Count the pages that the guest's CPU finds wrong; it must be paused."""
     return guest.writer.bad_pages() if guest.writer is not None else 0
 

@@ -29,14 +29,14 @@ from ..device.net import State, VdpaNetDevice
 from ..device.together import together
 from ..guest.nic import Window
 from ..guest.state import ID_BYTES, GuestShape
-from ..guest.synthetic import Guest
+from ..guest.synthetic import SyntheticGuest
 from ..memory.guest import GUEST_PAGE
 from ..net.control_queue import DEFAULT_DEADLINE
 from ..trace import gap
 from ..trace.phases import CANCEL_START, DT1_START, DT1_STOP, DT2_STOP
 from .alive import AliveLimit
 from .cancel import Cancel
-from .common import PATIENCE, Observer, Tell, harmless, hash_bytes, patience, words_of
+from .common import PATIENCE, PhaseCallback, ReportCallback, harmless, hash_bytes, patience, words_of
 from .convergence import Convergence, duration
 from .dirty import DirtyTracker, PageSet
 from .fence import MARGIN, Fence, hold, needs_holding
@@ -103,7 +103,7 @@ class LastRound:
 
 
 @dataclass(slots=True)
-class Sent:
+class SendResult:
     """What sending took. ``hash`` is "" unless it was asked for; ``stopped`` is when, CLOCK_MONOTONIC ns.
 
     ``switched`` are the paths of the devices that run, or ran, on shadow
@@ -143,18 +143,18 @@ class Source:
 
     def __init__(
         self,
-        guest: Guest,
+        guest: SyntheticGuest,
         devices: Sequence[VdpaNetDevice],
         channel: Channel,
         cancel: Cancel,
         options: SendOptions | None = None,
-        observer: Observer = lambda phase: None,
-        tell: Tell = lambda text: None,
+        observer: PhaseCallback = lambda phase: None,
+        tell: ReportCallback = lambda text: None,
         shadowed: Callable[[], None] = lambda: None,
     ) -> None:
         self.guest, self.devices, self.channel = guest, list(devices), channel
         self.options = options or SendOptions()
-        self.sent = Sent()
+        self.sent = SendResult()
         self._told = self._round_began = time.monotonic()
         self._halted: set[int] = set()
         """Numbers of devices that failed to stop: whether they stand still nobody knows."""
@@ -177,7 +177,7 @@ class Source:
         )
         self.sent.id = self._shape.id.hex()
 
-    def run(self) -> Sent:
+    def run(self) -> SendResult:
         """Send the guest; afterwards it runs at the destination and the devices here are reset.
 
         Raises :class:`~pyvhostvdpa.MigrationRefused`,

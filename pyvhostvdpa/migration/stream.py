@@ -78,7 +78,7 @@ class Frame(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class FrameHeader:
     """The head of a frame."""
 
     type: int
@@ -220,11 +220,11 @@ class Channel(Closing):
         """Send a control frame of words."""
         self.send_frame(kind, text.encode()[:_MAX_TEXT])
 
-    def receive_header(self, seconds: float | None = None) -> Header:
+    def receive_header(self, seconds: float | None = None) -> FrameHeader:
         """Return the head of the next frame; :class:`~pyvhostvdpa.StreamCorrupt` if there is no such frame."""
         data = bytearray(HEADER.size)
         self.receive_into(data, seconds)
-        header = Header(*HEADER.unpack(data))
+        header = FrameHeader(*HEADER.unpack(data))
         if header.type in (PAGES, ZERO):
             limit = MAX_MEMORY
         elif header.type in list(Frame):
@@ -235,7 +235,7 @@ class Channel(Closing):
             raise StreamCorrupt(f"a frame of type {header.type:#x} with {header.length} bytes, {limit} are possible")
         return header
 
-    def receive_payload(self, header: Header) -> bytes:
+    def receive_payload(self, header: FrameHeader) -> bytes:
         """Return what a control frame holds; :class:`~pyvhostvdpa.StreamCorrupt` if its checksum differs."""
         payload = bytearray(header.length)
         self.receive_into(payload)

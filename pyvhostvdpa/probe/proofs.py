@@ -69,7 +69,7 @@ class Subject:
     patience: float = MUST_MOVE_S
 
 
-class Guest:
+class ProofGuest:
     """One RX/TX pair in memory of its own; ``buffers`` may lie in other memory at the same addresses."""
 
     def __init__(
@@ -150,9 +150,9 @@ class Bench:
         """Return new guest memory; all of it lies at the same addresses."""
         return self._stack.enter_context(GuestMemory([(self.gpa, GUEST_SIZE)]))
 
-    def guest(self, rings: GuestMemory, buffers: GuestMemory | None = None) -> Guest:
+    def guest(self, rings: GuestMemory, buffers: GuestMemory | None = None) -> ProofGuest:
         """Return a guest in ``rings``."""
-        guest = Guest(rings, self.subject.ring_size, buffers, self.subject.patience)
+        guest = ProofGuest(rings, self.subject.ring_size, buffers, self.subject.patience)
         self._stack.callback(guest.close)
         return guest
 
@@ -173,7 +173,7 @@ class Bench:
         self.c.set_status(Status(0))
 
     def start(
-        self, guest: Guest, groups: Mapping[int, int] | None = None, renew: bool = True, enable: bool = True
+        self, guest: ProofGuest, groups: Mapping[int, int] | None = None, renew: bool = True, enable: bool = True
     ) -> None:
         """Reset and start the device on a guest's queues, each group in its address space.
 
@@ -195,7 +195,7 @@ class Bench:
         c.set_status(_READY | Status.DRIVER_OK)
         self.kick(guest)
 
-    def _set_up(self, guest: Guest, queue: GuestQueue, enable: bool) -> None:
+    def _set_up(self, guest: ProofGuest, queue: GuestQueue, enable: bool) -> None:
         c = self.c
         c.set_vring_num(queue.index, queue.num)
         c.set_vring_base(queue.index, indices(queue, guest.memory)[1])
@@ -205,7 +205,7 @@ class Bench:
         if enable:
             c.set_vring_enable(queue.index, True)
 
-    def kick(self, guest: Guest) -> None:
+    def kick(self, guest: ProofGuest) -> None:
         """Notify both queues."""
         for queue in guest.queues:
             os.eventfd_write(queue.kick, 1)
@@ -289,7 +289,7 @@ def _resume(bench: Bench) -> str:
     return f"after suspend and resume: {guest.moves()}"
 
 
-def _running(bench: Bench) -> Guest:
+def _running(bench: Bench) -> ProofGuest:
     memory = bench.memory()
     guest = bench.guest(memory)
     bench.map(memory)

@@ -5,9 +5,9 @@ Python places rings and decides; every access to one is in C (``cdefs/``).
 """
 
 from .serving import Serving
-from .shadow import Relays, ShadowVirtqueue
+from .shadow import ShadowThreads, ShadowVirtqueue
 
-SHADOWED = Serving(ShadowVirtqueue, Relays)
+SHADOWED = Serving(ShadowVirtqueue, ShadowThreads)
 """Every element goes through a ring in this process's memory: see :mod:`~pyvhostvdpa.virtqueue.shadow`."""
 
 __all__ = ["SHADOWED"]

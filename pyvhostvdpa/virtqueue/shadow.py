@@ -21,7 +21,7 @@ from ..memory.guest import GuestMemory, Translation
 from .layout import GuestQueue, fill_vring, map_queue, ring_layout
 from .serving import RelayOptions, RingServer
 
-__all__ = ["Relay", "RelayOptions", "Relays", "ShadowVirtqueue", "reason"]
+__all__ = ["RelayOptions", "ShadowThread", "ShadowThreads", "ShadowVirtqueue", "reason"]
 
 _REASONS = {
     "SVQ_BAD_AVAIL_IDX": "guest: avail.idx moved by more than the ring size",
@@ -130,7 +130,7 @@ class ShadowVirtqueue:
         self.kick = self.call = -1
 
 
-class Relay:
+class ShadowThread:
     """A thread that serves shadow virtqueues, in the given order: RX before TX.
 
     The order matters to a device that drops a frame for which it has no RX
@@ -178,7 +178,7 @@ class Relay:
             self._wake = -1
 
 
-class Relays:
+class ShadowThreads:
     """Relays for the queues of one device: RX and TX of a pair stay together, pairs are spread over threads."""
 
     def __init__(self, queues: Sequence[RingServer], options: RelayOptions, config_call: int = -1) -> None:
@@ -188,7 +188,7 @@ class Relays:
         pairs = [shadows[i : i + 2] for i in range(0, len(shadows), 2)]
         count = max(1, min(options.threads, len(pairs)))
         shares = [[queue for pair in pairs[k::count] for queue in pair] for k in range(count)]
-        self._relays = [Relay(share, options.busy_poll, config_call) for share in shares]
+        self._relays = [ShadowThread(share, options.busy_poll, config_call) for share in shares]
 
     def start(self) -> None:
         """Start every thread."""

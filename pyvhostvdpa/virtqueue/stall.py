@@ -10,7 +10,7 @@ from ..memory.guest import GuestMemory
 from .layout import GuestQueue, indices
 
 
-class Progress:
+class StallDetector:
     """Watches the transmit queues of a guest, in passthrough as while shadowed.
 
     A device may leave receive buffers alone for as long as it likes; what it

@@ -13,9 +13,9 @@ import pytest
 from pyvhostvdpa import VdpaNetDevice
 from pyvhostvdpa.base.uapi import Access, IotlbType
 from pyvhostvdpa.bench.map import run
-from pyvhostvdpa.bench.memory import BenchMemory, Layout
-from pyvhostvdpa.bench.plan import Mode, Options
-from pyvhostvdpa.chardev.burst import Burst
+from pyvhostvdpa.bench.memory import BenchMemory, PhysicalLayout
+from pyvhostvdpa.bench.plan import MapBenchOptions, Mode
+from pyvhostvdpa.chardev.burst import PreparedMessages
 from pyvhostvdpa.chardev.door import IotlbMessage
 from pyvhostvdpa.memory.guest import PAGE_SIZE
 
@@ -50,7 +50,12 @@ def from_python(path: str, repeat: int) -> list[int]:
     took = []
     with VdpaNetDevice(path) as device, BenchMemory(MESSAGES * PAGE_SIZE) as memory:
         device.iotlb.make_room(memory.size)
-        maps, unmaps, begin, end = Burst(MESSAGES), Burst(MESSAGES), Burst(1), Burst(1)
+        maps, unmaps, begin, end = (
+            PreparedMessages(MESSAGES),
+            PreparedMessages(MESSAGES),
+            PreparedMessages(1),
+            PreparedMessages(1),
+        )
         first = IotlbMessage(IotlbType.UPDATE, 0, IOVA, PAGE_SIZE, memory.hva, int(Access.RW))
         maps.add_pieces(first, MESSAGES, 2 * PAGE_SIZE, uaddr_step=PAGE_SIZE)
         gone = IotlbMessage(IotlbType.INVALIDATE, 0, IOVA, PAGE_SIZE)
@@ -78,10 +83,10 @@ def test_a_burst_from_python_takes_what_a_plain_c_program_takes(sim: hwsim.HwSim
     assert ratio <= 1.03
 
 
-QUADRATIC = Options(
+QUADRATIC = MapBenchOptions(
     memory=tuple(n * PAGE_SIZE for n in (32, 64, 128, 256, 512)),
     regions=(1,),
-    layout=Layout.SCATTERED,
+    layout=PhysicalLayout.SCATTERED,
     modes=(Mode.BATCH, Mode.UNBATCHED),
     repeat=3,
 )
@@ -108,7 +113,7 @@ def test_without_a_batch_the_cost_is_quadratic_and_the_device_counts_the_same(si
 @pytest.mark.parametrize("runs", [64, 256])
 def test_the_time_without_a_batch_is_the_time_that_the_device_was_in_set_map(sim: hwsim.HwSim, runs: int) -> None:
     sim.write("cost/set_map_entry_ns", 5 * US)
-    one = Options((runs * PAGE_SIZE,), (1,), layout=Layout.SCATTERED, modes=(Mode.UNBATCHED,), repeat=1)
+    one = MapBenchOptions((runs * PAGE_SIZE,), (1,), layout=PhysicalLayout.SCATTERED, modes=(Mode.UNBATCHED,), repeat=1)
     sim.write("reset_stats", 1)
     [r] = run(sim.chardev, one).results
     counted = {key: int(value) for key, value in sim.read("stats").items()}

@@ -19,7 +19,7 @@ from typing import Any
 from pyvhostvdpa.base.errors import VhostVdpaError
 from pyvhostvdpa.device.net import State, VdpaNetDevice
 from pyvhostvdpa.guest.state import ID_BYTES, GuestShape
-from pyvhostvdpa.guest.synthetic import Guest, GuestOptions
+from pyvhostvdpa.guest.synthetic import GuestOptions, SyntheticGuest
 from pyvhostvdpa.memory.guest import pinned_bytes
 from pyvhostvdpa.migration.cancel import Cancel
 from pyvhostvdpa.migration.destination import Arrived, Destination, take
@@ -64,7 +64,7 @@ class Worker:
 
     def __init__(self, control: socket.socket, folder: Path) -> None:
         self.control, self.folder = control, folder
-        self.guest: Guest | None = None
+        self.guest: SyntheticGuest | None = None
         self.devices: list[VdpaNetDevice] = []
         self.arrived: Arrived | None = None
 
@@ -96,7 +96,7 @@ class Worker:
 
     def start(self, paths: list[str], options: GuestOptions, procedure: str | None = None) -> None:
         self.devices = [VdpaNetDevice(path, wanted=SUPPORTED | CONTROL, procedure=procedure) for path in paths]
-        self.guest = guest = Guest.create(self.devices, options)
+        self.guest = guest = SyntheticGuest.create(self.devices, options)
         for number, device in enumerate(self.devices):
             device.attach(guest.memory)
             guest.start(number, device)

@@ -10,7 +10,7 @@ import lab
 
 from pyvhostvdpa import GuestMemory, State, Trace, VdpaNetDevice
 from pyvhostvdpa.bench import hwsim as counters
-from pyvhostvdpa.bench.ladder.rows import Plan
+from pyvhostvdpa.bench.ladder.rows import LadderRow
 from pyvhostvdpa.bench.ladder.run import regions
 from pyvhostvdpa.device.procedure.series import Optimization
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
@@ -33,7 +33,7 @@ class Count(NamedTuple):
 class Rig:
     """A guest on one vdpa_hwsim device, driven by a plan; no cost, so that it is quick."""
 
-    def __init__(self, plan: Plan, pairs: int, pieces: int) -> None:
+    def __init__(self, plan: LadderRow, pairs: int, pieces: int) -> None:
         self.plan, self.pairs = plan, pairs
         self.uses_all = False
         self.keeps = Optimization.KEEP_AT_SWITCH in plan.switches

@@ -14,7 +14,7 @@ from hwsim import MakeSim
 from pyvhostvdpa import KernelError, MissingFeature, VdpaNetDevice
 from pyvhostvdpa.base.uapi import Access, IotlbType
 from pyvhostvdpa.bench import requests, shadow, switching
-from pyvhostvdpa.chardev.burst import Burst, send_all
+from pyvhostvdpa.chardev.burst import PreparedMessages, send_all
 from pyvhostvdpa.chardev.door import IotlbMessage, IotlbWriteError
 from pyvhostvdpa.device.net import State
 from pyvhostvdpa.memory.guest import PAGE_SIZE, SharedMemory
@@ -65,7 +65,7 @@ def test_100000_messages_are_built_and_sent_in_constant_memory(make_sim: MakeSim
 
 def test_a_burst_that_is_refused_tells_the_message_and_leaves_its_batch_to_be_closed(make_sim: MakeSim) -> None:
     with VdpaNetDevice(make_sim().chardev) as device, SharedMemory("test", 4 * PAGE_SIZE) as memory:
-        burst = Burst(8)
+        burst = PreparedMessages(8)
         burst.add(IotlbMessage(IotlbType.BATCH_BEGIN, 0))
         for number in (0, 1, 0, 2):
             burst.add(update(memory, number))

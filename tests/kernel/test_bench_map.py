@@ -15,11 +15,11 @@ from pyvhostvdpa import MissingFeature, NotVhostVdpa, VhostVdpa
 from pyvhostvdpa.base.errors import NotProved
 from pyvhostvdpa.base.uapi import Status
 from pyvhostvdpa.bench.map import run
-from pyvhostvdpa.bench.memory import Backing, Layout, Page
-from pyvhostvdpa.bench.plan import Mode, Options
+from pyvhostvdpa.bench.memory import Backing, Page, PhysicalLayout
+from pyvhostvdpa.bench.plan import MapBenchOptions, Mode
 
 KIB = 1 << 10
-SMALL = Options(memory=(64 * KIB, 256 * KIB), regions=(4,), repeat=2)
+SMALL = MapBenchOptions(memory=(64 * KIB, 256 * KIB), regions=(4,), repeat=2)
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -48,21 +48,25 @@ def test_devices_that_forget_or_map_piece_by_piece_are_measured_too(
 
 def test_another_address_space_is_measured_by_its_number(make_sim: MakeSim) -> None:
     sim = make_sim()
-    report = run(sim.chardev, Options(memory=(64 * KIB,), regions=(4,), repeat=1, asid=1))
+    report = run(sim.chardev, MapBenchOptions(memory=(64 * KIB,), regions=(4,), repeat=1, asid=1))
     assert {r.asid for r in report.results} == {1}
     with pytest.raises(MissingFeature, match="the device has 2 address spaces"):
-        run(sim.chardev, Options(asid=2))
+        run(sim.chardev, MapBenchOptions(asid=2))
 
 
-@pytest.mark.parametrize("layout", Layout)
-def test_memory_lies_as_it_was_asked_to(make_sim: MakeSim, layout: Layout) -> None:
-    [r] = run(make_sim().chardev, Options((1 << 20,), (2,), layout=layout, modes=(Mode.BATCH,), repeat=1)).results
-    if layout is Layout.SCATTERED:
+@pytest.mark.parametrize("layout", PhysicalLayout)
+def test_memory_lies_as_it_was_asked_to(make_sim: MakeSim, layout: PhysicalLayout) -> None:
+    [r] = run(
+        make_sim().chardev, MapBenchOptions((1 << 20,), (2,), layout=layout, modes=(Mode.BATCH,), repeat=1)
+    ).results
+    if layout is PhysicalLayout.SCATTERED:
         assert r.runs >= 0.9 * 256
 
 
 def test_large_pages_make_few_runs(make_sim: MakeSim) -> None:
-    [r] = run(make_sim().chardev, Options((16 << 20,), (1,), page=Page.LARGE, modes=(Mode.BATCH,), repeat=1)).results
+    [r] = run(
+        make_sim().chardev, MapBenchOptions((16 << 20,), (1,), page=Page.LARGE, modes=(Mode.BATCH,), repeat=1)
+    ).results
     assert 1 <= r.runs <= 8
 
 
@@ -73,7 +77,7 @@ def test_a_device_on_user_addresses_takes_an_entry_a_region(devices: tuple[str, 
 
 
 def test_a_pinning_device_takes_private_memory(pinned: tuple[str, str]) -> None:
-    options = Options((64 * KIB,), (4,), backing=Backing.PRIVATE, repeat=1)
+    options = MapBenchOptions((64 * KIB,), (4,), backing=Backing.PRIVATE, repeat=1)
     assert len(run(pinned[0], options).results) == 3
 
 
@@ -111,7 +115,7 @@ def test_a_device_that_forgets_against_its_word_ends_in_an_error(make_sim: MakeS
     sim = make_sim(dma_map="Y")
     sim.write("fault/lie_persist", 1)
     with pytest.raises(NotProved, match="every message was accepted"):
-        run(sim.chardev, Options((64 * KIB,), (4,), repeat=1, modes=(Mode.UNBATCHED,)))
+        run(sim.chardev, MapBenchOptions((64 * KIB,), (4,), repeat=1, modes=(Mode.UNBATCHED,)))
 
 
 def test_what_is_over_a_limit_is_said_and_the_rest_is_measured(make_sim: MakeSim) -> None:

@@ -14,7 +14,7 @@ from peers import Failed, Peer
 from pyvhostvdpa import VhostVdpa
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.guest.state import DeviceShape, DeviceState, GuestShape, GuestState
-from pyvhostvdpa.guest.synthetic import Guest
+from pyvhostvdpa.guest.synthetic import SyntheticGuest
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.migration.pages import stream_sum
 from pyvhostvdpa.migration.stream import HEADER, PAGES, ZERO, Channel, Frame
@@ -46,7 +46,7 @@ def control(kind: Frame, payload: bytes = b"", count: int = 0) -> bytes:
 def state() -> Iterator[DeviceState]:
     """What a source would say of a NIC just started, whose memory never arrives."""
     with GuestMemory([(DEFAULT_GPA, SIZE)]) as memory:
-        guest = Guest(memory)
+        guest = SyntheticGuest(memory)
         guest.add(GuestNic(memory, NicOptions(ring_size=64, features=SUPPORTED)), None)
         yield guest.state()[1][0]
         guest.let_go()

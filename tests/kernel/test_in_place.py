@@ -9,7 +9,7 @@ from row_rig import Rig
 
 from pyvhostvdpa import MissingFeature, State, VdpaNetDevice
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
-from pyvhostvdpa.bench.ladder.rows import PLANS, Plan
+from pyvhostvdpa.bench.ladder.rows import PLANS, LadderRow
 from pyvhostvdpa.device.procedure.in_place import InPlace
 from pyvhostvdpa.net.control import OK, Class, command
 
@@ -22,7 +22,7 @@ CTRL_VLAN_ADD = 0
 def make() -> Iterator[Callable[..., Rig]]:
     rigs: list[Rig] = []
 
-    def build(plan: Plan = BEYOND, pairs: int = 2, pieces: int = 4) -> Rig:
+    def build(plan: LadderRow = BEYOND, pairs: int = 2, pieces: int = 4) -> Rig:
         rigs.append(Rig(plan, pairs, pieces))
         return rigs[-1]
 

@@ -14,7 +14,7 @@ from row_rig import Rig
 from world import OPTIONS, World
 
 from pyvhostvdpa import KernelError, State
-from pyvhostvdpa.bench.ladder.rows import PLANS, Plan
+from pyvhostvdpa.bench.ladder.rows import PLANS, LadderRow
 from pyvhostvdpa.migration.pages import memory_hash
 from pyvhostvdpa.net.control import Class, command
 
@@ -27,7 +27,7 @@ CTRL_VLAN_ADD = 0
 def make() -> Iterator[Callable[..., Rig]]:
     rigs: list[Rig] = []
 
-    def build(plan: Plan = BEYOND) -> Rig:
+    def build(plan: LadderRow = BEYOND) -> Rig:
         rigs.append(Rig(plan, 2, 4))
         return rigs[-1]
 
@@ -65,7 +65,7 @@ def test_a_device_that_is_started_directly_is_set_up_to_just_before_driver_ok(ma
 
 
 @pytest.mark.parametrize("plan", [BEYOND, OURS], ids=lambda plan: plan.row)
-def test_standing_ready_changes_nothing_of_the_guest(make: Callable[..., Rig], plan: Plan) -> None:
+def test_standing_ready_changes_nothing_of_the_guest(make: Callable[..., Rig], plan: LadderRow) -> None:
     rig = make(plan)
     before = memory_hash(rig.memory)
     stand_by(rig)
@@ -74,7 +74,7 @@ def test_standing_ready_changes_nothing_of_the_guest(make: Callable[..., Rig], p
 
 
 @pytest.mark.parametrize("plan", [BEYOND, OURS], ids=lambda plan: plan.row)
-def test_what_the_control_queue_set_meanwhile_is_known_to_the_device(make: Callable[..., Rig], plan: Plan) -> None:
+def test_what_the_control_queue_set_meanwhile_is_known_to_the_device(make: Callable[..., Rig], plan: LadderRow) -> None:
     rig = make(plan)
     stand_by(rig)
     rig.control.model.apply(command(Class.VLAN, CTRL_VLAN_ADD, (9).to_bytes(2, "little")))
@@ -96,7 +96,7 @@ def test_a_request_to_announce_is_no_matter_of_the_devices(make: Callable[..., R
 
 @pytest.mark.parametrize("plan", [BEYOND, OURS], ids=lambda plan: plan.row)
 def test_other_queues_than_those_it_stands_ready_for_are_started_by_a_reset(
-    make: Callable[..., Rig], plan: Plan
+    make: Callable[..., Rig], plan: LadderRow
 ) -> None:
     rig = make(plan)
     stand_by(rig)

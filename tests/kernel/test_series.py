@@ -11,7 +11,7 @@ import pytest
 from row_rig import Count, Rig
 
 from pyvhostvdpa import State
-from pyvhostvdpa.bench.ladder.rows import PLANS, Plan
+from pyvhostvdpa.bench.ladder.rows import PLANS, LadderRow
 from pyvhostvdpa.device.procedure.series import Optimization
 
 
@@ -19,7 +19,7 @@ from pyvhostvdpa.device.procedure.series import Optimization
 def make() -> Iterator[Callable[..., Rig]]:
     rigs: list[Rig] = []
 
-    def build(plan: Plan, pairs: int = 2, pieces: int = 4) -> Rig:
+    def build(plan: LadderRow, pairs: int = 2, pieces: int = 4) -> Rig:
         rigs.append(Rig(plan, pairs, pieces))
         return rigs[-1]
 
@@ -33,8 +33,8 @@ BATCHED = Optimization.BATCH_RINGS | Optimization.DEFER_UNMAP
 OTHERS = {
     plan.row: plan
     for plan in (
-        Plan("persist_only", "", EARLY | Optimization.PERSIST),
-        Plan("persist_batch", "", EARLY | Optimization.PERSIST | BATCHED),
+        LadderRow("persist_only", "", EARLY | Optimization.PERSIST),
+        LadderRow("persist_batch", "", EARLY | Optimization.PERSIST | BATCHED),
     )
 }
 ROWS = {row: plan for row, plan in {**PLANS, **OTHERS}.items() if plan.procedure is None}

@@ -11,7 +11,7 @@ from conftest import Guest
 
 from pyvhostvdpa import QueueBroken, State
 from pyvhostvdpa._cdefs import ffi
-from pyvhostvdpa.chardev.iotlb import Layout
+from pyvhostvdpa.chardev.iotlb import GuestMapping
 from pyvhostvdpa.memory.guest import PAGE_SIZE
 
 
@@ -56,7 +56,7 @@ def test_traffic_survives_on_a_device_that_forgets_its_maps_at_reset(forgetful_g
 def test_guest_memory_stays_mapped_while_only_rings_come_and_go(guest: Guest) -> None:
     space = guest.device.iotlb.space(0)
     before = space.mappings
-    assert space.layout is Layout.IDENTITY
+    assert space.layout is GuestMapping.IDENTITY
     guest.device.start_shadow(guest.nic.queues)
     assert set(before) < set(space.mappings)
     assert len(space.mappings) == len(before) + 2 * len(guest.nic.queues)

@@ -16,7 +16,7 @@ from world import OPTIONS, World
 
 from pyvhostvdpa import GuestOptions, VdpaNetDevice
 from pyvhostvdpa.guest.state import GuestShape
-from pyvhostvdpa.guest.synthetic import Guest
+from pyvhostvdpa.guest.synthetic import SyntheticGuest
 from pyvhostvdpa.migration.saved import SavedGuest, save
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
 
@@ -24,7 +24,7 @@ from pyvhostvdpa.net.features import CONTROL, SUPPORTED
 def save_a_guest(path: str, folder: Path) -> Path:
     """A guest of a device that has never run, in a file."""
     with VdpaNetDevice(path, wanted=SUPPORTED | CONTROL) as device:
-        guest = Guest.create([device], GuestOptions(memory=8 << 20, ring_size=64))
+        guest = SyntheticGuest.create([device], GuestOptions(memory=8 << 20, ring_size=64))
         own, devices = guest.state()
         layout = tuple((region.gpa, region.size) for region in guest.memory.regions)
         saved = save(

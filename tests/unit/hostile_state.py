@@ -42,7 +42,7 @@ from pyvhostvdpa.guest.arena import GuestArena
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.guest.nic_state import RingPlace
 from pyvhostvdpa.guest.state import DeviceState, GuestState
-from pyvhostvdpa.guest.synthetic import Guest, GuestWriter
+from pyvhostvdpa.guest.synthetic import GuestWriter, SyntheticGuest
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, Gpa, GuestMemory, SharedMemory
 from pyvhostvdpa.net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
 from pyvhostvdpa.net.control_queue import ControlArea, ControlOptions, ControlQueue
@@ -148,7 +148,7 @@ def width(whole: Any, path: Path_) -> int:
 class World:
     """A guest as an honest source would hand it over, in memory with guards around it."""
 
-    def __init__(self, make: Callable[[GuestMemory], Guest]) -> None:
+    def __init__(self, make: Callable[[GuestMemory], SyntheticGuest]) -> None:
         self.memory = GuestMemory(LAYOUT)
         for region in self.memory.regions:
             guard(region.memory.hva - _PIECE, -_PIECE)
@@ -197,17 +197,17 @@ def guard(begin: int, step: int) -> None:
         libc.mmap(ctypes.c_void_p(at), ctypes.c_size_t(_PIECE), 0, 0x100022, -1, ctypes.c_long(0))
 
 
-def plain(memory: GuestMemory) -> Guest:
-    guest = Guest(memory)
+def plain(memory: GuestMemory) -> SyntheticGuest:
+    guest = SyntheticGuest(memory)
     guest.add(GuestNic(memory, NicOptions(ring_size=16, features=SUPPORTED)), None)
     return guest
 
 
-def full(memory: GuestMemory) -> Guest:
+def full(memory: GuestMemory) -> SyntheticGuest:
     """Two pairs, a control queue, indirect tables, indices for notifications, a CPU that writes."""
     features = SUPPORTED | CONTROL | RING | Feature.GUEST_CSUM
     arena = GuestArena(memory, DEFAULT_GPA, 1 << 20)
-    guest = Guest(memory)
+    guest = SyntheticGuest(memory)
     nic = GuestNic(memory, NicOptions(pairs=2, ring_size=16, features=features, control_index=4), arena)
     rss = struct.pack("<IHHHHHB", 0x3F, 1, 0, 0, 2, 2, 40) + bytes(40)
     model = ControlModel(features, mac=b"\2abcde", multicast=[b"\3mmmmm"], vlans={1, 7}, pairs=2, rss=rss)
@@ -300,7 +300,7 @@ class Fuzzer:
     def _arrive(self, world: World, guest_section: bytes, device_section: bytes, clock: int) -> None:
         try:
             own, device = GuestState.decode(guest_section), DeviceState.decode(device_section)
-            guest = Guest.restore(world.memory, own, [device])
+            guest = SyntheticGuest.restore(world.memory, own, [device])
         except StreamCorrupt:
             return
         try:
@@ -322,7 +322,7 @@ class Fuzzer:
             if field.kind != "part" and value != get(honest[name], tuple(path)):
                 mark(number * _BUCKETS + bucket(field.kind, value, world.memory))
 
-    def _drive(self, guest: Guest) -> None:
+    def _drive(self, guest: SyntheticGuest) -> None:
         for nic, control in zip(guest.nics, guest.controls, strict=True):
             if nic.control is not None and control is not None:
                 self._control(guest, nic, control)
@@ -336,7 +336,7 @@ class Fuzzer:
             guest.writer.bad_pages()
         guest.state()[1][0].encode()
 
-    def _control(self, guest: Guest, nic: GuestNic, control: Any) -> None:
+    def _control(self, guest: SyntheticGuest, nic: GuestNic, control: Any) -> None:
         """Replay the state, and have the driver send a command, which the queue serves then."""
         queue = ControlQueue(control, guest.memory, self._area, ControlOptions(ring=ring_bits(nic.features)))
         queue._send = lambda commands: bytes([OK] * len(commands))  # type: ignore[method-assign]

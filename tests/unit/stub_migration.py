@@ -16,7 +16,7 @@ from pyvhostvdpa.base.uapi import BackendFeature
 from pyvhostvdpa.device.net import State
 from pyvhostvdpa.device.procedure.best import Choice
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
-from pyvhostvdpa.guest.synthetic import Guest
+from pyvhostvdpa.guest.synthetic import SyntheticGuest
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.migration.cancel import Cancel
 from pyvhostvdpa.migration.pages import PAGES, ZERO, PageReceiver
@@ -127,7 +127,7 @@ class Rig:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         memory = GuestMemory([(DEFAULT_GPA, MEMORY)])
-        self.guest = Guest(memory)
+        self.guest = SyntheticGuest(memory)
         self.guest.add(GuestNic(memory, NicOptions(ring_size=16)), None)
         self.trace = Trace()
         self.device = StubDevice(trace=self.trace)

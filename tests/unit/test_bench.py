@@ -15,11 +15,11 @@ import pytest
 from pyvhostvdpa.base.errors import MissingFeature
 from pyvhostvdpa.base.uapi import IotlbType
 from pyvhostvdpa.bench import plot
-from pyvhostvdpa.bench.memory import Backing, BenchMemory, Layout, Page
-from pyvhostvdpa.bench.plan import HOLE, Mode, Options, Place, Point, messages, refusal
+from pyvhostvdpa.bench.memory import Backing, BenchMemory, Page, PhysicalLayout
+from pyvhostvdpa.bench.plan import HOLE, MapBenchOptions, MessagePlace, Mode, Point, messages, refusal
 from pyvhostvdpa.bench.report import SCHEMA, MapReport, Result, compare, load
 from pyvhostvdpa.bench.stats import fit, percentile, summarize
-from pyvhostvdpa.chardev.burst import Burst
+from pyvhostvdpa.chardev.burst import PreparedMessages
 from pyvhostvdpa.chardev.door import IotlbMessage
 from pyvhostvdpa.chardev.iotlb import Limits
 from pyvhostvdpa.cli import main
@@ -34,7 +34,7 @@ FIRST = IotlbMessage(IotlbType.UPDATE, 1, 1 << 30, PAGE_SIZE, 0x7000_0000, 3)
 
 
 def test_messages_stand_in_the_buffer_as_they_were_added() -> None:
-    burst = Burst(8)
+    burst = PreparedMessages(8)
     burst.add(IotlbMessage(IotlbType.BATCH_BEGIN, 1))
     burst.add_pieces(FIRST, 5, 2 * PAGE_SIZE, uaddr_step=PAGE_SIZE)
     assert len(burst) == 6
@@ -45,7 +45,7 @@ def test_messages_stand_in_the_buffer_as_they_were_added() -> None:
 
 
 def test_a_full_buffer_is_told_and_can_be_filled_anew() -> None:
-    burst = Burst(2)
+    burst = PreparedMessages(2)
     burst.add_pieces(FIRST, 2, PAGE_SIZE)
     with pytest.raises(ValueError, match="2 of 2 are in the buffer"):
         burst.add(FIRST)
@@ -60,7 +60,7 @@ def test_a_full_buffer_is_told_and_can_be_filled_anew() -> None:
 
 
 def test_regions_cover_the_memory_without_a_gap() -> None:
-    pieces = Place(WIDE, Layout.CONTIGUOUS).pieces(Point(MIB, 7))
+    pieces = MessagePlace(WIDE, PhysicalLayout.CONTIGUOUS).pieces(Point(MIB, 7))
     assert pieces[0].iova == DEFAULT_GPA
     assert sum(p.size for p in pieces) == MIB
     for one, following in pairwise(pieces):
@@ -70,7 +70,7 @@ def test_regions_cover_the_memory_without_a_gap() -> None:
 
 
 def test_holes_lie_behind_each_region() -> None:
-    pieces = Place(WIDE, Layout.HOLES).pieces(Point(MIB, 4))
+    pieces = MessagePlace(WIDE, PhysicalLayout.HOLES).pieces(Point(MIB, 4))
     assert [p.iova - DEFAULT_GPA for p in pieces] == [i * (MIB // 4 + HOLE) for i in range(4)]
     assert [p.offset for p in pieces] == [i * MIB // 4 for i in range(4)]
 
@@ -84,7 +84,7 @@ def test_holes_lie_behind_each_region() -> None:
     ],
 )
 def test_each_mode_sends_its_messages(mode: Mode, kinds: str) -> None:
-    pieces = Place(WIDE, Layout.CONTIGUOUS).pieces(Point(MIB, 2))
+    pieces = MessagePlace(WIDE, PhysicalLayout.CONTIGUOUS).pieces(Point(MIB, 2))
     sent = messages(mode, pieces, 0x7000_0000, asid=1)
     assert [m.type.name.removeprefix("BATCH_") for m in sent] == kinds.split()
     assert {m.asid for m in sent} == {1}
@@ -98,20 +98,25 @@ def narrow(**changes: Any) -> Limits:
 
 
 REFUSED = {
-    "no whole page a region": (Point(MIB, 257), Options(), WIDE, "have no 257 pages"),
-    "no whole huge page": (Point(MIB, 1), Options(page=Page.LARGE), WIDE, "not whole pages of 2M"),
-    "no pool of huge pages": (Point(1 << 40, 1), Options(page=Page.HUGE), WIDE, "of 1024 pages of 1G are free"),
-    "more than this machine has": (Point(1 << 50, 1), Options(), WIDE, "available"),
+    "no whole page a region": (Point(MIB, 257), MapBenchOptions(), WIDE, "have no 257 pages"),
+    "no whole huge page": (Point(MIB, 1), MapBenchOptions(page=Page.LARGE), WIDE, "not whole pages of 2M"),
+    "no pool of huge pages": (Point(1 << 40, 1), MapBenchOptions(page=Page.HUGE), WIDE, "of 1024 pages of 1G are free"),
+    "more than this machine has": (Point(1 << 50, 1), MapBenchOptions(), WIDE, "available"),
     "more entries than there may be": (
         Point(16 * MIB, 1),
-        Options(layout=Layout.SCATTERED),
+        MapBenchOptions(layout=PhysicalLayout.SCATTERED),
         narrow(),
         "about 3891 IOTLB entries besides the proof's own, an address space may have 2048",
     ),
-    "beyond the IOVA range": (Point(MIB, 1), Options(), narrow(last=(4 << 20) + 1000), "IOVA range 0x0-0x4003e8"),
+    "beyond the IOVA range": (
+        Point(MIB, 1),
+        MapBenchOptions(),
+        narrow(last=(4 << 20) + 1000),
+        "IOVA range 0x0-0x4003e8",
+    ),
     "holes beyond the IOVA range": (
         Point(MIB, 64),
-        Options(layout=Layout.HOLES),
+        MapBenchOptions(layout=PhysicalLayout.HOLES),
         narrow(last=(1 << 36) - 1),
         "with holes of 1G",
     ),
@@ -128,7 +133,7 @@ def test_what_cannot_be_measured_is_known_before(case: str) -> None:
 
 
 def test_what_fits_is_not_refused() -> None:
-    assert refusal(Point(MIB, 16), Options(), WIDE, []) is None
+    assert refusal(Point(MIB, 16), MapBenchOptions(), WIDE, []) is None
 
 
 # -- memory --------------------------------------------------------------------------
@@ -136,7 +141,7 @@ def test_what_fits_is_not_refused() -> None:
 
 @pytest.mark.parametrize("backing", Backing)
 def test_memory_is_allocated_and_can_be_written(backing: Backing) -> None:
-    with BenchMemory(MIB, layout=Layout.SCATTERED, backing=backing) as memory:
+    with BenchMemory(MIB, layout=PhysicalLayout.SCATTERED, backing=backing) as memory:
         assert memory.size == MIB
         assert memory.hva % Page.LARGE.bytes == 0
         ctypes.memset(memory.hva, 1, MIB)
@@ -189,7 +194,7 @@ def result(mode: Mode, runs: int, ns: int, regions: int = 1) -> Result:
         mode=mode,
         point=Point(runs * PAGE_SIZE, regions),
         page=Page.SMALL,
-        layout=Layout.CONTIGUOUS,
+        layout=PhysicalLayout.CONTIGUOUS,
         asid=0,
         runs=runs,
         entries=runs,
@@ -206,7 +211,7 @@ def report(slow: int = 1) -> MapReport:
         "accelerator": "icount",
         "device": {"driver": "vdpa_hwsim", "pinned": True, "path": "/dev/vhost-vdpa-0"},
     }
-    made = MapReport(where, Options(modes=(Mode.BATCH, Mode.UNBATCHED)))
+    made = MapReport(where, MapBenchOptions(modes=(Mode.BATCH, Mode.UNBATCHED)))
     for runs in (64, 128, 256, 512):
         made.results.append(result(Mode.BATCH, runs, 20_000 * runs * slow))
         made.results.append(result(Mode.UNBATCHED, runs, 20_000 * runs + 900 * runs * runs))

@@ -20,7 +20,7 @@ from pyvhostvdpa.base.errors import KernelError, MigrationFailed, MigrationRefus
 from pyvhostvdpa.device.net import State
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.guest.state import ID_BYTES, GuestShape
-from pyvhostvdpa.guest.synthetic import Guest
+from pyvhostvdpa.guest.synthetic import SyntheticGuest
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.migration import destination
 from pyvhostvdpa.migration.cancel import Cancel
@@ -88,7 +88,7 @@ class Device(StubDevice):
 class Source:
     """The other end, which has a stopped guest."""
 
-    def __init__(self, channel: Channel, guest: Guest, shape: GuestShape) -> None:
+    def __init__(self, channel: Channel, guest: SyntheticGuest, shape: GuestShape) -> None:
         self.channel, self.guest, self.shape = channel, guest, shape
 
     def ask(self, kind: Frame, payload: bytes = b"") -> Answer:
@@ -124,7 +124,7 @@ class World:
         self.folder = folder
         self.device = Device()
         self.memory = GuestMemory([(DEFAULT_GPA, MEMORY)])
-        self.guest = Guest(self.memory)
+        self.guest = SyntheticGuest(self.memory)
         self.guest.add(GuestNic(self.memory, NicOptions(ring_size=16, features=FEATURES)), None)
         shapes = tuple(dataclasses.replace(shape, config=SPACE) for shape in self.guest.shapes())
         memory = tuple((region.gpa, region.size) for region in self.memory.regions)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pyvhostvdpa.host.doctor import CHECKS, Level, Plan, examine, healthy, to_dict
+from pyvhostvdpa.host.doctor import CHECKS, GuestSize, Level, examine, healthy, to_dict
 from pyvhostvdpa.host.doctor.finding import Finding
 from pyvhostvdpa.host.machine import Firmware, Machine, Nic, Node, gather
 from pyvhostvdpa.host.mgmt import VdpaDevice
@@ -37,7 +37,7 @@ def replace(facts: Any, **changes: Any) -> Any:
 
 
 def found(machine: Machine, check: str, memory: int = GIB) -> list[Finding]:
-    return [finding for finding in examine(machine, Plan(memory)) if finding.id == check]
+    return [finding for finding in examine(machine, GuestSize(memory)) if finding.id == check]
 
 
 def only(machine: Machine, check: str, memory: int = GIB) -> Finding:

@@ -18,7 +18,7 @@ import pytest
 from pyvhostvdpa.base.errors import MigrationFailed, MigrationRefused
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.guest.state import GuestShape
-from pyvhostvdpa.guest.synthetic import Guest
+from pyvhostvdpa.guest.synthetic import SyntheticGuest
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.migration import folder as folders
 from pyvhostvdpa.migration import saved as saving
@@ -30,14 +30,14 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def guest() -> Iterator[Guest]:
-    guest = Guest(GuestMemory([(DEFAULT_GPA, SIZE)]))
+def guest() -> Iterator[SyntheticGuest]:
+    guest = SyntheticGuest(GuestMemory([(DEFAULT_GPA, SIZE)]))
     guest.add(GuestNic(guest.memory, NicOptions(ring_size=16)), None)
     yield guest
     guest.close()
 
 
-def saved(guest: Guest, number: bytes = bytes(16)) -> SavedGuest:
+def saved(guest: SyntheticGuest, number: bytes = bytes(16)) -> SavedGuest:
     own, devices = guest.state()
     return SavedGuest(GuestShape(number, "here", ((DEFAULT_GPA, SIZE),), guest.shapes(), False), own, tuple(devices))
 
@@ -194,7 +194,7 @@ def test_four_claimants_that_are_killed_at_random_start_a_guest_exactly_once(tmp
 # -- files that appear -----------------------------------------------------------------
 
 
-def test_a_saved_guest_cannot_be_claimed_while_it_is_held(guest: Guest, tmp_path: Path) -> None:
+def test_a_saved_guest_cannot_be_claimed_while_it_is_held(guest: SyntheticGuest, tmp_path: Path) -> None:
     with save_held(tmp_path, "source", saved(guest), guest.memory) as held:
         assert list(tmp_path.iterdir()) == [held.path]
         with pytest.raises(MigrationRefused, match="in use"):
@@ -202,7 +202,7 @@ def test_a_saved_guest_cannot_be_claimed_while_it_is_held(guest: Guest, tmp_path
     Claim(held.path).close()
 
 
-def test_a_symlink_in_the_folder_is_not_followed(guest: Guest, tmp_path: Path) -> None:
+def test_a_symlink_in_the_folder_is_not_followed(guest: SyntheticGuest, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
     for name in ("guest-000000000000-source.half", "guest-000000000000-source.saved"):
@@ -213,7 +213,7 @@ def test_a_symlink_in_the_folder_is_not_followed(guest: Guest, tmp_path: Path) -
     load(path)[1].close()
 
 
-def test_a_second_guest_of_the_same_number_replaces_none(guest: Guest, tmp_path: Path) -> None:
+def test_a_second_guest_of_the_same_number_replaces_none(guest: SyntheticGuest, tmp_path: Path) -> None:
     first = save(tmp_path, "destination", saved(guest), guest.memory)
     content = first.read_bytes()
     guest.memory.regions[0].memory.buffer[-1] = 1
@@ -226,7 +226,7 @@ def test_a_second_guest_of_the_same_number_replaces_none(guest: Guest, tmp_path:
 
 
 def test_a_folder_without_hard_links_serves_as_well(
-    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guest: SyntheticGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(source: object, target: object) -> None:
         raise PermissionError(1, "Operation not permitted")
@@ -238,7 +238,7 @@ def test_a_folder_without_hard_links_serves_as_well(
 
 
 def test_the_folder_is_written_out_after_the_file_has_its_name(
-    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guest: SyntheticGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
     fsync, link = os.fsync, os.link
@@ -258,7 +258,7 @@ def test_the_folder_is_written_out_after_the_file_has_its_name(
 
 
 def test_a_relative_folder_gives_a_path_that_works_from_anywhere(
-    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guest: SyntheticGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert save(Path("."), "source", saved(guest), guest.memory).parent == tmp_path
@@ -268,7 +268,7 @@ def test_a_relative_folder_gives_a_path_that_works_from_anywhere(
 
 
 def test_a_process_killed_while_saving_leaves_nothing_for_long(
-    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guest: SyntheticGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def until_killed(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -356,7 +356,7 @@ def test_a_folder_where_others_cannot_rename_is_allowed(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_nothing_and_says_where(
-    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guest: SyntheticGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

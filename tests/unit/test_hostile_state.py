@@ -19,7 +19,7 @@ import pyvhostvdpa
 from pyvhostvdpa.base.errors import MissingFeature, StreamCorrupt
 from pyvhostvdpa.guest.nic_state import BadState, RingPlace, check_place
 from pyvhostvdpa.guest.state import DeviceState, GuestState
-from pyvhostvdpa.guest.synthetic import MAX_WRITER_RATE, Guest
+from pyvhostvdpa.guest.synthetic import MAX_WRITER_RATE, SyntheticGuest
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, PAGE_SIZE, GuestMemory
 from pyvhostvdpa.net.features import Feature
 
@@ -46,11 +46,11 @@ def world(full_world: World) -> World:
     return full_world
 
 
-def restored(world: World, device: DeviceState, guest: GuestState | None = None) -> Guest:
+def restored(world: World, device: DeviceState, guest: GuestState | None = None) -> SyntheticGuest:
     """Restore as a destination does, with memory in which each ring is what the state says."""
     cohere(world.memory, device)
     guest = GuestState.decode((guest or world.guest).encode())
-    return Guest.restore(world.memory, guest, [DeviceState.decode(device.encode())], world.shapes)
+    return SyntheticGuest.restore(world.memory, guest, [DeviceState.decode(device.encode())], world.shapes)
 
 
 def refused(world: World, device: DeviceState, guest: GuestState | None = None) -> str:
@@ -160,12 +160,12 @@ def test_device_state_without_pairs_is_refused(world: World) -> None:
     with pytest.raises(StreamCorrupt, match="pairs: a NIC has at least one"):
         DeviceState.decode(device.encode())
     with pytest.raises(StreamCorrupt, match="pairs: a NIC has at least one"):
-        Guest.restore(world.memory, world.guest, [device])
+        SyntheticGuest.restore(world.memory, world.guest, [device])
 
 
 def test_state_of_more_devices_than_the_shape_has_is_refused(world: World) -> None:
     with pytest.raises(StreamCorrupt, match="2 devices, the SHAPE section has 1"):
-        Guest.restore(world.memory, world.guest, [world.device, world.device], world.shapes)
+        SyntheticGuest.restore(world.memory, world.guest, [world.device, world.device], world.shapes)
 
 
 @pytest.mark.parametrize("clock", [-(1 << 63), (1 << 63) - 1, 0], ids=["first", "last", "zero"])
@@ -204,7 +204,7 @@ def test_restore_without_descriptors_left_names_the_limit(world: World) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, hard))
     try:
         with pytest.raises(MissingFeature, match="Too many open files") as error:
-            Guest.restore(world.memory, world.guest, [world.device], world.shapes)
+            SyntheticGuest.restore(world.memory, world.guest, [world.device], world.shapes)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert "ulimit -n" in error.value.hint

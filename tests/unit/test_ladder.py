@@ -11,7 +11,7 @@ import pytest
 from pyvhostvdpa.base.errors import MigrationRefused, MissingFeature
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
 from pyvhostvdpa.bench.ladder.report import Counts, LadderReport, RowResult, Run
-from pyvhostvdpa.bench.ladder.rows import PLANS, Plan, plan
+from pyvhostvdpa.bench.ladder.rows import PLANS, LadderRow, plan
 from pyvhostvdpa.bench.ladder.run import regions
 from pyvhostvdpa.bench.ladder.stage import Simulated
 from pyvhostvdpa.cli import main
@@ -25,7 +25,7 @@ from pyvhostvdpa.net.features import SUPPORTED
 MIB = 1 << 20
 
 
-def target(row: Plan, offered: BackendFeature = ALL_BACKEND_FEATURES, descriptors: int | None = 2) -> Target:
+def target(row: LadderRow, offered: BackendFeature = ALL_BACKEND_FEATURES, descriptors: int | None = 2) -> Target:
     """What resolution looks at: acknowledged features, groups, address spaces."""
     iotlb = SimpleNamespace(limits=SimpleNamespace(as_num=2))
     groups = Groups(max_pairs=2, control_index=4, control=1, descriptors=descriptors)

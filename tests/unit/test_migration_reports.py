@@ -30,7 +30,7 @@ from pyvhostvdpa.migration.endpoint import NoPeer
 from pyvhostvdpa.migration.order import Order
 from pyvhostvdpa.migration.report import STAYED, Part, SentReport
 from pyvhostvdpa.migration.session import Receiving, Sending, drain
-from pyvhostvdpa.migration.source import SendOptions, Sent
+from pyvhostvdpa.migration.source import SendOptions, SendResult
 
 DRAIN = 0.05
 """Seconds that the last frames get here."""
@@ -106,7 +106,7 @@ def sent_report(rig: Rig, outcome: str) -> SentReport:
     sending = Sending(["stub0"], lambda cancel: fail(), GuestOptions(), trace=rig.trace)
     sending._parts, sending._lost, sending._warnings = {"passthrough": Part(5, 1.0)}, {}, []
     rig.guest.pause()
-    return sending._report(outcome, rig.guest, [rig.device], Sent())  # type: ignore[list-item]
+    return sending._report(outcome, rig.guest, [rig.device], SendResult())  # type: ignore[list-item]
 
 
 def test_report_of_a_migration_cancelled_early_has_null_for_what_was_not_measured(rig: Rig) -> None:

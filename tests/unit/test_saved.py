@@ -15,7 +15,7 @@ import pytest
 from pyvhostvdpa.base.errors import MigrationFailed, MigrationRefused, StreamCorrupt
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.guest.state import GuestShape, GuestState
-from pyvhostvdpa.guest.synthetic import Guest
+from pyvhostvdpa.guest.synthetic import SyntheticGuest
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, Gpa, GuestMemory
 from pyvhostvdpa.migration.pages import memory_hash
 from pyvhostvdpa.migration.saved import SavedGuest, check_room, load, read_sections, save
@@ -25,9 +25,9 @@ LAYOUT = ((DEFAULT_GPA, SIZE), (Gpa(1 << 33), 12288))
 
 
 @pytest.fixture
-def guest() -> Iterator[Guest]:
+def guest() -> Iterator[SyntheticGuest]:
     memory = GuestMemory(LAYOUT)
-    guest = Guest(memory)
+    guest = SyntheticGuest(memory)
     guest.add(GuestNic(memory, NicOptions(ring_size=16)), None)
     memory.regions[0].memory.buffer[3_000_000:3_500_000] = os.urandom(500_000)
     memory.regions[1].memory.buffer[12287] = 7
@@ -35,12 +35,12 @@ def guest() -> Iterator[Guest]:
     guest.close()
 
 
-def saved(guest: Guest) -> SavedGuest:
+def saved(guest: SyntheticGuest) -> SavedGuest:
     own, devices = guest.state()
     return SavedGuest(GuestShape(bytes(16), "here", LAYOUT, guest.shapes(), False), own, tuple(devices))
 
 
-def test_a_guest_comes_back_whole(guest: Guest, tmp_path: Path) -> None:
+def test_a_guest_comes_back_whole(guest: SyntheticGuest, tmp_path: Path) -> None:
     was = saved(guest)
     path = save(tmp_path, "source", was, guest.memory)
     assert path.name == "guest-000000000000-source.saved"
@@ -54,13 +54,13 @@ def test_a_guest_comes_back_whole(guest: Guest, tmp_path: Path) -> None:
             assert bytes(theirs.memory.buffer) == bytes(ours.memory.buffer)
 
 
-def test_zeros_take_no_room(guest: Guest, tmp_path: Path) -> None:
+def test_zeros_take_no_room(guest: SyntheticGuest, tmp_path: Path) -> None:
     path = save(tmp_path, "source", saved(guest), guest.memory)
     assert path.stat().st_size > SIZE
     assert path.stat().st_blocks * 512 < SIZE
 
 
-def test_a_damaged_byte_of_memory_is_found(guest: Guest, tmp_path: Path) -> None:
+def test_a_damaged_byte_of_memory_is_found(guest: SyntheticGuest, tmp_path: Path) -> None:
     path = save(tmp_path, "source", saved(guest), guest.memory)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -70,7 +70,7 @@ def test_a_damaged_byte_of_memory_is_found(guest: Guest, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("cut", [0, 10, 30, 60, 3000, 1 << 20])
-def test_a_truncated_file_is_refused(guest: Guest, tmp_path: Path, cut: int) -> None:
+def test_a_truncated_file_is_refused(guest: SyntheticGuest, tmp_path: Path, cut: int) -> None:
     path = save(tmp_path, "source", saved(guest), guest.memory)
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(StreamCorrupt):
@@ -95,13 +95,13 @@ def test_no_room_is_told_beforehand(tmp_path: Path) -> None:
     assert "--state DIR" in refused.value.hint
 
 
-def test_a_file_that_cannot_be_written_is_told(guest: Guest, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_told(guest: SyntheticGuest, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MigrationFailed, match="could not be saved"):
         save(tmp_path / "file", "source", saved(guest), guest.memory)
 
 
-def test_a_guest_without_devices_state_is_refused(guest: Guest, tmp_path: Path) -> None:
+def test_a_guest_without_devices_state_is_refused(guest: SyntheticGuest, tmp_path: Path) -> None:
     whole = saved(guest)
     path = save(tmp_path, "source", SavedGuest(whole.shape, GuestState(0), ()), guest.memory)
     with pytest.raises(StreamCorrupt, match="0 devices, the SHAPE section has 1"):
@@ -112,15 +112,15 @@ def test_a_guest_without_devices_state_is_refused(guest: Guest, tmp_path: Path) 
 
 
 @pytest.fixture
-def small() -> Iterator[Guest]:
+def small() -> Iterator[SyntheticGuest]:
     memory = GuestMemory([(DEFAULT_GPA, 1 << 18)])
-    guest = Guest(memory)
+    guest = SyntheticGuest(memory)
     guest.add(GuestNic(memory, NicOptions(ring_size=16)), None)
     yield guest
     guest.close()
 
 
-def saved_small(guest: Guest) -> SavedGuest:
+def saved_small(guest: SyntheticGuest) -> SavedGuest:
     own, devices = guest.state()
     shape = GuestShape(bytes(range(16)), "here", ((DEFAULT_GPA, 1 << 18),), guest.shapes(), False)
     return SavedGuest(shape, own, tuple(devices))
@@ -132,7 +132,7 @@ def flipped(data: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
-def test_saved_file_with_one_flipped_bit_is_refused(small: Guest, tmp_path: Path) -> None:
+def test_saved_file_with_one_flipped_bit_is_refused(small: SyntheticGuest, tmp_path: Path) -> None:
     """A bit of each byte before memory, but of few in the bitmap of sequence numbers; and some of memory."""
     path = save(tmp_path, "source", saved_small(small), small.memory)
     data = path.read_bytes()
@@ -144,7 +144,7 @@ def test_saved_file_with_one_flipped_bit_is_refused(small: Guest, tmp_path: Path
             load(path)
 
 
-def test_every_flipped_bit_of_saved_state_is_refused(small: Guest, tmp_path: Path) -> None:
+def test_every_flipped_bit_of_saved_state_is_refused(small: SyntheticGuest, tmp_path: Path) -> None:
     path = save(tmp_path, "source", saved_small(small), small.memory)
     state = path.read_bytes()[: -small.memory.size]
     assert read_sections(io.BytesIO(state), path)[0] == saved_small_of(path)
@@ -160,7 +160,7 @@ def saved_small_of(path: Path) -> SavedGuest:
     return saved
 
 
-def test_saved_file_with_bytes_after_its_end_is_refused(small: Guest, tmp_path: Path) -> None:
+def test_saved_file_with_bytes_after_its_end_is_refused(small: SyntheticGuest, tmp_path: Path) -> None:
     path = save(tmp_path, "source", saved_small(small), small.memory)
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(StreamCorrupt, match="bytes after its memory"):
@@ -168,7 +168,7 @@ def test_saved_file_with_bytes_after_its_end_is_refused(small: Guest, tmp_path: 
 
 
 def test_saved_file_of_version_1_is_read_with_a_warning(
-    small: Guest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    small: SyntheticGuest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     guest = saved_small(small)
     path = tmp_path / "old.saved"
@@ -185,7 +185,7 @@ def test_saved_file_of_version_1_is_read_with_a_warning(
 
 
 def test_saved_file_of_the_current_version_is_read_without_a_warning(
-    small: Guest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    small: SyntheticGuest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = save(tmp_path, "source", saved_small(small), small.memory)
     assert path.read_bytes()[8:12] == b"\2\0\0\0"
@@ -193,7 +193,7 @@ def test_saved_file_of_the_current_version_is_read_without_a_warning(
     assert not caplog.text
 
 
-def test_saved_state_that_does_not_match_its_shape_is_refused(small: Guest, tmp_path: Path) -> None:
+def test_saved_state_that_does_not_match_its_shape_is_refused(small: SyntheticGuest, tmp_path: Path) -> None:
     whole = saved_small(small)
     other = dataclasses.replace(whole.shape, devices=(dataclasses.replace(whole.shape.devices[0], ring_size=32),))
     path = save(tmp_path, "source", dataclasses.replace(whole, shape=other), small.memory)

@@ -21,7 +21,7 @@ from pyvhostvdpa.net.features import SUPPORTED, Feature, ring_bits
 from pyvhostvdpa.virtqueue import SHADOWED
 from pyvhostvdpa.virtqueue.layout import ring_layout
 from pyvhostvdpa.virtqueue.serving import RelayOptions, RingServer, Serving
-from pyvhostvdpa.virtqueue.shadow import Relays
+from pyvhostvdpa.virtqueue.shadow import ShadowThreads
 
 Make = Callable[..., Model]
 PROCEDURES = Path(pyvhostvdpa.__file__).parent / "device" / "procedure"
@@ -84,4 +84,4 @@ def test_a_shadow_queue_offers_all_that_a_procedure_asks_for(model: Make) -> Non
 
 def test_the_relay_serves_shadow_queues_only() -> None:
     with pytest.raises(TypeError, match="shadow virtqueues only"):
-        Relays([cast(RingServer, object())], RelayOptions())
+        ShadowThreads([cast(RingServer, object())], RelayOptions())

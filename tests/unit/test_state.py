@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pyvhostvdpa.base.errors import StreamCorrupt
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.guest.state import DeviceShape, DeviceState, GuestShape, GuestState
-from pyvhostvdpa.guest.synthetic import Guest, GuestWriter
+from pyvhostvdpa.guest.synthetic import GuestWriter, SyntheticGuest
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.net.control import ControlModel, Rx
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED, Feature
@@ -57,7 +57,7 @@ def memory() -> Iterator[GuestMemory]:
 def device(memory: GuestMemory) -> Iterator[DeviceState]:
     """A NIC of two pairs with a control queue, just started: all RX buffers are open."""
     nic = GuestNic(memory, NicOptions(pairs=2, ring_size=32, features=FEATURES, control_index=4))
-    guest = Guest(memory)
+    guest = SyntheticGuest(memory)
     guest.add(nic, model())
     _, [state] = guest.state()
     yield state
@@ -174,7 +174,7 @@ def test_damaged_state_is_refused_or_means_exactly_what_it_says(
 
 
 def test_a_nic_goes_on_from_its_state(memory: GuestMemory, device: DeviceState) -> None:
-    guest = Guest.restore(memory, GUEST_WITHOUT_WRITER, [device])
+    guest = SyntheticGuest.restore(memory, GUEST_WITHOUT_WRITER, [device])
     try:
         assert guest.state()[1] == [device]
     finally:
@@ -211,7 +211,7 @@ def test_a_pair_that_would_reach_beyond_its_memory_is_refused(
     memory: GuestMemory, device: DeviceState, fields: dict[str, Any]
 ) -> None:
     with pytest.raises(StreamCorrupt):
-        Guest.restore(memory, GUEST_WITHOUT_WRITER, [pair_with(device, **fields)])
+        SyntheticGuest.restore(memory, GUEST_WITHOUT_WRITER, [pair_with(device, **fields)])
 
 
 @pytest.mark.parametrize(
@@ -222,19 +222,19 @@ def test_a_pair_that_would_reach_beyond_its_memory_is_refused(
 def test_a_ring_that_no_driver_has_is_refused(memory: GuestMemory, device: DeviceState, change: dict[str, Any]) -> None:
     ring = dataclasses.replace(device.nic.pairs[0].rx, **change)
     with pytest.raises(StreamCorrupt):
-        Guest.restore(memory, GUEST_WITHOUT_WRITER, [pair_with(device, rx=ring)])
+        SyntheticGuest.restore(memory, GUEST_WITHOUT_WRITER, [pair_with(device, rx=ring)])
 
 
 def test_memory_and_state_of_different_guests_are_told_apart(memory: GuestMemory, device: DeviceState) -> None:
     rx, *rest = device.queues
     queues = (dataclasses.replace(rx, heads=(*rx.heads[1:], rx.heads[0])), *rest)
     with pytest.raises(StreamCorrupt, match="and other heads"):
-        Guest.restore(memory, GUEST_WITHOUT_WRITER, [dataclasses.replace(device, queues=queues)])
+        SyntheticGuest.restore(memory, GUEST_WITHOUT_WRITER, [dataclasses.replace(device, queues=queues)])
 
 
 def test_a_writer_outside_memory_is_refused(memory: GuestMemory, device: DeviceState) -> None:
     with pytest.raises(StreamCorrupt, match="is not guest memory"):
-        Guest.restore(memory, dataclasses.replace(GUEST, writer_pages=1 << 62), [device])
+        SyntheticGuest.restore(memory, dataclasses.replace(GUEST, writer_pages=1 << 62), [device])
 
 
 # -- the guest's CPU -------------------------------------------------------------------

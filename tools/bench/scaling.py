@@ -16,22 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from pyvhostvdpa.bench.map import run
-from pyvhostvdpa.bench.memory import Layout, Page
-from pyvhostvdpa.bench.plan import Mode, Options
+from pyvhostvdpa.bench.memory import Page, PhysicalLayout
+from pyvhostvdpa.bench.plan import MapBenchOptions, Mode
 
 KIB, MIB = 1 << 10, 1 << 20
 BUS = Path("/sys/bus/vdpa/devices")
 DEBUGFS = Path("/sys/kernel/debug/vdpa_hwsim")
 
-RUNS = Options(
+RUNS = MapBenchOptions(
     memory=tuple(n * 4 * KIB for n in (16, 32, 64, 128, 256, 512)),
     regions=(1,),
-    layout=Layout.SCATTERED,
+    layout=PhysicalLayout.SCATTERED,
     modes=(Mode.BATCH, Mode.UNBATCHED),
     repeat=2,
 )
-REGIONS = Options(memory=(MIB,), regions=(1, 4, 16, 64, 256), layout=Layout.SCATTERED, repeat=2)
-SIZES = Options(
+REGIONS = MapBenchOptions(memory=(MIB,), regions=(1, 4, 16, 64, 256), layout=PhysicalLayout.SCATTERED, repeat=2)
+SIZES = MapBenchOptions(
     memory=tuple(n * MIB for n in (2, 8, 32, 128, 512)), regions=(1,), page=Page.LARGE, modes=(Mode.BATCH,), repeat=2
 )
 QUESTIONS = {"runs": RUNS, "regions": REGIONS, "sizes": SIZES}

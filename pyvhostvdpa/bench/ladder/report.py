@@ -11,7 +11,7 @@ from typing import Any
 from ...guest.nic import FrameCounts
 from ...trace.downtime import total, worst
 from ...trace.gap import StopToRun
-from .rows import Plan
+from .rows import LadderRow
 
 SCHEMA = "pyvhostvdpa/ladder/1"
 
@@ -72,7 +72,7 @@ class Run:
 class RowResult:
     """A row: its runs, what was left out of it, or why it was not possible."""
 
-    plan: Plan
+    plan: LadderRow
     runs: Sequence[Run] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     impossible: str = ""

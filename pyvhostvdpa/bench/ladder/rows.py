@@ -43,7 +43,7 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LadderRow:
     """A row: ``switches`` that are on, of which ``own`` are what the row is about.
 
     ``procedure`` is a way of the package's own, for a row that is not QEMU's.
@@ -87,7 +87,7 @@ class Resolution:
     ``impossible`` is why the row cannot be run, since what it is about is missing; "" if it can.
     """
 
-    plan: Plan
+    plan: LadderRow
     switches: Optimization
     left_out: Mapping[Optimization, str]
     impossible: str
@@ -124,38 +124,38 @@ _BATCHED = Optimization.BATCH_RINGS | Optimization.DEFER_UNMAP
 PLANS = {
     plan.row: plan
     for plan in (
-        Plan("baseline", "baseline QEMU", _NONE, published=Published((20.0, 30.0), 20.0, dt1_explained=False)),
-        Plan(
+        LadderRow("baseline", "baseline QEMU", _NONE, published=Published((20.0, 30.0), 20.0, dt1_explained=False)),
+        LadderRow(
             "iterative_map",
             "+ iterative map at destination",
             _MAPPED_EARLY,
             Optimization.DEST_PREMAP,
             Published(5.0, 20.0, dt1_explained=False),
         ),
-        Plan(
+        LadderRow(
             "desc_asid_literal",
             "+ SVQ descriptor ASID, maps dropped at resets",
             _APART,
             Optimization.DESC_ASID,
             Published(2.0, 5.0, dt1_explained=False),
         ),
-        Plan(
+        LadderRow(
             "desc_asid_keep",
             "+ SVQ descriptor ASID, maps kept in a switch",
             _APART | Optimization.KEEP_AT_SWITCH,
             Optimization.DESC_ASID | Optimization.KEEP_AT_SWITCH,
             Published(2.0, 5.0, dt1_explained=False),
         ),
-        Plan("persist", "+ persistent IOTLB", _PERSISTENT, Optimization.PERSIST, Published(2.0, 2.0)),
-        Plan("batch", "+ (un)map batching", _PERSISTENT | _BATCHED, _BATCHED, Published(1.7, 1.5)),
-        Plan("ours", "the package's own procedure", procedure=Direct),
-        Plan("beyond", "switched in place, without a reset", procedure=InPlace),
+        LadderRow("persist", "+ persistent IOTLB", _PERSISTENT, Optimization.PERSIST, Published(2.0, 2.0)),
+        LadderRow("batch", "+ (un)map batching", _PERSISTENT | _BATCHED, _BATCHED, Published(1.7, 1.5)),
+        LadderRow("ours", "the package's own procedure", procedure=Direct),
+        LadderRow("beyond", "switched in place, without a reset", procedure=InPlace),
     )
 }
 """Every row, in the order of the table."""
 
 
-def plan(row: str) -> Plan:
+def plan(row: str) -> LadderRow:
     """Return a row by its name; MissingFeature tells which there are."""
     if row not in PLANS:
         known = ",".join(PLANS)

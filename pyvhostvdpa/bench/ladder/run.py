@@ -34,10 +34,10 @@ from ...trace.phases import DEST, DEST_PREMAP, DEST_STAND_BY, DEST_START, DT1, D
 from ...trace.recorder import Trace
 from .. import hwsim
 from .report import Counts, Floor, LadderReport, RowResult, Run
-from .rows import PLANS, Plan
+from .rows import PLANS, LadderRow
 from .stage import Stage, Supply
 
-Observer = Callable[[str], None]
+PhaseCallback = Callable[[str], None]
 """Called with words of progress."""
 
 DOWNTIMES = {"dt1": DT1, "dt2": DT2, "dest": DEST}
@@ -53,7 +53,7 @@ class LadderOptions:
     pairs: int = 2
     memory: int = 1 << 30
     regions: int = 4
-    rows: Sequence[Plan] = tuple(PLANS.values())
+    rows: Sequence[LadderRow] = tuple(PLANS.values())
     repeat: int = 1
     frames: int = 200
 
@@ -72,7 +72,7 @@ def regions(memory: int, count: int) -> list[tuple[Gpa, int]]:
 
 
 def ladder(
-    supply: Supply, options: LadderOptions, observer: Observer = lambda words: None
+    supply: Supply, options: LadderOptions, observer: PhaseCallback = lambda words: None
 ) -> tuple[LadderReport, dict[str, Trace]]:
     """Run the rows; the report, and the trace of each row's last run.
 
@@ -188,11 +188,11 @@ class _Guest:
 class _Row:
     def __init__(
         self,
-        plan: Plan,
+        plan: LadderRow,
         stage: Stage,
         memory: GuestMemory,
         options: LadderOptions,
-        observer: Observer,
+        observer: PhaseCallback,
         stack: ExitStack,
     ) -> None:
         self.plan, self.options, self.memory, self.observe = plan, options, memory, observer

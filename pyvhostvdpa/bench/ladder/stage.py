@@ -14,7 +14,7 @@ from ...chardev.door import can_be_opened, check_path
 from ...device.procedure.series import Optimization
 from ...host import mgmt
 from .. import hwsim
-from .rows import Plan
+from .rows import LadderRow
 
 _FIRST_MAC = 0x525491A1C200
 
@@ -34,7 +34,7 @@ class Supply(Protocol):
     profile: str | None
     charged: int | None
 
-    def stage(self, plan: Plan) -> AbstractContextManager[Stage]:
+    def stage(self, plan: LadderRow) -> AbstractContextManager[Stage]:
         """Return devices for one run of a row, theirs for the block."""
 
 
@@ -59,7 +59,7 @@ class Simulated:
         self._heavy_min = memory // 2
 
     @contextmanager
-    def stage(self, plan: Plan) -> Iterator[Stage]:
+    def stage(self, plan: LadderRow) -> Iterator[Stage]:
         """Make devices with what the row needs of the parent."""
         keeps = Optimization.KEEP_AT_SWITCH in plan.switches
         wanted = {
@@ -105,7 +105,7 @@ class Given:
         self._paths = paths
 
     @contextmanager
-    def stage(self, plan: Plan) -> Iterator[Stage]:
+    def stage(self, plan: LadderRow) -> Iterator[Stage]:
         """Return the devices; opening them resets them."""
         half = len(self._paths) // 2
         yield Stage(self._paths[:half], self._paths[half:])

@@ -28,7 +28,7 @@ from ...virtqueue import SHADOWED
 from ...virtqueue.layout import GuestQueue, RingStart, in_order, indices, ring_layout
 from ...virtqueue.rings import GuestRings
 from ...virtqueue.serving import RelayOptions, RingServer, ServerThreads, Serving
-from ...virtqueue.stall import Progress
+from ...virtqueue.stall import StallDetector
 from ..groups import Groups
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Procedure(ABC):
         self._memories: Memories | None = None
         self._queues: tuple[GuestQueue, ...] = ()
         self._guest_rings: GuestRings | None = None
-        self._progress: Progress | None = None
+        self._progress: StallDetector | None = None
         self._started_at: dict[int, RingStart] = {}
         """What each guest ring held when passthrough started, by queue index."""
         self._ours: list[tuple[int, int]] = []
@@ -212,7 +212,7 @@ class Procedure(ABC):
         self._queues = tuple(queues)
         if self._guest_rings is None or self._guest_rings.queues != self._queues:
             self._guest_rings = GuestRings(self._queues, self.memories.guest)
-            self._progress = Progress(queues, self.memories.guest)
+            self._progress = StallDetector(queues, self.memories.guest)
 
     def start(self, mode: State, queues: Sequence[GuestQueue], control: GuestControl | None) -> None:
         """Start the device in ``mode`` on a guest's queues; a failure leaves it reset."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ...base.uapi import Access, BackendFeature, Status
 from ...chardev.calls import PreparedCalls
-from ...chardev.iotlb import Layout
+from ...chardev.iotlb import GuestMapping
 from ...memory.guest import GuestMemory
 from ...net.control_queue import GuestControl
 from ...virtqueue.layout import GuestQueue
@@ -34,7 +34,7 @@ class Direct(Procedure):
         with space.batch() as batch:
             for region in memory.regions:
                 batch.map(region.gpa, region.memory.hva, region.size)
-        space.layout = Layout.IDENTITY
+        space.layout = GuestMapping.IDENTITY
 
     # -- start ------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from ...base.errors import MissingFeature
 from ...base.uapi import Access, BackendFeature, Status
-from ...chardev.iotlb import Layout
+from ...chardev.iotlb import GuestMapping
 from ...memory.guest import Translation
 from ...net.control_queue import BUFFER_SIZE, GuestControl
 from ...virtqueue.layout import GuestQueue, RingLayout
@@ -81,9 +81,9 @@ class Series(Procedure):
         """Apart from guest memory if DESC_ASID is on and the device can do it."""
         return OWN_ASID if self._on(Optimization.DESC_ASID) and self.target.descriptors_apart else GUEST_ASID
 
-    def _layout_for(self, mode: State) -> Layout:
+    def _layout_for(self, mode: State) -> GuestMapping:
         legacy = mode is State.SHADOW and self.ring_asid == GUEST_ASID
-        return Layout.TRANSLATED if legacy else Layout.IDENTITY
+        return GuestMapping.TRANSLATED if legacy else GuestMapping.IDENTITY
 
     def _clients(self) -> list[NetClient]:
         queues = self._queues
@@ -99,8 +99,8 @@ class Series(Procedure):
         self._config_eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._add_status(READY)
         if self._on(Optimization.DEST_PREMAP):
-            self._place_guest(Layout.IDENTITY)
-            self._map_guest(Layout.IDENTITY)
+            self._place_guest(GuestMapping.IDENTITY)
+            self._map_guest(GuestMapping.IDENTITY)
 
     def _add_status(self, bits: Status) -> Status:
         c = self.target.chardev
@@ -119,7 +119,7 @@ class Series(Procedure):
             self._serve()
         self._serve_control()
 
-    def _start_client(self, client: NetClient, mode: State, layout: Layout) -> None:
+    def _start_client(self, client: NetClient, mode: State, layout: GuestMapping) -> None:
         c = self.target.chardev
         if client.first:
             self._bind_descriptors(mode)
@@ -215,7 +215,7 @@ class Series(Procedure):
         if guest is None:
             raise MissingFeature(f"{self.target.path}: there is no control queue")
         c, area = self.target.chardev, self._make_control(guest).area
-        self._control_asid = GUEST_ASID if self._layout_for(mode) is Layout.TRANSLATED else OWN_ASID
+        self._control_asid = GUEST_ASID if self._layout_for(mode) is GuestMapping.TRANSLATED else OWN_ASID
         if self._control_asid == OWN_ASID:
             c.set_group_asid(c.get_vring_group(guest.queue.index), OWN_ASID)
         with self._batch(Optimization.BATCH_RINGS, self._control_asid):
@@ -256,14 +256,14 @@ class Series(Procedure):
             space.unmap(iova, size)
             self._ours.remove((asid, iova))
 
-    def _place_guest(self, layout: Layout) -> None:
+    def _place_guest(self, layout: GuestMapping) -> None:
         """Decide where guest memory goes in ``layout``; what lies elsewhere is taken away."""
         space = self.target.iotlb.space(GUEST_ASID)
         if space.layout is layout:
             return
         self._flush()
         regions = self.memories.guest.regions
-        if layout is Layout.IDENTITY:
+        if layout is GuestMapping.IDENTITY:
             self._translation = None
             self._guest_at = [(region.gpa, region.size) for region in regions]
         else:
@@ -271,7 +271,7 @@ class Series(Procedure):
             self._translation = self.memories.guest.translate(iovas)
             self._guest_at = [(iova, region.size) for iova, region in zip(iovas, regions, strict=True)]
 
-    def _map_guest(self, layout: Layout) -> None:
+    def _map_guest(self, layout: GuestMapping) -> None:
         space = self.target.iotlb.space(GUEST_ASID)
         if space.layout is layout:
             return
@@ -288,7 +288,7 @@ class Series(Procedure):
             for iova, size in self._guest_at:
                 if iova in mapped:
                     batch.unmap(iova, size)
-        space.layout = Layout.NONE
+        space.layout = GuestMapping.NONE
         if self._translation is not None:
             self._translation = None
             for iova, _ in self._guest_at:
@@ -352,7 +352,7 @@ class Series(Procedure):
         if self._on(Optimization.PERSIST):
             self.target.chardev.trace.note(
                 "vhost_vdpa_maybe_flush_map",
-                registered=self.target.iotlb.space(GUEST_ASID).layout is not Layout.NONE,
+                registered=self.target.iotlb.space(GUEST_ASID).layout is not GuestMapping.NONE,
                 flush_map=not keeps,
                 iotlb_persistent=BackendFeature.IOTLB_PERSIST in self.target.backend_features,
             )

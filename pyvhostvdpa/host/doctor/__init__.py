@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ..machine import Machine
 from . import access, hardware, memory, migrating
-from .finding import DEFAULT_MEMORY, NO_DEVICE, Check, Finding, Level, Plan
+from .finding import DEFAULT_MEMORY, NO_DEVICE, Check, Finding, GuestSize, Level
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ CHECKS: dict[str, Check] = {
 """Every check by its id: K kernel, D device, M memory, O opening, G migration, A addresses, F features."""
 
 
-def examine(machine: Machine, plan: Plan | None = None) -> list[Finding]:
+def examine(machine: Machine, plan: GuestSize | None = None) -> list[Finding]:
     """Run all checks on the facts."""
-    plan = plan or Plan()
+    plan = plan or GuestSize()
     found = []
     for identity, check in CHECKS.items():
         told = list(check(machine, plan)) or [NO_DEVICE]
@@ -70,4 +70,4 @@ def to_dict(findings: list[Finding], strict: bool = False) -> dict[str, Any]:
     }
 
 
-__all__ = ["CHECKS", "DEFAULT_MEMORY", "SCHEMA", "Finding", "Level", "Plan", "examine", "healthy", "to_dict"]
+__all__ = ["CHECKS", "DEFAULT_MEMORY", "SCHEMA", "Finding", "GuestSize", "Level", "examine", "healthy", "to_dict"]

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from ..machine import Machine
 from ..mgmt import VdpaDevice
-from .finding import Level, Plan, Told, driver_of, named
+from .finding import GuestSize, Level, Told, driver_of, named
 
 
-def iommu(machine: Machine, _: Plan) -> Iterator[Told]:
+def iommu(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """Devices behind the platform IOMMU need one that is on and cache coherent, or open() says 524."""
     concerned = [d.name for d, parent in named(machine) if (driver := driver_of(parent)) and driver.iommu]
     if not concerned:
@@ -33,7 +33,7 @@ def iommu(machine: Machine, _: Plan) -> Iterator[Told]:
         yield Told(Level.PASS, "the IOMMU is on and coherent")
 
 
-def held(machine: Machine, _: Plan) -> Iterator[Told]:
+def held(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """Each device is bound to vhost_vdpa and free: a chardev has one user at a time."""
     for device in machine.devices:
         if device.driver == "virtio_vdpa":
@@ -87,7 +87,7 @@ def _unseen(machine: Machine) -> str:
     return "" if machine.sees_all else ", as far as this user may see"
 
 
-def node_names(machine: Machine, _: Plan) -> Iterator[Told]:
+def node_names(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """Which chardev is which device."""
     for device, parent in named(machine):
         where = f"/sys/bus/vdpa/devices/{device.name}"
@@ -97,7 +97,7 @@ def node_names(machine: Machine, _: Plan) -> Iterator[Told]:
         )
 
 
-def permission(machine: Machine, _: Plan) -> Iterator[Told]:
+def permission(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """The nodes are there, and this user may open them."""
     for path, node in machine.nodes.items():
         if node is None:

@@ -40,7 +40,7 @@ class Finding(Record):
         return {"id": self.id, "level": self.level.value, "what": self.what, "why": self.why, "next": self.next}
 
 
-class Plan(Record):
+class GuestSize(Record):
     """What is to be done on this machine: a guest of ``memory`` bytes."""
 
     memory: int = DEFAULT_MEMORY
@@ -55,7 +55,7 @@ class Told(Record):
     next: str = ""
 
 
-Check = Callable[[Machine, Plan], Iterator[Told]]
+Check = Callable[[Machine, GuestSize], Iterator[Told]]
 CREATE = "vdpa mgmtdev show; vdpa dev add name vdpa0 mgmtdev NAME"
 NO_DEVICE = Told(Level.SKIP, "no vDPA device with a chardev to look at", next=CREATE)
 """What a check means that says nothing."""

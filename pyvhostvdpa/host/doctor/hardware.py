@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from ..drivers import DRIVERS, NICS
 from ..machine import Machine
 from ..processes import Holder
-from .finding import Level, Plan, Told
+from .finding import GuestSize, Level, Told
 
 
-def kernel_parts(machine: Machine, _: Plan) -> Iterator[Told]:
+def kernel_parts(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """The kernel has vhost_vdpa, and a driver that makes devices."""
     have = machine.loaded | (machine.installed or frozenset())
     if "vhost_vdpa" not in have:
@@ -59,7 +59,7 @@ def _setting(machine: Machine, name: str) -> str:
     return f"CONFIG_{name}{'=' + value if value else ' is not set'} ({machine.config_source})"
 
 
-def management_device(machine: Machine, _: Plan) -> Iterator[Told]:
+def management_device(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """Something can make devices: `vdpa mgmtdev show` is not empty."""
     if machine.stuck:
         who = ", ".join(str(holder) for holder in machine.open_elsewhere) or "a process that is not visible from here"
@@ -113,7 +113,7 @@ def _first_step(machine: Machine) -> str:
     return "tools/lab run -- vdpa mgmtdev show   (a VM with simulated devices)"
 
 
-def which_nic(machine: Machine, _: Plan) -> Iterator[Told]:
+def which_nic(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """Which NICs here have a vDPA driver, and what it does."""
     known = [nic for nic in machine.nics if nic.ids in NICS]
     for nic in known:
@@ -135,7 +135,7 @@ def which_nic(machine: Machine, _: Plan) -> Iterator[Told]:
         )
 
 
-def firmware(machine: Machine, _: Plan) -> Iterator[Told]:
+def firmware(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """Firmware versions with their board, and modules from elsewhere than the kernel."""
     for each in machine.firmware:
         yield Told(

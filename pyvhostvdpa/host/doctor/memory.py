@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ...memory.hugepages import advisable
 from ...memory.pinned import HUGE_PAGE, PAGE_SIZE
 from ..machine import Machine
-from .finding import Level, Plan, Told, mebibytes, named
+from .finding import GuestSize, Level, Told, mebibytes, named
 
 _ASK = "as root, in the first network namespace, with iproute2: vhost-vdpa list"
 
@@ -18,7 +18,7 @@ def _unknown(machine: Machine) -> str:
     return "; ".join(f"{device.name}: {parent.memory}" for device, parent in named(machine) if parent.pinned is None)
 
 
-def memlock(machine: Machine, plan: Plan) -> Iterator[Told]:
+def memlock(machine: Machine, plan: GuestSize) -> Iterator[Told]:
     """RLIMIT_MEMLOCK suffices for the guest, once per device; root is not exempt."""
     pinning = [device.name for device, parent in named(machine) if parent.pinned]
     need = machine.pinned + plan.memory * max(len(pinning), 1)
@@ -40,7 +40,7 @@ def memlock(machine: Machine, plan: Plan) -> Iterator[Told]:
         yield Told(Level.INFO, f"{what}; the devices here pin nothing", why)
 
 
-def entry_limit(machine: Machine, plan: Plan) -> Iterator[Told]:
+def entry_limit(machine: Machine, plan: GuestSize) -> Iterator[Told]:
     """How many IOTLB entries an address space may hold, and whether memory is contiguous enough."""
     limits = {d.name: p.max_iotlb_entries for d, p in named(machine) if p.pinned and p.max_iotlb_entries}
     if not limits:
@@ -61,7 +61,7 @@ def entry_limit(machine: Machine, plan: Plan) -> Iterator[Told]:
     )
 
 
-def private_memory(machine: Machine, _: Plan) -> Iterator[Told]:
+def private_memory(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """Devices that translate to user addresses skip private memory without an error."""
     users = [device.name for device, parent in named(machine) if parent.pinned is False]
     if users:
@@ -77,7 +77,7 @@ def private_memory(machine: Machine, _: Plan) -> Iterator[Told]:
         yield Told(Level.PASS, "the devices here pin what is mapped; private memory is mapped too")
 
 
-def silent_batches(machine: Machine, _: Plan) -> Iterator[Told]:
+def silent_batches(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """A batch that failed in the device is reported by nobody."""
     devices = [device for device, _ in named(machine)]
     if not devices:
@@ -90,7 +90,7 @@ def silent_batches(machine: Machine, _: Plan) -> Iterator[Told]:
     )
 
 
-def map_cost(machine: Machine, plan: Plan) -> Iterator[Told]:
+def map_cost(machine: Machine, plan: GuestSize) -> Iterator[Told]:
     """What mapping the guest may cost in downtime."""
     pinning = [device for device, parent in named(machine) if parent.pinned]
     if not pinning:

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..machine import Machine
-from .finding import PROBE, Level, Plan, Told, driver_of, named
+from .finding import PROBE, GuestSize, Level, Told, driver_of, named
 
 
-def migration(machine: Machine, _: Plan) -> Iterator[Told]:
+def migration(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """What blocks a migration, as far as the driver tells."""
     for device, parent in named(machine):
         driver = driver_of(parent)
@@ -38,7 +38,7 @@ def migration(machine: Machine, _: Plan) -> Iterator[Told]:
             )
 
 
-def vring_base(machine: Machine, _: Plan) -> Iterator[Told]:
+def vring_base(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """What GET_VRING_BASE means on each device."""
     for device, parent in named(machine):
         if driver := driver_of(parent):
@@ -51,7 +51,7 @@ def vring_base(machine: Machine, _: Plan) -> Iterator[Told]:
             )
 
 
-def resume(machine: Machine, _: Plan) -> Iterator[Told]:
+def resume(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """Whether a suspended device can go on without a reset."""
     for device, parent in named(machine):
         driver = driver_of(parent)
@@ -70,7 +70,7 @@ def resume(machine: Machine, _: Plan) -> Iterator[Told]:
         yield Told(Level.SKIP, "no device that is known to suspend")
 
 
-def slow_calls(machine: Machine, _: Plan) -> Iterator[Told]:
+def slow_calls(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """Some calls take long on hardware and are made again and again."""
     slow = [device.name for device, parent in named(machine) if (parent.module or "").startswith("mlx5")]
     if slow:
@@ -84,7 +84,7 @@ def slow_calls(machine: Machine, _: Plan) -> Iterator[Told]:
         yield Told(Level.SKIP, "no device whose driver is known for slow calls")
 
 
-def address_kinds(machine: Machine, _: Plan) -> Iterator[Told]:
+def address_kinds(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """Ring addresses are IOVAs, not pointers."""
     devices = [device for device, _ in named(machine)]
     if not devices:
@@ -97,7 +97,7 @@ def address_kinds(machine: Machine, _: Plan) -> Iterator[Told]:
     )
 
 
-def access_platform(machine: Machine, _: Plan) -> Iterator[Told]:
+def access_platform(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """VIRTIO_F_ACCESS_PLATFORM is offered and taken: many parents refuse a driver without."""
     for device in machine.devices:
         taken = machine.net.get(device.name, {}).get("negotiated_features")
@@ -124,7 +124,7 @@ def access_platform(machine: Machine, _: Plan) -> Iterator[Told]:
         yield Told(Level.SKIP, "no management device tells its features")
 
 
-def creation(machine: Machine, _: Plan) -> Iterator[Told]:
+def creation(machine: Machine, _: GuestSize) -> Iterator[Told]:
     """MAC, MTU and the number of queue pairs are given at creation."""
     for device in machine.devices:
         config = machine.net.get(device.name)

@@ -13,16 +13,16 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from pyvhostvdpa import VdpaNetDevice
 from pyvhostvdpa.bench.map import run
-from pyvhostvdpa.bench.memory import BenchMemory, Layout, Page
-from pyvhostvdpa.bench.plan import Mode, Options, Place, Point, messages
-from pyvhostvdpa.chardev.burst import Burst
+from pyvhostvdpa.bench.memory import BenchMemory, Page, PhysicalLayout
+from pyvhostvdpa.bench.plan import MapBenchOptions, MessagePlace, Mode, Point, messages
+from pyvhostvdpa.chardev.burst import PreparedMessages
 
 SIZE = 2 << 20
 ROUNDS = 10
 
 
 # small pages allocated in order come in other runs in every boot; a huge page is one, and shuffled pages are as many
-LAYOUTS = {"contiguous": (Page.LARGE, Layout.CONTIGUOUS), "scattered": (Page.SMALL, Layout.SCATTERED)}
+LAYOUTS = {"contiguous": (Page.LARGE, PhysicalLayout.CONTIGUOUS), "scattered": (Page.SMALL, PhysicalLayout.SCATTERED)}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -32,12 +32,12 @@ def memory(request: pytest.FixtureRequest) -> Iterator[BenchMemory]:
         yield made
 
 
-def bursts(device: VdpaNetDevice, memory: BenchMemory, mode: Mode, regions: int) -> list[Burst]:
-    pieces = Place(device.iotlb.limits, memory.layout).pieces(Point(memory.size, regions))
+def bursts(device: VdpaNetDevice, memory: BenchMemory, mode: Mode, regions: int) -> list[PreparedMessages]:
+    pieces = MessagePlace(device.iotlb.limits, memory.layout).pieces(Point(memory.size, regions))
     made = []
     for unmap in (False, True):
         each = messages(mode, pieces, memory.hva, 0, unmap)
-        burst = Burst(len(each))
+        burst = PreparedMessages(len(each))
         for message in each:
             burst.add(message)
         made.append(burst)
@@ -75,5 +75,5 @@ def test_unmap(benchmark: BenchmarkFixture, device: VdpaNetDevice, memory: Bench
 
 def test_what_was_timed_leads_to_memory(path: str) -> None:
     """The same maps, each tried with frames."""
-    report = run(path, Options(memory=(SIZE,), regions=(1, 16), repeat=1))
+    report = run(path, MapBenchOptions(memory=(SIZE,), regions=(1, 16), repeat=1))
     assert len(report.results) == 6
