@@ -236,7 +236,9 @@ def _by_limits(error: BaseException) -> tuple[str, str] | None:
         return "this machine may not open more files", "sysctl -w fs.file-max=N with a higher N"
     no_memory = isinstance(error, MemoryError) or number == errno.ENOMEM
     cannot_load = loading and ("failed to map segment" in text or os.strerror(errno.ENOMEM) in text)
-    if no_memory or cannot_load or (isinstance(error, RuntimeError) and _NO_MORE_THREADS in text):
+    # CPython 3.13 loses a MemoryError on its way in some places
+    lost = isinstance(error, SystemError) and _limit("RLIMIT_AS") is not None
+    if no_memory or cannot_load or lost or (isinstance(error, RuntimeError) and _NO_MORE_THREADS in text):
         most = _limit("RLIMIT_AS")
         if most is None:
             return f"there is not enough memory: {text or 'none was left'}", "free memory, or use a smaller guest"

@@ -108,6 +108,17 @@ def test_lack_during_an_import_is_explained(module: str, lack: str) -> None:
     assert hint in said
 
 
+def test_memory_error_that_python_lost_is_explained_where_memory_is_limited() -> None:
+    fails = IMPORT_FAILS.format(
+        module="pyvhostvdpa.cli.migrate",
+        error="SystemError('error return without exception set')",
+        arguments=["migrate"],
+    )
+    done = run(["-c", fails], before=lambda: resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)))
+    assert "not enough memory" in explained(done)
+    assert "Traceback" in run(["-c", fails]).stderr, "without a limit it is a fault of the program"
+
+
 @pytest.mark.parametrize("most", range(5, 23))
 def test_receive_with_few_descriptors_is_explained(most: int, tmp_path: Path) -> None:
     done = command(
