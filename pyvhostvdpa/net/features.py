@@ -91,7 +91,7 @@ OFFLOADS = (
 )
 """What changes only the header and the payload of a frame, which pass through unread."""
 
-IMPLEMENTED = SUPPORTED | CONTROL | RING | OFFLOADS | Feature.ANY_LAYOUT | Feature.SPEED_DUPLEX
+IMPLEMENTED = SUPPORTED | CONTROL | RING | OFFLOADS | Feature.ANY_LAYOUT | Feature.SPEED_DUPLEX | Feature.GUEST_ANNOUNCE
 """Everything that may be negotiated. Nothing else is, whoever asks for it and whatever a device offers.
 
 A guest that is offered a bit relies on it. RING_PACKED, IN_ORDER, NOTIFICATION_DATA and RING_RESET each change the

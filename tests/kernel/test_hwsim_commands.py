@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import hwsim
 import pytest
@@ -172,11 +172,10 @@ SHOWN += ("mac_table_uni", "mac_table_multi", "guest_offloads", "rss_hash_types"
 def opened(name: str, wanted: Feature, **parameters: object) -> Iterator[HwGuest]:
     """A guest whose own control queue rests."""
     sim = hwsim.add(name, PAIRS, extra_features=int(OFFERED), **parameters)
-    guest = HwGuest(sim, PAIRS, wanted, BackendFeature(0), ring_size=64)
     try:
-        yield guest
+        with closing(HwGuest(sim, PAIRS, wanted, BackendFeature(0), ring_size=64)) as guest:
+            yield guest
     finally:
-        guest.close()
         hwsim.remove(name)
 
 
