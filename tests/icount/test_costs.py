@@ -31,7 +31,7 @@ class Rig:
 
     def __init__(self, name: str, **parameters: object) -> None:
         self.sim = hwsim.add(name, PAIRS, mem_scale=SCALE, **parameters)
-        self.guest = HwGuest(self.sim, PAIRS, SUPPORTED | CONTROL, BackendFeature(0))
+        self.guest = HwGuest(self.sim, PAIRS, SUPPORTED | CONTROL, BackendFeature(0), procedure="direct")
         self.device = self.guest.device
         self.memory = SharedMemory("charged", SIZE)
 

@@ -85,7 +85,8 @@ def guest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, type[Vhost
 
     def make(name: str, door: type[VhostVdpa]) -> HwGuest:
         monkeypatch.setattr(pyvhostvdpa.device.net, "VhostVdpa", door)
-        made.append(HwGuest(hwsim.add(name, PAIRS, mem_scale=512), PAIRS, SUPPORTED | CONTROL, BackendFeature(0)))
+        sim = hwsim.add(name, PAIRS, mem_scale=512)
+        made.append(HwGuest(sim, PAIRS, SUPPORTED | CONTROL, BackendFeature(0), procedure="direct"))
         return made[-1]
 
     yield make

@@ -174,9 +174,10 @@ def make(make_sim: MakeSim) -> Iterator[Make]:
             without: BackendFeature = NOTHING,
             ring_size: int = 256,
             memory: int = lab.SMALL * 2,
+            procedure: str | None = None,
             **parameters: object,
         ) -> HwGuest:
-            guest = HwGuest(make_sim(pairs, **parameters), pairs, wanted, without, ring_size, memory)
+            guest = HwGuest(make_sim(pairs, **parameters), pairs, wanted, without, ring_size, memory, procedure)
             stack.callback(guest.close)
             return guest
 

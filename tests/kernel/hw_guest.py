@@ -37,7 +37,9 @@ class HwGuest:
         without: BackendFeature,
         ring_size: int = 256,
         memory: int = lab.SMALL * 2,
+        procedure: str | None = None,
     ) -> None:
+        self.procedure = procedure
         self.sim, self.pairs = sim, pairs
         self.wanted, self.without = wanted, without
         self.memory = GuestMemory([(DEFAULT_GPA, memory)])
@@ -58,7 +60,9 @@ class HwGuest:
         self.control = None if self.nic.control is None else GuestControl(self.nic.control.queue, self.model)
 
     def attach(self, sim: HwSim) -> VdpaNetDevice:
-        device = VdpaNetDevice(sim.chardev, use=ALL_BACKEND_FEATURES & ~self.without, wanted=self.wanted)
+        device = VdpaNetDevice(
+            sim.chardev, use=ALL_BACKEND_FEATURES & ~self.without, wanted=self.wanted, procedure=self.procedure
+        )
         self.devices.append(device)
         device.attach(self.memory)
         return device

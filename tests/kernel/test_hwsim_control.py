@@ -122,7 +122,7 @@ MEANT = {
 
 @pytest.mark.parametrize("ring", [Feature(0), RING], ids=["plain ring", "indirect tables and event index"])
 def test_all_that_the_guest_set_goes_with_it(make: Make, ring: Feature) -> None:
-    guest = make(4, EVERYTHING | ring, extra_features=OFFER_MORE | int(ring))
+    guest = make(4, EVERYTHING | ring, procedure="direct", extra_features=OFFER_MORE | int(ring))
     with guest.destination(4, extra_features=OFFER_MORE | int(ring)) as destination:
         guest.start()
         assert [guest.send(*each) for each in SET] == [control.OK] * len(SET)
@@ -170,7 +170,7 @@ def test_a_mac_table_too_large_is_promiscuous_mode_that_the_guest_cannot_turn_of
 
 
 def test_a_replay_has_several_commands_in_flight(make: Make) -> None:
-    guest = make(1)
+    guest = make(1, procedure="direct")
     guest.start()
     vlans = [(Class.VLAN, control.VLAN_ADD, two(vlan)) for vlan in range(1, 200)]
     assert [guest.send(*each) for each in vlans] == [control.OK] * len(vlans)
@@ -215,7 +215,7 @@ def test_announce_is_answered_by_us(make: Make) -> None:
 
 
 def test_a_device_that_refuses_the_guests_state_is_not_started(make: Make) -> None:
-    guest = make(2)
+    guest = make(2, procedure="direct")
     guest.start()
     guest.model.pairs = 3
     with pytest.raises(ControlFailed, match="answered 1 to control command class 4 number 0"):
@@ -280,7 +280,7 @@ def test_a_device_that_never_answers_costs_the_callers_deadline(make: Make, dead
 
 
 def test_a_device_may_be_slower_than_the_deadline_as_long_as_it_answers(make: Make) -> None:
-    guest = make(1)
+    guest = make(1, procedure="direct")
     guest.start()
     for vlan in range(1, 11):
         assert guest.send(Class.VLAN, control.VLAN_ADD, two(vlan)) == control.OK
@@ -293,7 +293,7 @@ def test_a_device_may_be_slower_than_the_deadline_as_long_as_it_answers(make: Ma
 
 
 def test_a_device_that_never_answers_costs_the_deadline_and_no_more(make: Make) -> None:
-    guest = make(1)
+    guest = make(1, procedure="direct")
     guest.device.control_deadline = 1.0
     guest.start()
     guest.traffic.run()

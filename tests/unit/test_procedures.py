@@ -445,3 +445,15 @@ def test_guest_with_indirect_descriptors_is_not_switched_in_place() -> None:
         assert "indirect descriptor tables" in choice.why_not_better
         with pytest.raises(MissingFeature, match="indirect descriptor tables"):
             best.choose(indirect, best.IN_PLACE)
+
+
+def test_shadow_after_shadow_is_started_from_reset() -> None:
+    """The ring stays where it was, so nothing tells the device that it begins anew."""
+    with rig("in place") as it:
+        for _ in range(2):
+            it.start(State.SHADOW)
+            it.stop()
+        resets = it.door.resets
+        it.start(State.SHADOW)
+        assert it.door.resets == resets + 1
+        assert it.runs()

@@ -54,6 +54,8 @@ class InPlace(Direct):
             raise MissingFeature(f"{target.path} cannot be switched in place: {lacking}")
         self._standing = False
         """Whether the device is suspended and could go on."""
+        self._stopped_in: State | None = None
+        """The mode that the last stop ended."""
         self._guest_control: GuestControl | None = None
         self._known: tuple[Sequence[GuestQueue], ControlModel | None] = ((), None)
         """The queues that the device has, and what it was told by its control queue."""
@@ -87,7 +89,9 @@ class InPlace(Direct):
     # -- start ------------------------------------------------------------------
 
     def _start(self, mode: State, control: GuestControl | None) -> None:
-        if self._stands_for(control):
+        # shadow rings that start over at the place where they were are not moved, and devices look at a moved ring only
+        moved = not (mode is State.SHADOW and self._stopped_in is State.SHADOW)
+        if moved and self._stands_for(control):
             try:
                 self._go_on(mode)
                 return
@@ -136,6 +140,7 @@ class InPlace(Direct):
             return super()._stand_by(control)
         self._known = self._queues, _copy(control)
         self._standing = True
+        self._stopped_in = None
         self._moving[State.PASSTHROUGH] = self._prepare_move(State.PASSTHROUGH)
         return "it stands suspended with its queues and the control queue's state; rings and RESUME come at the start"
 
@@ -308,6 +313,7 @@ class InPlace(Direct):
         if not _same(self._known[1], self._guest_control):
             self._known = self._queues, _copy(self._guest_control)
         self._standing = True
+        self._stopped_in = self.state
         self.state = State.RESET
 
     def _reset(self) -> None:
