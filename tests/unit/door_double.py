@@ -13,7 +13,7 @@ import os
 import select
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from prepared_double import PreparedDouble
@@ -414,6 +414,3 @@ class _Answers:
             f"the device reads {size} bytes at {iova:#x} in ASID {asid}, where nothing is mapped"
         )
         return memoryview(ffi.buffer(ffi.cast("char *", address), size))
-
-
-Make = Callable[..., DoorDouble]

@@ -89,7 +89,7 @@ class InPlace(Direct):
     # -- start ------------------------------------------------------------------
 
     def _start(self, mode: State, control: GuestControl | None) -> None:
-        # shadow rings that start over at the place where they were are not moved, and devices look at a moved ring only
+        # such shadow rings start over at the same addresses; vdpa_hwsim was seen to go on there where it had stopped
         moved = not (mode is State.SHADOW and self._stopped_in is State.SHADOW)
         if moved and self._stands_for(control):
             try:
