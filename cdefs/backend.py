@@ -35,6 +35,18 @@ __all__ = [
 _ConfigSettings = dict[str, str | list[str] | None] | None
 
 _GENERATED = Path("build") / "_cdefs.c"
+_MANIFEST = Path("MANIFEST.in")
+_CONTENTS = """\
+graft .ci
+graft .github
+graft cdefs
+graft pyvhostvdpa
+graft tests
+graft tools
+include .gitignore
+prune build
+global-exclude *.py[co] *.so *.o
+"""
 
 
 def build_wheel(
@@ -54,6 +66,13 @@ def build_editable(
 
 
 def build_sdist(sdist_directory: str, config_settings: _ConfigSettings = None) -> str:
-    """Build the source distribution (PEP 517)."""
+    """Build the source distribution (PEP 517): all of the project, tests, lab and packaging included."""
     emit(_GENERATED)
-    return str(_setuptools.build_sdist(sdist_directory, config_settings))
+    here = not _MANIFEST.exists()
+    if here:
+        _MANIFEST.write_text(_CONTENTS)
+    try:
+        return str(_setuptools.build_sdist(sdist_directory, config_settings))
+    finally:
+        if here:
+            _MANIFEST.unlink()

@@ -111,7 +111,7 @@ static void wait_for_calls(const struct touch *t, int64_t deadline)
 			eventfd_clear(fds[i].fd);
 }
 
-/* Take what was received; a frame of somebody else makes room for the next. */
+/* Take received frames; a foreign one is dropped to make room for the next. */
 static int take(struct touch *t, const struct touch_place *to, const uint8_t *sent,
 		uint32_t size)
 {

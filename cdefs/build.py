@@ -21,12 +21,16 @@ HEADERS = (
     "virtio_net.h",
     "ring.h",
     "memory.h",
+    "lost_memory.h",
     "svq.h",
     "ctrl.h",
     "nic.h",
     "pages.h",
     "bench.h",
     "calls.h",
+    "handover.h",
+    "guest_rest.h",
+    "trial.h",
 )
 
 _CONSTANT = re.compile(r"#define\s+\w+\s+\d+\b")

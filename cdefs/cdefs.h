@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Everything build.py tells cffi, in the order it tells it. */
+/* All declarations that build.py passes to cffi, in that order. */
 #ifndef CDEFS_H
 #define CDEFS_H
 
@@ -17,5 +17,9 @@
 #include "pages.h"
 #include "bench.h"
 #include "calls.h"
+#include "handover.h"
+#include "lost_memory.h"
+#include "guest_rest.h"
+#include "trial.h"
 
 #endif

@@ -126,7 +126,7 @@ static void mark_used(const struct ctrl_guest *g)
 			    sizeof(uint16_t));
 }
 
-/* Commands that wait; if there is none, the guest is asked for a notification first. */
+/* Number of waiting commands; before returning 0, asks the guest for a notification. */
 static uint16_t pending(struct ctrl_guest *g)
 {
 	uint16_t n = load_index(&g->ring.avail->idx) - g->last_avail;
@@ -139,7 +139,7 @@ static uint16_t pending(struct ctrl_guest *g)
 	return load_index(&g->ring.avail->idx) - g->last_avail;
 }
 
-uint32_t ctrl_guest_take(struct ctrl_guest *g, uint8_t *buffer, uint32_t size)
+uint32_t ctrl_guest_pop(struct ctrl_guest *g, uint8_t *buffer, uint32_t size)
 {
 	struct copy c = { .buffer = buffer, .size = size };
 	uint16_t waiting;

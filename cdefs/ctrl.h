@@ -22,9 +22,9 @@ struct ctrl_guest {
 void ctrl_guest_start(struct ctrl_guest *g);
 /*
  * Copy the next command, as it is now, into buffer. Returns its length, 0 if
- * there is none or the queue is broken, more than size if it did not fit.
+ * there is no command or the queue is broken, more than size if it did not fit.
  */
-uint32_t ctrl_guest_take(struct ctrl_guest *g, uint8_t *buffer, uint32_t size);
+uint32_t ctrl_guest_pop(struct ctrl_guest *g, uint8_t *buffer, uint32_t size);
 /* Answer the command taken last. */
 void ctrl_guest_answer(struct ctrl_guest *g, uint8_t ack);
 

@@ -4,7 +4,7 @@
  * (svq.c, ctrl.c), and through the page tables of this process, which the
  * kernel remembers. What the kernel calls a written page is one whose
  * userfaultfd write protection is gone (fs/proc/task_mmu.c:pagemap_scan_*);
- * with WP_ASYNC the fault takes it away and nobody is asked.
+ * with WP_ASYNC the fault removes it without a message to user space.
  *
  * The interface is declared here: a header of the build machine may lack it.
  */
@@ -13,6 +13,7 @@
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
 
+#include "memory_access.h"
 #include "ring_access.h"
 #include "cdefs.h"
 
@@ -64,10 +65,10 @@ struct scan {
 
 uint64_t pages_count(const uint64_t *bits, uint64_t words)
 {
-	uint64_t count = 0, i;
+	uint64_t count = 0, i = 0;
 
-	for (i = 0; i < words; i++)
-		count += (uint64_t)__builtin_popcountll(bits[i]);
+	while ((i = next_marked(bits, i, words)) < words)
+		count += (uint64_t)__builtin_popcountll(bits[i++]);
 	return count;
 }
 
@@ -92,13 +93,20 @@ void pages_add(uint64_t *bits, const uint64_t *more, uint64_t words)
 		bits[i] |= more[i];
 }
 
-void pages_take(uint64_t *bits, uint64_t *log, uint64_t words)
+void pages_drain(uint64_t *bits, uint64_t *seen, uint64_t *log, uint64_t words)
 {
-	uint64_t i;
+	uint64_t i = 0;
 
-	for (i = 0; i < words; i++)
-		if (__atomic_load_n(&log[i], __ATOMIC_RELAXED))
-			bits[i] |= __atomic_exchange_n(&log[i], 0, __ATOMIC_SEQ_CST);
+	/* a mark that next_marked() is too early to see is there the next time, or comes behind the barrier */
+	while ((i = next_marked(log, i, words)) < words) {
+		const uint64_t found =
+			__atomic_exchange_n(&log[i], 0, __ATOMIC_SEQ_CST);
+
+		bits[i] |= found;
+		if (seen)
+			seen[i] |= found;
+		i++;
+	}
 }
 
 uint64_t pages_publish(const uint64_t *bits, uint64_t words, uint64_t first,
@@ -127,7 +135,7 @@ uint64_t pages_publish(const uint64_t *bits, uint64_t words, uint64_t first,
 }
 
 /*
- * A relay that finds its page marked writes nothing, so that its look may
+ * A thread that finds its page marked writes nothing, so that its look may
  * overtake what it stored in the page. The other side pays for the order, once
  * a round, by a barrier on every CPU that runs this process.
  */

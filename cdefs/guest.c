@@ -4,6 +4,7 @@
  * pages at a rate, in turn, each with content that follows from the number of
  * the write, so that every page can be checked at any time.
  */
+#include "gate.h"
 #include "ring_access.h"
 #include "cdefs.h"
 
@@ -34,19 +35,25 @@ void guest_writer_run(struct guest_writer *w, int64_t deadline)
 	int64_t begin = now_ns(), now = begin;
 	uint64_t done = 0;
 
-	while (!__atomic_load_n(&w->stop, __ATOMIC_ACQUIRE) && now < deadline) {
+	while (now < deadline && gate_enter(&w->stop, &w->inside)) {
 		/* within one call at most seconds pass: no overflow */
 		uint64_t owed = (uint64_t)(now - begin) * w->rate / 1000000000;
 
-		for (; done < owed; done++) {
-			if (__atomic_load_n(&w->stop, __ATOMIC_ACQUIRE))
-				return;
+		for (; done < owed && !is_set(&w->stop); done++)
 			write_page(w);
-		}
-		if (poll(&p, 1, TICK_MS) > 0)
+		gate_leave(&w->stop, &w->inside);
+		if (is_set(&w->stop))
+			return;
+		if (poll(&p, 1, TICK_MS) > 0 && !is_set(&w->stop))
 			eventfd_clear(w->wake);
 		now = now_ns();
 	}
+}
+
+void guest_writer_stop(struct guest_writer *w)
+{
+	gate_close(&w->stop);
+	gate_wait(&w->inside);
 }
 
 uint64_t guest_writer_check(const struct guest_writer *w)

@@ -1,15 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 #define _GNU_SOURCE
-#include <linux/magic.h>
+#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/vfs.h>
 
 #include "memory_access.h"
 #include "ring_access.h"
-
-#ifndef HUGETLBFS_MAGIC
-#define HUGETLBFS_MAGIC 0x958458f6
-#endif
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
@@ -105,13 +100,15 @@ uint8_t *map_memory(int fd, uint64_t offset, uint64_t size, uint64_t align,
 	return mapped;
 }
 
+/*
+ * Only files of tmpfs and hugetlbfs have seals. fstatfs would ask the file
+ * system, and one in user space answers when it likes (fuse_statfs).
+ */
 int is_memory_file(int fd)
 {
-	struct statfs s;
-
-	if (fstatfs(fd, &s))
-		return -errno;
-	return s.f_type == TMPFS_MAGIC || s.f_type == HUGETLBFS_MAGIC;
+	if (fcntl(fd, F_GET_SEALS) >= 0)
+		return 1;
+	return errno == EINVAL ? 0 : -errno;
 }
 
 int unmap_memory(uint8_t *address, uint64_t size)
@@ -122,6 +119,11 @@ int unmap_memory(uint8_t *address, uint64_t size)
 int advise_huge(uint8_t *address, uint64_t size)
 {
 	return madvise(address, size, MADV_HUGEPAGE) ? errno : 0;
+}
+
+int keep_from_children(uint8_t *address, uint64_t size)
+{
+	return madvise(address, size, MADV_DONTFORK) ? errno : 0;
 }
 
 int populate(uint8_t *address, uint64_t size)

@@ -43,6 +43,8 @@ int is_memory_file(int fd);
 int unmap_memory(uint8_t *address, uint64_t size);
 /* Ask for huge pages; 0 or errno. */
 int advise_huge(uint8_t *address, uint64_t size);
+/* Keep memory from child processes; 0 or errno. */
+int keep_from_children(uint8_t *address, uint64_t size);
 /* Allocate every page now; 0 or errno. */
 int populate(uint8_t *address, uint64_t size);
 /*

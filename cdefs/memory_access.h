@@ -14,7 +14,7 @@
 
 /*
  * The region of gpa by bisection, and its number in *hint; NULL if there is
- * none. In this header since a call to another file costs the relay 15
+ * none. In this header since a call to another file costs a shadow virtqueue 15
  * instructions per element.
  */
 static const struct memory_region *search_region(const struct memory_map *m,
@@ -38,7 +38,7 @@ static const struct memory_region *search_region(const struct memory_map *m,
 	return NULL;
 }
 
-/* *hint is below m->count and tells afterwards which region it is */
+/* *hint is below m->count and becomes the index of the found region */
 static inline const struct memory_region *
 find_region(const struct memory_map *m, uint32_t *hint, uint64_t gpa)
 {
@@ -68,13 +68,41 @@ static inline void mark_pages(const struct memory_region *r, uint64_t *dirty,
 	}
 }
 
+/* Whether a page is marked that was written before this looks. */
+static inline int is_marked(const uint64_t *dirty, uint64_t page)
+{
+	/* written first, looked at then; see pages_barrier for the CPU's part */
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	return __atomic_load_n(&dirty[page / 64], __ATOMIC_RELAXED) >> page % 64 & 1;
+}
+
 /*
  * The log of a region, or NULL. It may end at any time, but keeps its memory:
- * whoever marks loads it once.
+ * code that marks pages loads it once.
  */
 static inline uint64_t *dirty_log_of(const struct memory_region *r)
 {
 	return __atomic_load_n(&r->dirty, __ATOMIC_RELAXED);
+}
+
+static inline uint64_t look_at(const uint64_t *word)
+{
+	return __atomic_load_n(word, __ATOMIC_RELAXED);
+}
+
+/* The next word from i on that has a bit set, or words: most of a bitmap is empty. */
+static inline uint64_t next_marked(const uint64_t *bits, uint64_t i, uint64_t words)
+{
+	for (; i + 8 <= words; i += 8) {
+		const uint64_t *b = bits + i;
+
+		if (look_at(b) | look_at(b + 1) | look_at(b + 2) | look_at(b + 3) |
+		    look_at(b + 4) | look_at(b + 5) | look_at(b + 6) | look_at(b + 7))
+			break;
+	}
+	while (i < words && !look_at(bits + i))
+		i++;
+	return i;
 }
 
 #endif

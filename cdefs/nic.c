@@ -3,6 +3,7 @@
  * What a guest's virtio-net driver does with one RX/TX pair, and the traffic
  * on it: numbered, checksummed frames that the device loops back.
  */
+#include "gate.h"
 #include "ring_access.h"
 
 #define ETH_HEADER 14
@@ -37,13 +38,13 @@ static uint64_t frame_sum(const uint8_t *p, uint32_t len)
 
 static void build_frame(struct nic_pair *p, uint8_t *buffer, uint64_t seq)
 {
-	uint8_t *f = buffer + sizeof(struct virtio_net_hdr_v1);
+	uint8_t *f = buffer + p->header;
 	const struct frame_tag tag = { FRAME_MAGIC, p->flow, seq };
 	const uint32_t sum_at = p->frame_size - 8;
 	uint32_t at = ETH_HEADER + sizeof(tag);
 	uint64_t word = mix(p->flow, seq);
 
-	memset(buffer, 0, sizeof(struct virtio_net_hdr_v1));
+	memset(buffer, 0, p->header);
 	memcpy(f, p->dst, 6);
 	memcpy(f + 6, p->src, 6);
 	f[12] = ETHERTYPE_EXPERIMENTAL >> 8;
@@ -141,7 +142,7 @@ static void kick(const struct nic_pair *p, const struct vring *ring, int fd,
 
 static uint32_t receive(struct nic_pair *p)
 {
-	const uint32_t header = sizeof(struct virtio_net_hdr_v1);
+	const uint32_t header = p->header;
 	uint16_t pending = load_index(&p->rx.used->idx) - p->rx_used, k;
 	uint16_t posted = 0;
 
@@ -151,7 +152,7 @@ static uint32_t receive(struct nic_pair *p)
 		p->ring_errors++;
 		return 0;
 	}
-	for (k = 0; k < pending; k++, p->rx_used++) {
+	for (k = 0; k < pending && !is_set(&p->stop); k++, p->rx_used++) {
 		const struct vring_used_elem *u =
 			&p->rx.used->ring[p->rx_used & (p->rx.num - 1)];
 		uint32_t id = load_once32(&u->id), len = load_once32(&u->len);
@@ -165,9 +166,11 @@ static uint32_t receive(struct nic_pair *p)
 		post_rx(p, (uint16_t)id);
 		posted++;
 	}
+	if (!k)
+		return 0;
 	store_index(&p->rx.avail->idx, p->rx_avail);
 	kick(p, &p->rx, p->rx_kick, p->rx_avail, p->rx_avail - posted);
-	return pending;
+	return k;
 }
 
 static uint32_t reap_tx(struct nic_pair *p)
@@ -196,7 +199,7 @@ static uint32_t transmit(struct nic_pair *p)
 {
 	uint32_t n = 0;
 
-	while (p->sending && p->tx_free_count &&
+	while (is_set(&p->sending) && p->tx_free_count && !is_set(&p->stop) &&
 	       p->sent - p->received < p->window) {
 		uint16_t head = p->tx_free[--p->tx_free_count];
 		uint64_t seq = p->sent;
@@ -218,7 +221,7 @@ static uint32_t transmit(struct nic_pair *p)
 
 static void set_tx_slot(struct nic_pair *p, uint16_t head)
 {
-	const uint32_t header = sizeof(struct virtio_net_hdr_v1);
+	const uint32_t header = p->header;
 	uint64_t gpa = p->tx_gpa + (uint64_t)head * p->buffer_size;
 	struct vring_desc *d = &p->tx.desc[head];
 
@@ -305,6 +308,51 @@ void nic_end_window(struct nic_pair *p, uint32_t number, int64_t now)
 	__atomic_store_n(&p->windows[number].end, now, __ATOMIC_RELAXED);
 }
 
+void nics_begin_window(struct nic_pair **pairs, uint32_t count, uint32_t number,
+		       int64_t now)
+{
+	uint32_t i;
+
+	for (i = 0; i < count; i++)
+		nic_begin_window(pairs[i], number, now);
+}
+
+void nics_end_window(struct nic_pair **pairs, uint32_t count, uint32_t number,
+		     int64_t now)
+{
+	uint32_t i;
+
+	for (i = 0; i < count; i++)
+		nic_end_window(pairs[i], number, now);
+}
+
+static int64_t shifted(int64_t time, int64_t ns)
+{
+	int64_t at;
+
+	if (__builtin_add_overflow(time, ns, &at))
+		at = ns < 0 ? -REST_MAX_TIME : REST_MAX_TIME;
+	return at > REST_MAX_TIME ? REST_MAX_TIME :
+	       at < -REST_MAX_TIME ? -REST_MAX_TIME : at;
+}
+
+void nics_shift_clock(struct nic_pair **pairs, uint32_t count, int64_t ns)
+{
+	uint32_t i, k;
+
+	for (i = 0; i < count; i++) {
+		struct nic_pair *p = pairs[i];
+
+		if (p->last_rx)
+			p->last_rx = shifted(p->last_rx, ns);
+		for (k = 0; k < NIC_GAPS; k++)
+			if (p->gaps[k].end) {
+				p->gaps[k].begin = shifted(p->gaps[k].begin, ns);
+				p->gaps[k].end = shifted(p->gaps[k].end, ns);
+			}
+	}
+}
+
 static uint32_t nic_round(struct nic_pair *p)
 {
 	uint32_t received = receive(p), moved;
@@ -334,6 +382,18 @@ static void want_interrupts(struct nic_pair *p, int on)
 	full_barrier();
 }
 
+/* Work until no work or no time remains. Returns whether it is over. */
+static int nic_work(struct nic_pair *p, int64_t deadline)
+{
+	want_interrupts(p, 0);
+	while (nic_round(p))
+		if (is_set(&p->stop) || now_ns() >= deadline)
+			break;
+	want_interrupts(p, 1);
+	/* what came before interrupts were asked for */
+	return is_set(&p->stop) || now_ns() >= deadline || !nic_round(p);
+}
+
 void nic_run(struct nic_pair *p, int64_t deadline)
 {
 	struct pollfd fds[3] = {
@@ -342,24 +402,96 @@ void nic_run(struct nic_pair *p, int64_t deadline)
 		{ .fd = p->wake, .events = POLLIN },
 	};
 
-	for (;;) {
+	while (gate_enter(&p->stop, &p->inside)) {
 		int i;
 
-		want_interrupts(p, 0);
-		while (nic_round(p))
-			if (__atomic_load_n(&p->stop, __ATOMIC_ACQUIRE) ||
-			    now_ns() >= deadline)
-				break;
-		want_interrupts(p, 1);
-		if (__atomic_load_n(&p->stop, __ATOMIC_ACQUIRE) ||
-		    now_ns() >= deadline)
+		while (!nic_work(p, deadline))
+			;
+		gate_leave(&p->stop, &p->inside);
+		if (is_set(&p->stop) || now_ns() >= deadline)
 			return;
-		if (nic_round(p))
-			continue;
 		if (poll(fds, 3, poll_timeout(deadline)) <= 0)
 			continue;
+		/* once it is stopped its eventfds may be another's */
+		if (!gate_enter(&p->stop, &p->inside))
+			return;
 		for (i = 0; i < 3; i++)
 			if (fds[i].revents & POLLIN)
 				eventfd_clear(fds[i].fd);
+		gate_leave(&p->stop, &p->inside);
+	}
+}
+
+void nic_serve(struct nic_pair *p)
+{
+	while (!is_set(&p->quit)) {
+		nic_run(p, INT64_MAX);
+		gate_stay(&p->stop, &p->quit);
+	}
+}
+
+void nics_tell(struct nic_pair **pairs, uint32_t count)
+{
+	uint32_t i;
+
+	for (i = 0; i < count; i++)
+		gate_close(&pairs[i]->stop);
+}
+
+void nics_send_no_more(struct nic_pair **pairs, uint32_t count)
+{
+	uint32_t i;
+
+	for (i = 0; i < count; i++)
+		__atomic_store_n(&pairs[i]->sending, 0, __ATOMIC_SEQ_CST);
+}
+
+int nics_have_all(struct nic_pair **pairs, uint32_t count)
+{
+	uint32_t i;
+
+	for (i = 0; i < count; i++) {
+		const struct nic_pair *p = pairs[i];
+
+		/*
+		 * A thread inside may have decided to send before the
+		 * request, and counts that frame later. One that enters after
+		 * this look sees the request: gate_enter() stores inside first.
+		 */
+		if (__atomic_load_n(&p->inside, __ATOMIC_SEQ_CST) ||
+		    p->received < p->sent)
+			return 0;
+	}
+	return 1;
+}
+
+void nics_stop(struct nic_pair **pairs, uint32_t count)
+{
+	uint32_t i;
+
+	/* request a stop of all before waiting for the first */
+	nics_tell(pairs, count);
+	for (i = 0; i < count; i++)
+		gate_wait(&pairs[i]->inside);
+}
+
+void nics_go(struct nic_pair **pairs, uint32_t count)
+{
+	uint32_t i;
+
+	for (i = 0; i < count; i++) {
+		gate_open(&pairs[i]->stop);
+		eventfd_raise(pairs[i]->wake);
+	}
+}
+
+void nics_end(struct nic_pair **pairs, uint32_t count)
+{
+	uint32_t i;
+
+	nics_stop(pairs, count);
+	for (i = 0; i < count; i++) {
+		gate_end(&pairs[i]->stop, &pairs[i]->quit);
+		eventfd_raise(pairs[i]->wake);
 	}
 }

@@ -30,7 +30,7 @@ void sum_before_copy(struct running_sum *s, const uint8_t *to, const uint8_t *fr
 uint64_t sum_end(struct running_sum *s);
 
 /* ---------------------------------------------------------------------- */
-/* Sets of guest pages: one bit per 4 KiB, one bitmap a region             */
+/* Sets of guest pages: one bit per 4 KiB, one bitmap per region           */
 
 #define GUEST_PAGE 4096
 
@@ -38,8 +38,8 @@ uint64_t pages_count(const uint64_t *bits, uint64_t words);
 /* Set count bits from first on. */
 void pages_mark(uint64_t *bits, uint64_t first, uint64_t count);
 void pages_add(uint64_t *bits, const uint64_t *more, uint64_t words);
-/* Move what is marked in log to bits, while others go on marking. */
-void pages_take(uint64_t *bits, uint64_t *log, uint64_t words);
+/* Move the marks in log to bits, and to seen unless that is NULL, while others keep marking. */
+void pages_drain(uint64_t *bits, uint64_t *seen, uint64_t *log, uint64_t words);
 /*
  * Set in a bitmap of size bytes, which another process empties meanwhile, the
  * bits of the pages that are set in bits: page first + n for bit n, as
@@ -49,7 +49,7 @@ void pages_take(uint64_t *bits, uint64_t *log, uint64_t words);
 uint64_t pages_publish(const uint64_t *bits, uint64_t words, uint64_t first,
 		       uint8_t *log, uint64_t size);
 /*
- * After pages_take: whoever found a page marked already has by now made
+ * After pages_drain: a thread that found a page already marked has by now made
  * visible what it wrote there before it looked. once before the first use.
  * 0 or errno.
  */
@@ -70,7 +70,7 @@ int written_watch(int uffd, uint8_t *start, uint64_t size);
 int written_collect(int pagemap, uint8_t *start, uint64_t size, uint64_t *bits);
 /*
  * The same from pagemap's entries, each of pages guest pages: those that are
- * soft-dirty, and those that are not there, of which it cannot tell.
+ * soft-dirty, and absent ones, whose state it does not show.
  */
 void written_soft_dirty(const uint64_t *entries, uint64_t count, uint64_t pages,
 			uint64_t *bits, uint64_t first);
@@ -86,7 +86,7 @@ void written_soft_dirty(const uint64_t *entries, uint64_t count, uint64_t pages,
 #define FRAME_ZEROS 67108864	/* bytes that one frame says are zero at most */
 #define FRAME_RUN_BYTES 16
 
-#define SENDER_PAGES 32		/* in one frame, so that it stays in the cache */
+#define SENDER_PAGES 64		/* in one frame, so that it stays in the cache */
 #define SENDER_DATA_AT 4096	/* header and runs end where the pages begin */
 #define RECEIVER_DATA_AT 20480	/* the same, with room for FRAME_RUNS */
 
@@ -112,21 +112,23 @@ struct page_run {
 
 struct page_sender {
 	const struct memory_map *memory;
-	const uint64_t **bits;	/* the set to send, a bitmap a region */
+	const uint64_t **bits;	/* the set to send, one bitmap per region */
 	uint8_t *frame;		/* SENDER_DATA_AT + SENDER_PAGES pages */
-	uint32_t first;		/* of what was made in it */
-	uint32_t begin, end;	/* of what is not sent yet */
+	uint32_t first;		/* offset of its first byte */
+	uint32_t begin, end;	/* offsets of the unsent bytes */
 	uint32_t frame_pages;	/* SENDER_PAGES, or fewer */
 	uint32_t region;
 	uint64_t page;		/* the next to look at in the region */
 	uint32_t zero_runs;	/* found, not sent yet */
 	uint32_t zeros_left;	/* bytes that may be added to them */
 	struct page_run *zeros;	/* FRAME_RUNS */
-	uint64_t limit;		/* bytes a second, 0 for none */
+	uint64_t limit;		/* bytes per second, 0 for none */
 	int64_t due;		/* CLOCK_MONOTONIC, ns: nothing goes before, by the limit */
 	int64_t moved_at;	/* when a byte went last */
-	int64_t stall;		/* ns without one after which the peer is given up */
+	int64_t stall;		/* ns without one after which the peer counts as lost */
 	int cancel;		/* eventfd that ends it, or -1 */
+	int cancelled;		/* it was seen within a frame */
+	uint32_t unasked;	/* frames since it was looked at */
 	int error;		/* errno */
 	uint64_t pages, zero_pages;
 	uint64_t bytes;		/* on the stream */
@@ -135,8 +137,8 @@ struct page_sender {
 /* Send the set from its beginning. */
 void pages_begin(struct page_sender *s);
 /*
- * Make the next frame if the last one is sent: the bytes of it that are to be
- * sent, 0 at the end. They are at frame + begin; move begin when they are sent.
+ * Make the next frame if the last one is sent: the number of bytes to
+ * send, 0 at the end. They are at frame + begin; move begin when they are sent.
  */
 uint32_t pages_next(struct page_sender *s);
 /* Wait until the limit lets the next frame go: MOVE_DONE, or MOVE_AGAIN when deadline has passed. */
@@ -159,6 +161,9 @@ struct page_receiver {
 	struct page_run wrong;	/* the run that was refused */
 	uint64_t pages, zero_pages;
 	uint64_t bytes;
+	int64_t written_at;	/* when the last frame's pages were in place; CLOCK_MONOTONIC, ns */
+	/* the pages that have had content, one bitmap per region; NULL if memory was not all zeros before */
+	uint64_t **filled;
 };
 
 /* Whether a payload as the header has it may be read: MOVE_DONE or MOVE_CORRUPT. */
@@ -166,7 +171,7 @@ int pages_expect(struct page_receiver *r);
 /* Check the payload, then write it to guest memory: MOVE_DONE or MOVE_CORRUPT. */
 int pages_apply(struct page_receiver *r);
 /*
- * Read the payload from a socket and apply it, and go on with the page frames
+ * Read the payload from a socket and apply it, then the page frames
  * that follow, until another frame follows, nothing does for a moment, or
  * deadline has passed. MOVE_AGAIN is in the middle of a frame.
  */

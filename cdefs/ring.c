@@ -11,13 +11,11 @@ void vring_indices(const struct vring *ring, uint16_t *avail, uint16_t *used)
 void vring_remember(const struct vring *ring, struct vring_start *start)
 {
 	uint16_t avail;
-	uint32_t i;
 
 	vring_indices(ring, &avail, &start->used_idx);
-	for (i = 0; i < ring->num; i++) {
-		start->avail[i] = load_once16(&ring->avail->ring[i]);
-		start->used[i] = load_once32(&ring->used->ring[i].id);
-	}
+	/* in one piece, while a guest is paused for it; of a slot that a driver writes just now either value will do */
+	memcpy(start->avail, ring->avail->ring, ring->num * sizeof(*start->avail));
+	memcpy(start->used, ring->used->ring, ring->num * sizeof(*start->used));
 }
 
 static int matches_in_order(const struct vring *ring,
@@ -27,7 +25,7 @@ static int matches_in_order(const struct vring *ring,
 	uint16_t avail, used, since, k;
 
 	vring_indices(ring, &avail, &used);
-	/* such indices show nothing; whoever reads the base refuses them */
+	/* such indices show nothing; the reader of the base refuses them */
 	if ((uint16_t)(avail - used) > ring->num)
 		return 1;
 	since = start ? used - start->used_idx : 0;
@@ -38,9 +36,10 @@ static int matches_in_order(const struct vring *ring,
 
 		if (head == id)
 			continue;
-		/* the indices come round every 65,536 elements: the slot tells which round it is of */
+		/* the indices come round every 65,536 elements: the slot shows its round */
 		if (start && (uint16_t)(used - k) > since &&
-		    head == start->avail[k & mask] && id == start->used[k & mask])
+		    head == le16toh(start->avail[k & mask]) &&
+		    id == le32toh(start->used[k & mask].id))
 			continue;
 		return 0;
 	}

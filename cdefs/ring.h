@@ -21,16 +21,16 @@ void vring_indices(const struct vring *ring, uint16_t *avail, uint16_t *used);
 struct vring_start {
 	uint16_t used_idx;
 	uint16_t *avail;	/* num heads */
-	uint32_t *used;		/* num ids */
+	struct vring_used_elem *used;	/* num */
 };
 
 /* Remember a ring into start, whose arrays have room for it, before a device is started on it. */
 void vring_remember(const struct vring *ring, struct vring_start *start);
 /*
  * Whether a stopped device has used what it was given in the order in which it
- * was given, as far as the rings still show: slots that the driver has not
+ * was given, if the rings still show it: slots that the driver has not
  * written again match, and no head is open twice. Slots from before start that
- * nobody has written since are left out; without one (NULL) every slot counts.
+ * have not been written since are left out; with start NULL every slot counts.
  * A driver that runs writes slots before it publishes them, so what does not
  * match is looked at again until deadline (CLOCK_MONOTONIC, ns).
  */
@@ -40,6 +40,6 @@ int vring_in_order(const struct vring *ring, const struct vring_start *start,
 /*
  * Copy the heads that a ring's driver has made available and that are not
  * used yet, oldest first, into heads[num]. Returns their number, or -1 if the
- * indices are more than the ring apart.
+ * indices differ by more than the ring.
  */
 int vring_open_heads(const struct vring *ring, uint16_t *heads);

@@ -47,7 +47,7 @@ static inline void store_once16(uint16_t *p, uint16_t v)
 	__atomic_store_n(p, htole16(v), __ATOMIC_RELAXED);
 }
 
-/* what was written before is visible to whoever sees the new index */
+/* what was written before is visible to a reader of the new index */
 static inline void store_index(uint16_t *p, uint16_t v)
 {
 	__atomic_store_n(p, htole16(v), __ATOMIC_RELEASE);
@@ -70,7 +70,7 @@ static inline int64_t now_ns(void)
 	return t.tv_sec * NSEC_PER_SEC + t.tv_nsec;
 }
 
-/* 0, or -1 if this is no eventfd any more; -1 is none, a full one is raised already */
+/* 0, or -1 if fd is no longer an eventfd; nothing for an fd of -1; a full one is raised already */
 static inline int eventfd_raise(int fd)
 {
 	const uint64_t one = 1;
@@ -84,7 +84,7 @@ static inline int eventfd_raise(int fd)
 	return r < 0 && errno != EAGAIN ? -1 : 0;
 }
 
-/* the eventfds are non-blocking: an empty one is no error */
+/* the eventfds are non-blocking: reading an empty one is not an error */
 static inline void eventfd_clear(int fd)
 {
 	uint64_t count;

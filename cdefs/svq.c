@@ -1,26 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * The shadow virtqueue. The guest's rings are untrusted: each field is read
- * once, checked, and only the checked copy goes on to the device. The
+ * once, checked, and only the checked copy reaches the device. The
  * device's used ring is not trusted either.
  */
-#define _GNU_SOURCE
-#include <stdlib.h>
-
-#include "memory_access.h"
-#include "ring_access.h"
-
-/* what we write into the guest's own rings */
-static void mark_ring(struct svq *q, uint64_t gpa, uint64_t len)
-{
-	uint32_t hint = q->last_region;
-	const struct memory_region *r = find_region(q->memory, &hint, gpa);
-
-	uint64_t *const dirty = r ? dirty_log_of(r) : NULL;
-
-	if (dirty)
-		mark_pages(r, dirty, gpa, len);
-}
+#include "svq_faces.h"
+#include "used_relay.h"
 
 void svq_start(struct svq *q)
 {
@@ -28,6 +13,10 @@ void svq_start(struct svq *q)
 	const uint16_t used_idx = load_index(&q->guest.used->idx);
 	uint16_t i;
 
+	if (q->given_at) {
+		used_relay_start(q, used_idx);
+		return;
+	}
 	memset(q->device.desc, 0, num * sizeof(*q->device.desc));
 	memset(q->device.avail, 0, sizeof(*q->device.avail) + 2 * num + 2);
 	memset(q->device.used, 0,
@@ -295,23 +284,7 @@ static inline void write_chain(struct forward *f, const struct svq_piece *p,
 	write_element(f, i, guest_head, c);
 }
 
-static void kick_device(struct svq *q, uint16_t old)
-{
-	full_barrier();
-	if (q->features & SVQ_F_EVENT_IDX) {
-		if (!need_event(load_once16(avail_event(&q->device)),
-				q->device_avail, old))
-			return;
-	} else if (load_once16(&q->device.used->flags) &
-		   VRING_USED_F_NO_NOTIFY) {
-		return;
-	}
-	if (eventfd_raise(q->device_kick))
-		q->broken = SVQ_BAD_EVENTFD;
-	q->kicks++;
-}
-
-static uint32_t forward_burst(struct svq *q, struct forward *f, uint16_t pending)
+static uint32_t forward_pending(struct svq *q, struct forward *f, uint16_t pending)
 {
 	const uint16_t num = q->guest.num;
 	const uint16_t *const ring = q->guest.avail->ring;
@@ -333,7 +306,7 @@ static uint32_t forward_burst(struct svq *q, struct forward *f, uint16_t pending
 			break;
 		}
 		if (c.pieces > f->free_count) {
-			/* last_avail stays: the chain is read anew once
+			/* last_avail stays: the chain is read again once
 			 * the device has returned some */
 			q->stalls++;
 			break;
@@ -344,7 +317,7 @@ static uint32_t forward_burst(struct svq *q, struct forward *f, uint16_t pending
 	return done;
 }
 
-uint32_t svq_forward(struct svq *q)
+static uint32_t full_forward(struct svq *q)
 {
 	struct forward f = {
 		.desc = q->device.desc,
@@ -361,14 +334,12 @@ uint32_t svq_forward(struct svq *q)
 	uint32_t done;
 	uint16_t pending;
 
-	if (q->broken)
-		return 0;
 	pending = load_index(&q->guest.avail->idx) - q->last_avail;
 	if (pending > q->guest.num) {
 		q->broken = SVQ_BAD_AVAIL_IDX;
 		return 0;
 	}
-	done = forward_burst(q, &f, pending);
+	done = forward_pending(q, &f, pending);
 	if (done) {
 		uint16_t old = q->device_avail;
 
@@ -386,61 +357,39 @@ uint32_t svq_forward(struct svq *q)
 /* ---------------------------------------------------------------------- */
 /* Device to guest                                                         */
 
-/* All that the device could have written is marked, whatever it claims. */
+/*
+ * What the device says that it wrote is marked: the first written bytes of the
+ * writable buffers. A driver must not rely on what is behind them (virtio 1.3,
+ * 2.7.8.2), so that it does not matter whether that moves with the guest.
+ */
 static inline void mark_element(const struct svq *q, uint16_t head, uint16_t left,
-				int spans)
+				uint32_t written, int spans)
 {
 	uint16_t i = head;
 
-	for (; left; left--, i = q->next[i]) {
+	for (; left && written; left--, i = q->next[i]) {
 		const struct svq_segment *s = &q->segments[i];
 		const struct memory_region *r = &q->memory->regions[s->region / 2];
 		uint64_t *dirty;
+		uint32_t len;
 
 		if (!(s->region & 1))
 			continue;
+		len = s->len < written ? s->len : written;
+		written -= len;
 		if (spans) {
-			memory_mark(q->memory, s->gpa, s->len);
+			memory_mark(q->memory, s->gpa, len);
 			continue;
 		}
 		dirty = dirty_log_of(r);
 		if (dirty)
-			mark_pages(r, dirty, s->gpa, s->len);
+			mark_pages(r, dirty, s->gpa, len);
 	}
-}
-
-static void mark_used(struct svq *q, uint16_t first, uint32_t count)
-{
-	const uint64_t ring = q->used_gpa + offsetof(struct vring_used, ring);
-	const uint32_t entry = sizeof(struct vring_used_elem);
-	const uint32_t slot = first & (q->guest.num - 1);
-	const uint32_t tail = q->guest.num - slot;
-
-	mark_ring(q, q->used_gpa, offsetof(struct vring_used, ring));
-	mark_ring(q, ring + slot * entry, (count < tail ? count : tail) * entry);
-	if (count > tail)
-		mark_ring(q, ring, (count - tail) * entry);
-}
-
-static void call_guest(struct svq *q, uint16_t old)
-{
-	full_barrier();
-	if (q->features & SVQ_F_EVENT_IDX) {
-		if (!need_event(load_once16(used_event(&q->guest)), q->used_idx,
-				old))
-			return;
-	} else if (load_once16(&q->guest.avail->flags) &
-		   VRING_AVAIL_F_NO_INTERRUPT) {
-		return;
-	}
-	if (eventfd_raise(q->guest_call))
-		q->broken = SVQ_BAD_EVENTFD;
-	q->calls++;
 }
 
 /* Built twice: a call to mark what spans regions would cost all others registers. */
 static __attribute__((always_inline)) inline uint32_t
-return_burst(struct svq *q, uint16_t pending, const int spans)
+return_pending(struct svq *q, uint16_t pending, const int spans)
 {
 	const struct vring_used_elem *const from = q->device.used->ring;
 	struct vring_used_elem *const to = q->guest.used->ring;
@@ -461,13 +410,12 @@ return_burst(struct svq *q, uint16_t pending, const int spans)
 			q->broken = SVQ_BAD_USED_ID;
 			break;
 		}
-		if (e->writable)
-			mark_element(q, (uint16_t)id, e->segments, spans);
 		if (len > e->writable) {
-			/* a device must not claim more than it was lent */
+			/* a device must not claim more than it may write */
 			len = e->writable;
 			q->clamped++;
 		}
+		mark_element(q, (uint16_t)id, e->segments, len, spans);
 		to[used & mask] = (struct vring_used_elem){
 			htole32(e->guest_head), htole32(len)
 		};
@@ -483,20 +431,18 @@ return_burst(struct svq *q, uint16_t pending, const int spans)
 	return done;
 }
 
-uint32_t svq_return(struct svq *q)
+static uint32_t full_return(struct svq *q)
 {
 	const uint16_t old = q->used_idx;
 	uint32_t done;
 	uint16_t pending;
 
-	if (q->broken)
-		return 0;
 	pending = load_index(&q->device.used->idx) - q->device_used;
 	if (pending > q->device.num) {
 		q->broken = SVQ_BAD_USED_IDX;
 		return 0;
 	}
-	done = q->spans ? return_burst(q, pending, 1) : return_burst(q, pending, 0);
+	done = q->spans ? return_pending(q, pending, 1) : return_pending(q, pending, 0);
 	if (done) {
 		store_index(&q->guest.used->idx, q->used_idx);
 		mark_used(q, old, done);
@@ -507,6 +453,20 @@ uint32_t svq_return(struct svq *q)
 }
 
 /* ---------------------------------------------------------------------- */
+
+uint32_t svq_forward(struct svq *q)
+{
+	if (q->broken)
+		return 0;
+	return q->given_at ? used_relay_forward(q) : full_forward(q);
+}
+
+uint32_t svq_return(struct svq *q)
+{
+	if (q->broken)
+		return 0;
+	return q->given_at ? used_relay_return(q) : full_return(q);
+}
 
 void svq_want_notifications(struct svq *q, int on)
 {
@@ -526,47 +486,4 @@ void svq_want_notifications(struct svq *q, int on)
 				     q->guest.num * sizeof(struct vring_used_elem),
 			  sizeof(uint16_t));
 	}
-}
-
-/* Oldest first. Counted back from now, so that an element that is held for long stays the oldest. */
-static int by_age(const void *a, const void *b, void *queue)
-{
-	const struct svq *q = queue;
-	const uint32_t one = q->given - q->elements[*(const uint16_t *)a].order;
-	const uint32_t other = q->given - q->elements[*(const uint16_t *)b].order;
-
-	return (one < other) - (one > other);
-}
-
-/*
- * The shadow avail ring does not tell: an element that the device holds while
- * the ring goes round is no longer in it.
- */
-uint16_t svq_in_flight(const struct svq *q, uint16_t *heads)
-{
-	uint16_t n = 0, k;
-	uint32_t i;
-
-	for (i = 0; i < q->device.num; i++)
-		if (q->elements[i].segments)
-			heads[n++] = (uint16_t)i;
-	qsort_r(heads, n, sizeof(*heads), by_age, (void *)q);
-	for (k = 0; k < n; k++)
-		heads[k] = q->elements[heads[k]].guest_head;
-	return n;
-}
-
-uint16_t svq_republish(struct svq *q)
-{
-	uint16_t heads[RING_MAX];
-	uint16_t n = svq_in_flight(q, heads), k;
-
-	for (k = 0; k < n; k++)
-		q->guest.avail->ring[(uint16_t)(q->last_avail - n + k) &
-				     (q->guest.num - 1)] = htole16(heads[k]);
-	if (n)
-		mark_ring(q, q->avail_gpa,
-			  sizeof(struct vring_avail) + 2 * q->guest.num);
-	full_barrier();
-	return q->last_avail - n;
 }

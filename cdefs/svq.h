@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Shadow virtqueues and the relay that serves them. Python sets them up, calls
+ * Shadow virtqueues and the threads that serve them. Python sets them up, calls
  * the loops without the GIL and reads the state they leave behind. Plain
  * declarations, as in ring.h.
  */
 
-/* Why a queue was given up; 0 is a healthy queue. */
+/* Why a queue is broken; 0 is a healthy queue. */
 #define SVQ_OK 0
 #define SVQ_BAD_AVAIL_IDX 1	/* guest: avail.idx moved by more than the ring */
 #define SVQ_BAD_HEAD 2		/* guest: head beyond the descriptor table */
@@ -16,8 +16,10 @@
 #define SVQ_BAD_INDIRECT 7	/* guest: indirect table not negotiated, nested, chained or misshapen */
 #define SVQ_BAD_USED_IDX 8	/* device: used.idx moved by more than the ring */
 #define SVQ_BAD_USED_ID 9	/* device: used id that it was never given */
-#define SVQ_BAD_EVENTFD 10	/* an eventfd of the queue was closed under the relay */
-#define SVQ_NO_ROOM 11		/* nobody: buffers across regions that are apart for the device fill the ring */
+#define SVQ_BAD_EVENTFD 10	/* an eventfd of the queue was closed under its thread */
+#define SVQ_NO_ROOM 11		/* neither: buffers across regions that are not adjacent fill the ring */
+#define SVQ_HEAD_TWICE 12	/* guest: head made available again before it was used (relayed used ring) */
+#define SVQ_SHARED_DESC 13	/* guest: chains in flight share descriptors (relayed used ring) */
 
 /* Features of the ring, as negotiated; the same on both faces. */
 #define SVQ_F_EVENT_IDX 1
@@ -51,6 +53,19 @@ struct svq_element {
 	uint32_t order;		/* how many elements went to the device before it, mod 2^32 */
 };
 
+/* Which region was found last in each of SVQ_SPOTS parts of guest memory: a guess, to be checked. */
+#define SVQ_SPOTS 128
+struct svq_spots {
+	uint64_t shift;			/* a part has 1 << shift bytes */
+	const struct memory_region *at[128];
+};
+
+/*
+ * A queue between the guest's ring and the device's. With given_at the device
+ * works on the guest's own descriptor table, device.desc is guest.desc, and
+ * only the two other parts of its ring are separate: see used_relay.h.
+ * segments, elements, pieces and next are not needed then.
+ */
 struct svq {
 	struct vring guest;
 	struct vring device;
@@ -59,6 +74,8 @@ struct svq {
 	struct svq_element *elements;	/* device.num */
 	struct svq_piece *pieces;	/* device.num: a chain while it is checked */
 	uint16_t *next;			/* device.num: the free chain; never read from shared memory */
+	uint64_t *given_at;		/* device.num, by head: forwarded when the device got it, 0: it has not; or NULL */
+	struct svq_spots spots;		/* with given_at */
 	int guest_kick, guest_call;	/* eventfds shared with the guest */
 	int device_kick, device_call;	/* eventfds shared with the device */
 	uint32_t features;		/* SVQ_F_... */
@@ -95,23 +112,42 @@ uint16_t svq_in_flight(const struct svq *q, uint16_t *heads);
  * exactly those and then what the guest added since.
  */
 uint16_t svq_republish(struct svq *q);
+/*
+ * All of that for queues whose device is suspended: return what it has used,
+ * and return what is in flight to the guest's ring. bases[i] is what
+ * svq_republish() returned, of a queue that is not broken.
+ */
+void svqs_take_over(struct svq **queues, uint32_t count, uint16_t *bases);
+
+/* Whether the device has a buffer that lies in a range of guest memory. */
+int svq_reaches(const struct svq *q, uint64_t gpa, uint64_t size);
+/* Follow guest memory whose regions have changed: what is in flight knows its region by number. */
+void svq_memory_changed(struct svq *q);
 
 /* Several SVQs served by one thread, in array order (put RX before TX). */
-struct relay {
+struct svq_thread {
 	uint32_t count;
 	struct svq **queues;
 	void *pollfds;			/* room for 2 * count + 1 struct pollfd */
 	int wake;			/* eventfd that ends a wait */
 	int config_call;		/* eventfd to raise when a queue breaks, or -1 */
 	int stop;			/* set by another thread */
+	int inside;			/* a thread works on the rings */
+	int quit;
 	int broken;			/* queues found broken so far */
-	int64_t busy_poll;		/* ns to go on looking before it sleeps */
+	int64_t busy_poll;		/* ns to keep looking before it sleeps */
 	uint64_t rounds, sleeps;
 };
 
 /*
  * Relay until stop is set or deadline (CLOCK_MONOTONIC, ns) has passed. A
- * queue that breaks is left alone, the others go on. Returns the number of
+ * queue that breaks is left alone, the others continue. Returns the number of
  * broken queues.
  */
-int relay_run(struct relay *r, int64_t deadline);
+int svq_thread_run(struct svq_thread *t, int64_t deadline);
+/* The same again and again; while stop is set it waits. Until svq_thread_end(). */
+void svq_thread_serve(struct svq_thread *t);
+/* Keep the threads that serve these queues from the rings; they are outside when this returns. */
+void svq_threads_stop(struct svq_thread **threads, uint32_t count);
+/* Stop a thread, and let svq_thread_serve() return: soon, and without another look at an eventfd. */
+void svq_thread_end(struct svq_thread *t);

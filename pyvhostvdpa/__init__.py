@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from .host.mgmt import list_devices
     from .memory.guest import DEFAULT_GPA, FileRegion, GuestMemory
     from .memory.log import SharedLog
-    from .migration.local import Options, migrate
-    from .migration.report import ReceivedReport, Report, SentReport
+    from .migration.local import MigrationOptions, migrate
+    from .migration.report import MigrationReport, ReceivedReport, SentReport
     from .migration.source import SendOptions
     from .probe.probe import Probe
     from .trace.recorder import Event, Trace
@@ -65,15 +65,15 @@ __all__ = [
     "MigrationCancelled",
     "MigrationEnded",
     "MigrationFailed",
+    "MigrationOptions",
     "MigrationRefused",
+    "MigrationReport",
     "MissingFeature",
     "NotVhostVdpa",
-    "Options",
     "OutOfOrder",
     "Probe",
     "QueueBroken",
     "ReceivedReport",
-    "Report",
     "SendOptions",
     "SentReport",
     "SharedLog",
@@ -104,14 +104,17 @@ _HOMES = {
     "host.mgmt": "list_devices",
     "memory.guest": "DEFAULT_GPA FileRegion GuestMemory",
     "memory.log": "SharedLog",
-    "migration.local": "Options migrate",
-    "migration.report": "ReceivedReport Report SentReport",
+    "migration.local": "MigrationOptions migrate",
+    "migration.report": "MigrationReport ReceivedReport SentReport",
     "migration.source": "SendOptions",
     "probe.probe": "Probe",
     "trace.recorder": "Event Trace",
 }
 """Where the public names are defined. They load their module when they are first used, so that
 ``vhost-vdpa --help`` loads none (PEP 562)."""
+
+_RENAMED = {"Options": "MigrationOptions"}
+"""Public names of an earlier release, and what they are called now. They still work, with a DeprecationWarning."""
 
 # for a type checker the names above are all there is: a misspelt one is an error
 if not TYPE_CHECKING:
@@ -120,6 +123,12 @@ if not TYPE_CHECKING:
         """Return a public name, or a room of the package."""
         from importlib import import_module  # noqa: PLC0415
 
+        if name in _RENAMED:
+            from warnings import warn  # noqa: PLC0415
+
+            new = _RENAMED[name]
+            warn(f"pyvhostvdpa.{name} is called {new} now", DeprecationWarning, stacklevel=2)
+            return __getattr__(new)
         for home, names in _HOMES.items():
             if name in names.split():
                 value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)

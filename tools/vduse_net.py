@@ -8,7 +8,7 @@
 It needs the kernel's `vduse` module and nothing else. One RX and one TX
 queue, no control queue (VDUSE allows none for net), no suspend: what a
 vhost-vdpa tool meets on a device of the lesser sort. A frame waits in the TX
-queue until there is an RX buffer for it, so none is lost. SIGUSR1 pulls the
+queue until there is an RX buffer for it, so no frame is lost. SIGUSR1 pulls the
 link's plug, or puts it back, with a configuration interrupt.
 
 The rings are touched from Python, which has no memory barriers: it runs on
@@ -120,7 +120,7 @@ class Queue:
         self.returned = (self.returned + 1) & 0xFFFF
 
     def publish(self) -> None:
-        """Let the driver see what was handed back."""
+        """Publish the used index to the driver."""
         self.used[1] = self.returned
 
 
@@ -142,7 +142,7 @@ class Device:
         self.link = 1
 
     def toggle_link(self) -> None:
-        """Change the link's status and tell the driver, if there is one."""
+        """Change the link's status and notify the driver, if there is one."""
         self.link ^= 1
         fcntl.ioctl(self.fd, SET_CONFIG, struct.pack("=IIH", 6, 2, self.link))
         if self.running:
@@ -157,7 +157,7 @@ class Device:
         try:
             kind, number, payload = REQUEST.unpack(os.read(self.fd, REQUEST.size))
         except BlockingIOError:
-            # a device that the kernel has given up is always ready and has nothing to read; this fails on it
+            # a device that the kernel has marked broken is always ready and has nothing to read; this fails on it
             self._info(RX)
             return
         result = b""

@@ -24,18 +24,18 @@ _EXPLAINED = {
 
 
 class Cause(NamedTuple):
-    """Why a request failed as far as its errno tells, and the command to run next."""
+    """Why a request failed, as its errno suggests, and the command to run next."""
 
     cause: str
     hint: str
 
 
-_PROBE = "vhost-vdpa probe DEV tells what the device has"
+_PROBE = "vhost-vdpa probe DEV shows what the device has"
 _OWNER = Cause(
     "only the process that called set_owner() may ask, a forked child may not", "call set_owner() once after opening"
 )
-_NO_QUEUE = Cause("the device has no such virtqueue", "get_vqs_count() tells how many it has: vhost-vdpa probe DEV")
-_POINTER = Cause("the argument is no memory of this process", "hand over a buffer of the argument's size")
+_NO_QUEUE = Cause("the device has no such virtqueue", "get_vqs_count() returns how many it has: vhost-vdpa probe DEV")
+_POINTER = Cause("the argument is not memory of this process", "hand over a buffer of the argument's size")
 _FD = "os.eventfd(0, os.EFD_NONBLOCK) makes one; -1 unbinds"
 _EVENTFD_CALLS = (
     "VHOST_SET_VRING_KICK",
@@ -47,7 +47,7 @@ _RUNNING = "suspend() or reset (set_status 0) first"
 
 _CAUSES: dict[tuple[str, int], Cause] = {
     **{(call, errno.EBADF): Cause("the descriptor is not open", _FD) for call in _EVENTFD_CALLS},
-    **{(call, errno.EINVAL): Cause("the descriptor is no eventfd", _FD) for call in _EVENTFD_CALLS},
+    **{(call, errno.EINVAL): Cause("the descriptor is not an eventfd", _FD) for call in _EVENTFD_CALLS},
     ("open", errno.EBUSY): Cause("another process holds the device", "vhost-vdpa list shows the holder"),
     ("open", errno.EACCES): Cause(
         "the node belongs to root", "run as root, or add a udev rule: vhost-vdpa doctor prints one"
@@ -74,10 +74,10 @@ _CAUSES: dict[tuple[str, int], Cause] = {
     ("VHOST_SET_BACKEND_FEATURES", errno.EINVAL): Cause("DESC_ASID needs IOTLB_ASID in the same call", "add it"),
     ("VHOST_SET_MEM_TABLE", errno.EOPNOTSUPP): Cause("the table has a padding word that must be 0", "pad with 0"),
     ("VHOST_VDPA_SET_STATUS", errno.EINVAL): Cause("a status bit can only be cleared by a reset", "write 0 first"),
-    ("VHOST_VDPA_GET_CONFIG", errno.EINVAL): Cause("no bytes, or beyond the end", "get_config_size() tells the end"),
-    ("VHOST_VDPA_SET_CONFIG", errno.EINVAL): Cause("no bytes, or beyond the end", "get_config_size() tells the end"),
+    ("VHOST_VDPA_GET_CONFIG", errno.EINVAL): Cause("no bytes, or beyond the end", "get_config_size() returns the end"),
+    ("VHOST_VDPA_SET_CONFIG", errno.EINVAL): Cause("no bytes, or beyond the end", "get_config_size() returns the end"),
     ("VHOST_SET_VRING_NUM", errno.EINVAL): Cause(
-        "not a power of two, or more than the device allows", "get_vring_num() tells the most"
+        "not a power of two, or more than the device allows", "get_vring_num() returns the maximum"
     ),
     ("VHOST_SET_VRING_BASE", errno.EINVAL): Cause("beyond 16 bits, or the device runs", _RUNNING),
     ("VHOST_SET_VRING_ADDR", errno.EINVAL): Cause(
@@ -85,17 +85,19 @@ _CAUSES: dict[tuple[str, int], Cause] = {
     ),
     ("VHOST_SET_VRING_ADDR", errno.EOPNOTSUPP): Cause("a flag other than LOG", "flags must be 0"),
     ("VHOST_VDPA_GET_VRING_SIZE", errno.EOPNOTSUPP): Cause(
-        "the parent has no size per queue", "get_vring_num() tells the most for all"
+        "the parent has no size per queue", "get_vring_num() returns the maximum for all"
     ),
     ("VHOST_VDPA_GET_VRING_GROUP", errno.EOPNOTSUPP): Cause("the parent has no groups", "all queues are in group 0"),
-    ("VHOST_VDPA_GET_VRING_GROUP", errno.EIO): Cause("the parent answered with a group it has not", "a driver bug"),
+    ("VHOST_VDPA_GET_VRING_GROUP", errno.EIO): Cause("the parent reported a group that does not exist", "a driver bug"),
     ("VHOST_VDPA_GET_VRING_DESC_GROUP", errno.EOPNOTSUPP): Cause(
         "descriptors share their queue's group; on mlx5 the firmware lacks desc_group_mkey", _PROBE
     ),
-    ("VHOST_VDPA_GET_VRING_DESC_GROUP", errno.EIO): Cause("the parent answered with a group it has not", "driver bug"),
+    ("VHOST_VDPA_GET_VRING_DESC_GROUP", errno.EIO): Cause(
+        "the parent reported a group that does not exist", "driver bug"
+    ),
     ("VHOST_VDPA_SET_GROUP_ASID", errno.EINVAL): Cause(
         "beyond the device's groups or address spaces, or the parent refuses",
-        "get_group_num() and get_as_num() tell how many there are",
+        "get_group_num() and get_as_num() return the counts",
     ),
     ("VHOST_VDPA_SET_GROUP_ASID", errno.EBUSY): Cause("a group is bound before DRIVER_OK", "reset, bind, then start"),
     ("VHOST_VDPA_SET_GROUP_ASID", errno.ENOBUFS): Cause(
@@ -103,7 +105,7 @@ _CAUSES: dict[tuple[str, int], Cause] = {
     ),
     ("VHOST_VDPA_SET_GROUP_ASID", errno.EOPNOTSUPP): Cause("the parent binds no groups", "use address space 0"),
     ("VHOST_VDPA_SUSPEND", errno.EOPNOTSUPP): Cause(
-        "the parent cannot suspend: its queues cannot be taken over without loss", _PROBE
+        "the parent cannot suspend: its queues cannot be stopped without loss", _PROBE
     ),
     ("VHOST_VDPA_RESUME", errno.EOPNOTSUPP): Cause("the parent cannot resume", "reset and start again"),
     **{

@@ -2,8 +2,8 @@
 """What can go wrong, by meaning.
 
 Kernel errors stay ``OSError`` with the kernel's errno; the few subclasses
-tell apart what a caller would handle differently. Each message says what
-happened and why as far as it can be known; ``hint`` is the command to run or
+separate cases that a caller would handle differently. Each message says what
+happened and, if known, why; ``hint`` is the command to run or
 the thing to change next.
 """
 
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 class VhostVdpaError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base of everything that this package raises on purpose.
+
+    ``message`` (also ``str()``) has the event and its cause;
+    ``hint`` is the command to run or the thing to change next, "" if
+    unknown.
+    """
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -29,10 +34,11 @@ class VhostVdpaError(Exception):
 class KernelError(VhostVdpaError, OSError):
     """A system call on the device failed.
 
-    ``ioctl`` is the request's kernel name (or ``write``, ``open``, ``mmap``),
-    ``argument`` what was asked, ``errno`` the kernel's answer, ``cause`` the
-    likely reason and ``hint`` the next step, by :mod:`pyvhostvdpa.base.causes`
-    unless the caller knows better.
+    ``number`` is the kernel's answer (``errno``), ``ioctl`` the request's
+    kernel name (or ``write``, ``open``, ``mmap``), ``argument`` what was asked.
+    ``cause`` is the likely reason and ``hint`` the next step; where they are
+    empty, :mod:`pyvhostvdpa.base.causes` has them, each with the kernel
+    function that returns that number.
     """
 
     def __init__(self, number: int, ioctl: str, argument: str = "", cause: str = "", hint: str = "") -> None:
@@ -52,7 +58,7 @@ class KernelError(VhostVdpaError, OSError):
 
 
 class DeviceBusy(KernelError):
-    """Somebody has the device open; the chardev is exclusive."""
+    """Another process has the device open; the chardev is exclusive (drivers/vhost/vdpa.c:vhost_vdpa_open)."""
 
 
 class DeviceClosed(VhostVdpaError):
@@ -64,7 +70,7 @@ class NotVhostVdpa(VhostVdpaError):
 
 
 class MapRejected(VhostVdpaError, ValueError):
-    """A map or unmap that the kernel would answer with a bare EFAULT was refused beforehand."""
+    """A map or unmap that the kernel would answer with a bare EFAULT was refused before the request."""
 
 
 class MissingFeature(VhostVdpaError):
@@ -72,14 +78,14 @@ class MissingFeature(VhostVdpaError):
 
 
 class ManagementFailed(VhostVdpaError):
-    """iproute2's ``vdpa`` could not do what it was told; the message has its words."""
+    """iproute2's ``vdpa`` failed; the message has its words."""
 
 
 class MigrationEnded(VhostVdpaError):
-    """A migration that was not one; the message says what state is left.
+    """The migration did not complete; the message says where the guest is now.
 
-    ``report`` is what was measured all the same, None if the guest is stopped
-    or was never started.
+    ``report`` has the measurements taken so far, None if the guest is stopped or
+    was never started.
     """
 
     report: Any = None
@@ -90,7 +96,7 @@ class MigrationRefused(MigrationEnded):
 
 
 class MigrationFailed(MigrationEnded):
-    """A migration ended before its end."""
+    """The migration failed after it had started."""
 
 
 class MigrationCancelled(MigrationEnded):
@@ -98,7 +104,7 @@ class MigrationCancelled(MigrationEnded):
 
 
 class StreamBroken(VhostVdpaError):
-    """The other side of a migration is gone, or nothing moved for as long as the stream may stand still."""
+    """The other side of a migration is gone, or nothing moved for as long as the stream may stall."""
 
 
 class StreamCorrupt(VhostVdpaError):
@@ -106,20 +112,20 @@ class StreamCorrupt(VhostVdpaError):
 
 
 class QueueBroken(VhostVdpaError):
-    """A ring holds what no correct guest or device writes; the queue was given up."""
+    """A ring holds what no correct guest or device writes; the queue failed and is served no more."""
 
 
 class DeviceNeedsReset(VhostVdpaError):
-    """A device gave up and asks to be reset (VIRTIO_CONFIG_S_NEEDS_RESET); nothing goes through it any more."""
+    """A device failed: it set DEVICE_NEEDS_RESET (virtio 1.3, 2.1). Nothing goes through it any more."""
 
 
 class NotProved(VhostVdpaError):
-    """The device did something else than the feature under test says."""
+    """The device did something else than the feature under test promises."""
 
 
 class OutOfOrder(VhostVdpaError):
-    """A device in passthrough uses descriptors out of order, so it cannot be taken over.
+    """A device in passthrough uses descriptors out of order, so its queues cannot be stopped in order.
 
     With the RESUME backend feature it continues in passthrough. Without it the
-    device was reset, since nothing else ends a suspension; the message says so.
+    device was reset, since nothing else ends a suspension; the message says which.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Files that a command writes: looked at beforehand, and replaced in one step, so that a failure leaves the old one."""
+"""Files that a command writes: checked in advance, and replaced in one step, so that a failure leaves the old one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise the OSError that writing a file would end with, as far as it can be known; changes nothing."""
+    """Raise the OSError that writing a file would end with, if it can be foreseen; changes nothing."""
     text = os.fspath(path)
     if os.path.isdir(text):
         raise _error(errno.EISDIR, text)

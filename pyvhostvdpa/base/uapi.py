@@ -96,8 +96,8 @@ class Ioctl:
     """One request: what it is called, what it carries, what it needs.
 
     ``direction`` is from the caller's view: ``""`` (no argument), ``"R"``,
-    ``"W"`` or ``"RW"``. ``needs_owner`` tells whether the kernel answers EPERM
-    to anybody but the process that did ``SET_OWNER``
+    ``"W"`` or ``"RW"``. ``needs_owner`` is whether the kernel answers EPERM
+    to every process but the one that did ``SET_OWNER``
     (drivers/vhost/vhost.c:vhost_dev_check_owner). ``since`` is the first
     mainline version that is known to have it, a hint for messages: what a
     kernel can do is found out by asking it. ``rejected`` is why vhost-vdpa
@@ -142,7 +142,7 @@ _TABLE = (
     Ioctl("VHOST_GET_FEATURES", "R", 0x00, ctypes.c_uint64, False, "5.7"),
     Ioctl("VHOST_SET_FEATURES", "W", 0x00, ctypes.c_uint64, False, "5.7"),
     Ioctl("VHOST_SET_OWNER", "", 0x01, None, False, "5.7"),
-    Ioctl("VHOST_RESET_OWNER", "", 0x02, None, True, "5.7", "a device is given up by closing it"),
+    Ioctl("VHOST_RESET_OWNER", "", 0x02, None, True, "5.7", "closing a device releases it"),
     Ioctl("VHOST_SET_MEM_TABLE", "W", 0x03, VhostMemory, True, "5.7"),
     Ioctl("VHOST_SET_LOG_BASE", "W", 0x04, ctypes.c_uint64, True, "5.7", _NO_LOG),
     Ioctl("VHOST_SET_LOG_FD", "W", 0x07, ctypes.c_int32, True, "5.7", _NO_LOG),
@@ -192,7 +192,7 @@ IOCTLS: dict[str, Ioctl] = {row.name: row for row in _TABLE}
 """Every request of ``linux/vhost.h`` but those of vhost-net, vhost-scsi and vhost-vsock, by kernel name.
 
 ``direction`` is how the kernel's number is made; the getters of an endianness
-and of a busy-loop timeout are ``_IOW`` there and answer all the same.
+and of a busy-loop timeout are ``_IOW`` there and answer nevertheless.
 """
 
 
@@ -260,5 +260,5 @@ def name_list(flags: enum.Flag) -> list[str]:
 
 
 def names(flags: enum.Flag) -> str:
-    """Return the names of the bits in ``flags`` for people, "none" if there are none."""
+    """Return the names of the bits in ``flags`` for people, "none" for no bits."""
     return " ".join(name_list(flags)) or "none"

@@ -14,7 +14,7 @@ from ..device.net import State, VdpaNetDevice
 from ..guest.nic import GuestNic, NicOptions
 from ..memory.guest import DEFAULT_GPA, GuestMemory
 from ..net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
-from ..net.control_queue import GuestControl
+from ..net.control_queue import NetGuestControl
 from ..net.features import CONTROL, SUPPORTED
 from ..trace.recorder import Trace
 from ..virtqueue.layout import indices
@@ -25,24 +25,29 @@ _SLICE_NS = 10_000_000
 
 
 class BenchGuest(Closing):
-    """``pairs`` queue pairs; :class:`~pyvhostvdpa.MissingFeature` if the device has not that many."""
+    """``pairs`` queue pairs; :class:`~pyvhostvdpa.MissingFeature` if the device has fewer."""
 
     def __init__(
-        self, path: str | os.PathLike[str], pairs: int = 1, frame_size: int = 256, patience: float = _SECONDS
+        self,
+        path: str | os.PathLike[str],
+        pairs: int = 1,
+        frame_size: int = 256,
+        patience: float = _SECONDS,
+        shadow: str | None = None,
     ) -> None:
         self.patience = patience
         """Seconds that the device may take to finish a descriptor."""
         self._stack = ExitStack()
         try:
-            self._set_up(path, pairs, frame_size)
+            self._set_up(path, pairs, frame_size, shadow)
         except BaseException:
             self._stack.close()
             raise
 
-    def _set_up(self, path: str | os.PathLike[str], pairs: int, frame_size: int) -> None:
+    def _set_up(self, path: str | os.PathLike[str], pairs: int, frame_size: int, shadow: str | None) -> None:
         self.pairs = pairs
         self.trace = Trace()
-        self.device = VdpaNetDevice(path, self.trace, wanted=SUPPORTED | CONTROL)
+        self.device = VdpaNetDevice(path, self.trace, wanted=SUPPORTED | CONTROL, shadow=shadow)
         self._stack.callback(self.device.close)
         most = self.device.groups.max_pairs
         if pairs > most:
@@ -54,11 +59,13 @@ class BenchGuest(Closing):
         options = NicOptions.fitting(self.device, pairs, frame_size=frame_size)
         self.nic = GuestNic(self.memory, options)
         self._stack.callback(self.nic.close)
-        # the device lets go of rings and memory before they go
+        # the device releases rings and memory before they are freed
         self._stack.callback(self.device.close)
         self.control = None
         if self.nic.control is not None:
-            self.control = GuestControl(self.nic.control.queue, ControlModel(self.device.features, mac=self.device.mac))
+            self.control = NetGuestControl(
+                self.nic.control.queue, ControlModel(self.device.features, mac=self.device.mac)
+            )
         self.device.attach(self.memory)
 
     def start(self, mode: State = State.PASSTHROUGH) -> None:

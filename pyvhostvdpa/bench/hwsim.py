@@ -24,7 +24,10 @@ def loaded() -> bool:
 
 def not_loaded() -> MissingFeature:
     """Return the error for a machine without the module."""
-    return MissingFeature(f"{MODULE} is not loaded", hint=f"insmod {MODULE}.ko, or run it in the lab: tools/lab ladder")
+    return MissingFeature(
+        f"{MODULE} is not loaded",
+        hint="vhost-vdpa ladder --on SRC DST; in the source tree: tools/lab ladder",
+    )
 
 
 @contextmanager
@@ -53,9 +56,9 @@ def _set(name: str, value: str) -> None:
 
 
 def counters(device: str | None) -> dict[str, int] | None:
-    """Return what a device, by its vDPA name, has counted; None if it is no vdpa_hwsim device.
+    """Return what a device, by its vDPA name, has counted; None if it is not a vdpa_hwsim device.
 
-    MissingFeature if it is one and debugfs is not to be seen.
+    MissingFeature if it is one and debugfs cannot be read.
     """
     if device is None or not loaded():
         return None
@@ -65,7 +68,7 @@ def counters(device: str | None) -> dict[str, int] | None:
         lines = (_DEBUGFS / device / "stats").read_text().splitlines()
     except OSError as e:
         raise MissingFeature(
-            f"the counters of {device} are not to be seen: {os.strerror(e.errno or 0)}",
+            f"the counters of {device} cannot be read: {os.strerror(e.errno or 0)}",
             hint="as root: mount -t debugfs debugfs /sys/kernel/debug",
         ) from e
     return {key: int(value) for key, _, value in (line.partition("=") for line in lines)}
@@ -74,8 +77,8 @@ def counters(device: str | None) -> dict[str, int] | None:
 def stop_and_go_ms(device: str | None, pairs: int) -> float | None:
     """Return what a device takes to suspend and resume ``pairs`` pairs, by its own table of costs, in ms.
 
-    Nothing that stops the queues of such a device and lets them go takes
-    less. None if it is no vdpa_hwsim device.
+    Nothing that stops the queues of such a device and releases them takes
+    less. None if it is not a vdpa_hwsim device.
     """
     if counters(device) is None:
         return None
@@ -85,7 +88,7 @@ def stop_and_go_ms(device: str | None, pairs: int) -> float | None:
         each = sum(int((costs / name).read_text()) for name in ("suspend_vq_ns", "resume_vq_ns"))
     except OSError as e:
         raise MissingFeature(
-            f"the costs of {device} are not to be seen: {os.strerror(e.errno or 0)}",
+            f"the costs of {device} cannot be read: {os.strerror(e.errno or 0)}",
             hint="as root: mount -t debugfs debugfs /sys/kernel/debug",
         ) from e
     return (once + 2 * pairs * each) / 1e6

@@ -12,24 +12,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ..base.errors import MissingFeature, NotProved
 from ..base.uapi import IotlbType
 from ..chardev.burst import PreparedMessages
-from ..chardev.door import IotlbMessage, IotlbWriteError
 from ..chardev.iotlb import Limits
+from ..chardev.message import IotlbMessage, IotlbWriteError
 from ..chardev.rejection import likely_cause
 from ..device.net import VdpaNetDevice
 from ..memory.guest import PAGE_SIZE
+from ..migration.common import ReportCallback
 from .memory import Backing, BenchMemory
 from .plan import (
     MapBenchOptions,
+    MapPiece,
     MessagePlace,
     Mode,
-    Piece,
     Point,
     Refusal,
     check,
@@ -41,11 +42,8 @@ from .plan import (
     work,
 )
 from .prover import Prover
-from .report import MapReport, Result, place
+from .report import MapReport, Result, device_environment
 from .stats import summarize
-
-PhaseCallback = Callable[[str], None]
-"""Called with words of progress."""
 
 
 @dataclass
@@ -92,8 +90,8 @@ class _Clock:
     def learn(self, mode: Mode, amount: int, seconds: float) -> None:
         self._took[mode] = (amount, seconds)
 
-    def tell(self, observe: PhaseCallback, words: str, todo: Sequence[tuple[Mode, int]], seldom: bool) -> None:
-        """Say it; with ``seldom`` only if nothing was said for a second."""
+    def tell(self, observe: ReportCallback, words: str, todo: Sequence[tuple[Mode, int]], seldom: bool) -> None:
+        """Report progress; with ``seldom`` at most once per second."""
         now = time.monotonic()
         if seldom and now - self._told < 1:
             return
@@ -112,7 +110,7 @@ class _Clock:
 
 
 def run(
-    path: str | os.PathLike[str], options: MapBenchOptions | None = None, observer: PhaseCallback = lambda words: None
+    path: str | os.PathLike[str], options: MapBenchOptions | None = None, observer: ReportCallback = lambda words: None
 ) -> MapReport:
     """Measure and return the report. The device is reset, and reset again and closed in the end.
 
@@ -120,7 +118,7 @@ def run(
     ``partial``. Raises :class:`~pyvhostvdpa.MissingFeature` if nothing
     of what was asked can be measured, :class:`~pyvhostvdpa.probe.proofs.NotProved`
     if a map that the kernel accepted does not lead to memory, and
-    :class:`~pyvhostvdpa.chardev.door.IotlbWriteError` for one it did not accept.
+    :class:`~pyvhostvdpa.chardev.message.IotlbWriteError` for one it did not accept.
     """
     options = options or MapBenchOptions()
     with ExitStack() as stack:
@@ -130,12 +128,12 @@ def run(
 
 class _Bench:
     def __init__(
-        self, device: VdpaNetDevice, options: MapBenchOptions, observer: PhaseCallback, stack: ExitStack
+        self, device: VdpaNetDevice, options: MapBenchOptions, observer: ReportCallback, stack: ExitStack
     ) -> None:
         self.device, self.options, self.observe = device, options, observer
         self._stack = stack
         self.limits: Limits = device.iotlb.limits
-        self.report = MapReport(place(device), options)
+        self.report = MapReport(device_environment(device), options)
         self.place = MessagePlace(self.limits, options.layout)
         self._clock = _Clock()
         self._todo: list[Point] = []
@@ -143,7 +141,7 @@ class _Bench:
     def run(self) -> MapReport:
         self._plan()
         self.prover = Prover(self.device, self.place.rings, self.options.asid)
-        # the device lets go of the rings before they go
+        # the device releases the rings before they are freed
         self._stack.callback(self.prover.close)
         self._stack.callback(self.device.close)
         self.prover.map()
@@ -159,7 +157,7 @@ class _Bench:
         return self.report
 
     def _plan(self) -> None:
-        """Tell what cannot be measured before anything is touched."""
+        """Raise for what cannot be measured, before anything is touched."""
         check(self.options, self.limits)
         notes: list[str] = []
         for point in points(self.options):
@@ -226,7 +224,7 @@ class _Bench:
         self._clock.tell(self.observe, words, todo, seldom)
 
     def _task(
-        self, mode: Mode, point: Point, pieces: list[Piece], memory: BenchMemory, runs: int, entries: int
+        self, mode: Mode, point: Point, pieces: list[MapPiece], memory: BenchMemory, runs: int, entries: int
     ) -> _Task:
         bursts = []
         for unmap in (False, True):
@@ -266,7 +264,7 @@ class _Bench:
             raise IotlbWriteError(e.errno or 0, e.rejected, e.applied, why.cause, why.hint) from e
 
     def _renew(self, bursts: Sequence[PreparedMessages]) -> None:
-        """Give a device that forgot its maps at the reset all of them anew."""
+        """Write all maps again for a device that forgot them at the reset."""
         if not self.prover.forgets:
             return
         self.device.iotlb.map_again()
@@ -293,7 +291,7 @@ class _Bench:
         )
 
 
-def _places(pieces: Sequence[Piece], hva: int) -> list[tuple[int, int]]:
+def _places(pieces: Sequence[MapPiece], hva: int) -> list[tuple[int, int]]:
     """Return IOVA and address of the first, the middle and the last page."""
     middle = pieces[len(pieces) // 2]
     inner = middle.size // 2 // PAGE_SIZE * PAGE_SIZE

@@ -17,7 +17,8 @@ from .._cdefs import lib
 from ..base.errors import MissingFeature
 from ..memory import hugepages
 from ..memory.available import check_ordinary
-from ..memory.guest import PAGE_SIZE, MappedMemory
+from ..memory.guest import PAGE_SIZE
+from ..memory.mapped import MappedMemory
 
 _STEP = 4096
 """Pages allocated between two words of progress."""
@@ -44,7 +45,7 @@ class PhysicalLayout(enum.Enum):
     CONTIGUOUS = "contiguous"
     """Pages allocated in order, as contiguous as the kernel has them; IOVAs without a hole."""
     SCATTERED = "scattered"
-    """Pages allocated in shuffled order, so that neighbours lie far apart in physical memory."""
+    """Pages allocated in shuffled order, so that neighbours are not adjacent in physical memory."""
     HOLES = "holes"
     """As contiguous, with a hole in the IOVAs after each region."""
 
@@ -57,7 +58,7 @@ class Backing(enum.Enum):
 
 
 def _huge_flags(page: Page, backing: Backing, size: int) -> int | None:
-    """Return memfd's flags for pages of that size, 0 where advice is enough, None where there are none."""
+    """Return memfd's flags for pages of that size, 0 where advice is enough, None where they do not exist."""
     if page is Page.SMALL:
         return 0
     setting = "shmem_enabled" if backing is Backing.SHARED else "enabled"
@@ -69,13 +70,13 @@ def _huge_flags(page: Page, backing: Backing, size: int) -> int | None:
 
 
 def unavailable(size: int, page: Page, backing: Backing) -> tuple[str, str]:
-    """Return why such memory is not to be had here and what to do, two empty strings if it is."""
+    """Return why such memory is unavailable here and what to do, two empty strings if it is available."""
     if size % page.bytes:
         return f"{size} bytes are not whole pages of {page.value}", f"--memory in multiples of {page.value}"
     if _huge_flags(page, backing, size) is None:
         if backing is Backing.PRIVATE:
             return f"no private memory in pages of {page.value} here", "--page 4k, or --backing shared"
-        pool = hugepages.pool(page.bytes) / "nr_hugepages"
+        pool = f"{hugepages.pool(page.bytes)}/nr_hugepages"
         pages, free = size // page.bytes, hugepages.free(page.bytes)
         return f"{free} of {pages} pages of {page.value} are free", f"echo {pages} > {pool}"
     try:
@@ -86,7 +87,7 @@ def unavailable(size: int, page: Page, backing: Backing) -> tuple[str, str]:
 
 
 class BenchMemory(MappedMemory):
-    """``size`` bytes of memory as told, every page allocated. Raises :class:`~pyvhostvdpa.MissingFeature`."""
+    """``size`` bytes of memory of the given kind, every page allocated. Raises :class:`~pyvhostvdpa.MissingFeature`."""
 
     def __init__(
         self,

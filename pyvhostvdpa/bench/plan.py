@@ -11,9 +11,10 @@ from typing import Any
 
 from ..base.errors import MapRejected, MissingFeature
 from ..base.uapi import Access, IotlbType
-from ..chardev.door import IotlbMessage
 from ..chardev.iotlb import Limits
-from ..memory.guest import DEFAULT_GPA, HUGE_PAGE, PAGE_SIZE, allow_pinning
+from ..chardev.message import IotlbMessage
+from ..memory.guest import DEFAULT_GPA, HUGE_PAGE, PAGE_SIZE
+from ..memory.pinned import allow_pinning
 from .memory import Backing, Page, PhysicalLayout, unavailable
 from .prover import SIZE as RINGS
 
@@ -77,7 +78,7 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class MapPiece:
     """One region: where it lies in the memory and in the device's address space."""
 
     offset: int
@@ -102,13 +103,13 @@ class MessagePlace:
         """The rings' IOVA."""
         return self.base - RINGS
 
-    def pieces(self, point: Point) -> list[Piece]:
+    def pieces(self, point: Point) -> list[MapPiece]:
         """Return a point's regions, by address; of equal size but for the last one."""
         pages = point.bytes // PAGE_SIZE
         cuts = [pages * i // point.regions * PAGE_SIZE for i in range(point.regions + 1)]
         made, iova = [], self.base
         for begin, end in pairwise(cuts):
-            made.append(Piece(begin, end - begin, iova))
+            made.append(MapPiece(begin, end - begin, iova))
             iova += end - begin
             if self._layout is PhysicalLayout.HOLES:
                 iova += HOLE
@@ -178,7 +179,7 @@ def points(options: MapBenchOptions) -> Iterator[Point]:
 
 
 def check(options: MapBenchOptions, limits: Limits) -> None:
-    """Raise :class:`~pyvhostvdpa.MissingFeature` for what no point could be measured with."""
+    """Raise :class:`~pyvhostvdpa.MissingFeature` for options with which no point could be measured."""
     if not 0 <= options.asid < limits.as_num:
         raise MissingFeature(
             f"ASID {options.asid}: the device has {limits.as_num} address space{'s' * (limits.as_num > 1)}",
@@ -186,7 +187,7 @@ def check(options: MapBenchOptions, limits: Limits) -> None:
         )
 
 
-def messages(mode: Mode, pieces: list[Piece], hva: int, asid: int, unmap: bool = False) -> list[IotlbMessage]:
+def messages(mode: Mode, pieces: list[MapPiece], hva: int, asid: int, unmap: bool = False) -> list[IotlbMessage]:
     """Return the messages that map (or unmap) all regions in a mode."""
     kind = IotlbType.INVALIDATE if unmap else IotlbType.UPDATE
     each = [

@@ -6,8 +6,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
-import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,28 @@ from ..base.files import check_writable, replace_file
 from .plan import Mode, in_words
 from .report import MapReport, Result
 
+_INSTALL = (
+    f"{sys.executable} -m pip install matplotlib"
+    if sys.prefix != sys.base_prefix
+    else "apt install python3-matplotlib   (in a virtual environment: pip install matplotlib)"
+)
+
 _COLOURS = {Mode.UNBATCHED: "#c1443c", Mode.PER_REGION: "#c98a1b", Mode.BATCH: "#2b6cb0"}
 _INK, _FAINT = "#333333", "#dddddd"
-_SIZE = (8.4, 4.4)
-"""Inches."""
-_PANEL_POINTS = 230
-"""About how high a panel is."""
+_WIDTH, _HEIGHT = 8.4, 4.2
+_FOOTER, _ROW = 0.3, 0.18
+"""Inches: below the panels are a row for each name, and the footer."""
 
 
-_End = tuple[str, str, float, float]
-"""A line's name, its colour, and its last point."""
+_MARKERS = "os^Dv*"
+"""Of lines of one mode, which have one colour."""
+
+_Name = tuple[str, str, str]
+"""A line's name, its colour and its marker."""
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
-    """Raise :class:`~pyvhostvdpa.MissingFeature` beforehand if a picture cannot be drawn, or not there."""
+    """Raise :class:`~pyvhostvdpa.MissingFeature` in advance if a picture cannot be drawn or written there."""
     if Path(path).suffix != ".svg":
         raise MissingFeature(f"{os.fspath(path)}: pictures are SVG", hint="vhost-vdpa bench map --plot FILE.svg")
     try:
@@ -40,7 +48,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingFeature(
             "--plot needs matplotlib, which is not installed",
-            hint="pip install 'pyvhostvdpa[plot]', or apt install python3-matplotlib",
+            hint=_INSTALL,
         )
 
 
@@ -55,27 +63,36 @@ def draw(report: MapReport, path: str | os.PathLike[str]) -> None:
 
     Raises :class:`~pyvhostvdpa.MissingFeature` if the file cannot be written.
     """
-    # loaded by name, because it is an optional extra without types
-    figure_module: Any = importlib.import_module("matplotlib.figure")
     svg: Any = importlib.import_module("matplotlib.backends.backend_svg")
     matplotlib: Any = importlib.import_module("matplotlib")
     with matplotlib.rc_context({"svg.hashsalt": "pyvhostvdpa", "font.size": 9, "svg.fonttype": "none"}):
-        figure = figure_module.Figure(figsize=_SIZE, layout="constrained")
+        figure = figure_of(report)
         svg.FigureCanvasSVG(figure)
-        axes = figure.subplots(1, 2, sharey=True)
-        figure.suptitle(_title(report), x=0.01, ha="left", fontsize=11, color=_INK)
-        maps = _panel(axes[0], report, "to map", lambda r: (r.map_ns.median, r.map_ns.spread), fits=True)
-        unmaps = _panel(axes[1], report, "to unmap", lambda r: (r.unmap_ns.median, r.unmap_ns.spread), fits=False)
-        # both panels have one scale, which is known now
-        _label(axes[0], maps)
-        _label(axes[1], unmaps)
-        figure.supxlabel(_footer(report), x=0.01, ha="left", fontsize=7, color="#777777")
         picture = io.BytesIO()
         figure.savefig(picture, format="svg", metadata={"Date": None})
     try:
         replace_file(path, lambda file: file.write(picture.getvalue()), binary=True)
     except OSError as e:
         raise _unwritable(path, e) from e
+
+
+def figure_of(report: MapReport) -> Any:
+    """Return the picture as a figure of matplotlib."""
+    # loaded by name, because it is an optional extra without types
+    module: Any = importlib.import_module("matplotlib.figure")
+    rows = len(_series(report))
+    below = _FOOTER + _ROW * rows
+    whole = _HEIGHT + below
+    figure = module.Figure(figsize=(_WIDTH, whole), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, below / whole, 1, 1 - below / whole))
+    axes = figure.subplots(1, 2, sharey=True)
+    figure.suptitle(_title(report), x=0.01, ha="left", fontsize=11, color=_INK)
+    maps = _panel(axes[0], report, "to map", lambda r: (r.map_ns.median, r.map_ns.spread), fits=True)
+    unmaps = _panel(axes[1], report, "to unmap", lambda r: (r.unmap_ns.median, r.unmap_ns.spread), fits=False)
+    for left, names in ((0.05, maps), (0.53, unmaps)):
+        _name(figure, names, (left, below / whole))
+    figure.text(0.01, 0.06 / whole, _footer(report), ha="left", va="bottom", fontsize=7, color="#777777")
+    return figure
 
 
 def _title(report: MapReport) -> str:
@@ -88,7 +105,7 @@ def _title(report: MapReport) -> str:
     runs = slow.runs or slow.entries
     if times >= 1.15:
         return f"Mapping {runs:,} runs in one batch is {_times(times)} as fast as message by message{unfinished}"
-    return f"One batch is no faster than message by message here ({runs:,} runs: {_times(times)}){unfinished}"
+    return f"One batch is not faster than message by message here ({runs:,} runs: {_times(times)}){unfinished}"
 
 
 def _times(ratio: float) -> str:
@@ -96,16 +113,16 @@ def _times(ratio: float) -> str:
 
 
 def _footer(report: MapReport) -> str:
-    device = report.place["device"]
+    device = report.environment["device"]
     options = report.options
-    time = "virtual time" if report.place["accelerator"] == "icount" else "wall clock"
+    time = "virtual time" if report.environment["accelerator"] == "icount" else "wall clock"
     how = "pinned pages" if device["pinned"] else "user addresses"
     words = [
         f"{device['driver']} ({how})",
-        f"Linux {report.place['kernel']}",
-        f"{report.place['accelerator']}, {time}",
+        f"Linux {report.environment['kernel']}",
+        f"{report.environment['accelerator']}, {time}",
         f"{options.layout.value} memory in pages of {options.page.value}",
-        f"median of {options.repeat}, bars: quartiles apart",
+        f"median of {options.repeat}, bars: quartiles",
     ]
     return " · ".join(words)
 
@@ -118,7 +135,9 @@ def _series(report: MapReport) -> dict[tuple[Mode, str], list[Result]]:
     for r in report.results:
         other = ""
         if len(sizes) > 1 and len(regions) > 1:
-            other = f", {r.point.regions} regions" if len(sizes) >= len(regions) else f", {in_words(r.point.bytes)}"
+            count = r.point.regions
+            by_regions = f", {count} region{'s' * (count != 1)}"
+            other = by_regions if len(sizes) >= len(regions) else f", {in_words(r.point.bytes)}"
         series.setdefault((r.mode, other), []).append(r)
     return series
 
@@ -134,21 +153,23 @@ def _axis(report: MapReport) -> tuple[str, Callable[[Result], float]]:
 
 def _panel(
     axes: Any, report: MapReport, what: str, value: Callable[[Result], tuple[float, float]], fits: bool
-) -> list[_End]:
-    """Draw one of both times; return each line's end."""
+) -> list[_Name]:
+    """Draw one of both times; return its lines' names."""
     label, x_of = _axis(report)
     curves = report.fits() if fits and label.startswith("physically") else {}
-    ends: list[_End] = []
-    for (mode, other), results in _series(report).items():
+    names: list[_Name] = []
+    series = _series(report)
+    others = list(dict.fromkeys(other for _, other in series))
+    for (mode, other), results in series.items():
         ordered = sorted(results, key=x_of)
         xs = [x_of(r) for r in ordered]
         ys = [value(r)[0] / 1e6 for r in ordered]
         bars = [value(r)[1] / 2e6 for r in ordered]
-        colour = _COLOURS[mode]
-        axes.errorbar(xs, ys, yerr=bars, color=colour, marker="o", markersize=4, linewidth=1.6, capsize=2)
+        colour, marker = _COLOURS[mode], _MARKERS[others.index(other) % len(_MARKERS)]
+        axes.errorbar(xs, ys, yerr=bars, color=colour, marker=marker, markersize=4, linewidth=1.6, capsize=2)
         curve = curves.get(mode.value)
         formula = f":  {curve.in_words()}" if curve is not None else ""
-        ends.append((f"{mode.value}{other}{formula}", colour, xs[-1], ys[-1]))
+        names.append((f"{mode.value}{other}{formula}", colour, marker))
         if curve is not None:
             dense = _between(min(xs), max(xs))
             axes.plot(dense, [curve.at(x) / 1e6 for x in dense], color=colour, linewidth=0.8, linestyle=(0, (2, 3)))
@@ -161,23 +182,30 @@ def _panel(
     axes.set_title(what, loc="left", fontsize=9, color=_INK)
     ticks = _thinned(sorted({x_of(r) for r in report.results}))
     axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
     axes.minorticks_off()
     axes.grid(True, axis="y", color=_FAINT, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    return ends
+    return names
 
 
-def _label(axes: Any, ends: Sequence[_End]) -> None:
-    """Write each line's name over its end, none over another."""
-    low, high = (math.log(limit) for limit in axes.get_ylim())
-    above = math.inf
-    for text, colour, x, y in sorted(ends, key=lambda end: -end[3]):
-        stands = (math.log(y) - low) / (high - low) * _PANEL_POINTS
-        # over the line, or under it where another name is in the way
-        above = stands + 5 if stands + 5 < above - 10 else min(stands - 14, above - 10)
-        offset = (-4, above - stands)
-        axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", ha="right", color=colour, fontsize=8)
+def _name(figure: Any, names: Sequence[_Name], corner: tuple[float, float]) -> None:
+    """Write a panel's names below it, where no line is; ``corner`` is the upper left one, in parts of the figure."""
+    lines: Any = importlib.import_module("matplotlib.lines")
+    handles = [
+        lines.Line2D([], [], color=colour, marker=marker, markersize=4, linewidth=1.6) for _, colour, marker in names
+    ]
+    figure.legend(
+        handles,
+        [text for text, *_ in names],
+        loc="upper left",
+        bbox_to_anchor=corner,
+        borderaxespad=0,
+        frameon=False,
+        labelcolor="linecolor",
+        handlelength=1.4,
+        fontsize=8,
+    )
 
 
 def _between(low: float, high: float, steps: int = 40) -> list[float]:

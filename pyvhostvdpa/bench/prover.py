@@ -5,7 +5,7 @@ A map that was accepted may have mapped nothing: the kernel ignores what the
 parent answers at BATCH_END (drivers/vhost/vdpa.c:vhost_vdpa_process_iotlb_msg),
 and a parent on user addresses skips private memory (vhost_vdpa_va_map). The
 rings lie in memory of their own that is mapped before, because any later map
-would hand the parent the whole table once more and so mend what failed.
+would hand the parent the whole table again and so mend what failed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ..base.errors import KernelError, MissingFeature, NotProved
 from ..base.uapi import Access, BackendFeature, Status, names
 from ..device.net import VdpaNetDevice
 from ..host import mgmt
-from ..memory.guest import HUGE_PAGE, PAGE_SIZE, SharedMemory
+from ..memory.guest import HUGE_PAGE, PAGE_SIZE
+from ..memory.mapped import SharedMemory
 from ..virtqueue.layout import SplitLayout, fill_vring
 
 SIZE = HUGE_PAGE
@@ -35,7 +36,7 @@ _GRACE_NS = 150_000_000
 """How long a frame is waited for that may have been sent away."""
 _READY = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK
 
-Place = tuple[int, int]
+ProofPlace = tuple[int, int]
 """IOVA and address in this process."""
 
 
@@ -138,21 +139,21 @@ class Prover:
                 f"{self.device.path} finished no descriptor within {self.patience:g} s, not even in memory that was "
                 "mapped by one message "
                 f"(status {names(self.device.chardev.get_status())})",
-                hint="vhost-vdpa probe --verify tells what the device does",
+                hint="vhost-vdpa probe --verify shows what the device does",
             )
         self.loops = bool(state & lib.TOUCH_BACK)
         self.reset()
 
-    def _touch(self, source: Place, target: Place, grace: int) -> int:
+    def _touch(self, source: ProofPlace, target: ProofPlace, grace: int) -> int:
         places = [ffi.new("struct touch_place *", {"iova": p[0], "hva": ffi.cast("uint8_t *", p[1])}) for p in
                   (source, target)]  # fmt: skip
         deadline = time.monotonic_ns() + int(self.patience * 1e9)
         state: int = lib.touch_frame(self._c, *places, FRAME, deadline, grace)
         if state & lib.TOUCH_NONSENSE:
-            raise NotProved(f"{self.device.path} wrote a used ring that makes no sense")
+            raise NotProved(f"{self.device.path} wrote an invalid used ring (index or id out of range)")
         return state
 
-    def reach(self, places: Sequence[Place]) -> None:
+    def reach(self, places: Sequence[ProofPlace]) -> None:
         """Send a frame out of each place and into the next one; :class:`NotProved` naming the one not reached."""
         for i, source in enumerate(places):
             target = places[(i + 1) % len(places)]
@@ -173,7 +174,7 @@ class Prover:
     # -- the device's own count -----------------------------------------------------
 
     def set_maps(self) -> int | None:
-        """Return the device's own count of set_map, after FEATURES_OK; None where it does not tell."""
+        """Return the device's own count of set_map, after FEATURES_OK; None where it does not report it."""
         if self._statistics_of == -1:
             self._statistics_of = next((i for i in (2, self.device.vqs_count - 1) if self._count(i) is not None), None)
         return None if self._statistics_of is None else self._count(self._statistics_of)

@@ -19,7 +19,7 @@ from ..device.net import VdpaNetDevice
 from ..host.parents import parent_of
 from .memory import Page, PhysicalLayout
 from .plan import MapBenchOptions, Mode, Point, Refusal
-from .stats import Fit, Summary, fit
+from .stats import Distribution, Fit, fit
 
 SCHEMA = "pyvhostvdpa/bench-map/1"
 _NOTICED = 0.05
@@ -27,7 +27,7 @@ _NOTICED = 0.05
 
 
 _FITS = 0.25
-"""A curve that is further off than that at one of its points is no description of them, and not told."""
+"""A curve that is further off than that at one of its points does not describe them, and is not reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Result:
 
     ``runs`` are physically contiguous runs (0 if this process may not know),
     ``entries`` what the maps take of the kernel's tree, ``set_maps`` how
-    often the device was told its table for one map, by its own count (None
+    often the device was given its table for one map, by its own count (None
     where it has none).
     """
 
@@ -48,8 +48,8 @@ class Result:
     runs: int
     entries: int
     messages: int
-    map_ns: Summary
-    unmap_ns: Summary
+    map_ns: Distribution
+    unmap_ns: Distribution
     set_maps: int | None
 
     def in_words(self) -> str:
@@ -83,9 +83,9 @@ class Result:
 
 @dataclass(slots=True)
 class MapReport:
-    """All results. ``loops`` tells how they were proved: by frames that came back, or by finished descriptors only."""
+    """All results. ``loops`` is how they were proved: by frames that came back, or by finished descriptors only."""
 
-    place: dict[str, Any]
+    environment: dict[str, Any]
     options: MapBenchOptions
     results: list[Result] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
@@ -120,11 +120,11 @@ class MapReport:
             "refused": [refused.to_dict() for refused in self.refused],
             "proof": "frames came back whole" if self.loops else "descriptors were finished",
             "backing": self.options.backing.value,
-            "environment": self.place,
+            "environment": self.environment,
         }
 
 
-def place(device: VdpaNetDevice) -> dict[str, Any]:
+def device_environment(device: VdpaNetDevice) -> dict[str, Any]:
     """Return what a reader needs to place the figures."""
     limits = device.iotlb.limits
     return {
@@ -145,7 +145,7 @@ def place(device: VdpaNetDevice) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class FigureChange:
     """One combination then and now: medians and spreads in ns."""
 
     combination: str
@@ -161,7 +161,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """``slower`` or ``faster`` if the medians are further apart than both spreads and 5 percent, else ``same``."""
+        """``slower`` or ``faster`` if the medians differ by more than both spreads and 5 percent, else ``same``."""
         apart = abs(self.new - self.old)
         if apart <= max(self.spread, _NOTICED * self.old):
             return "same"
@@ -180,22 +180,23 @@ class Change:
         }
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a stored report; :class:`~pyvhostvdpa.MissingFeature` if it is none."""
+def load_report(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a stored report; :class:`~pyvhostvdpa.MissingFeature` if it is not one."""
     try:
         stored = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (OSError, ValueError) as e:
+        why = f"cannot be read: {e.strerror}" if isinstance(e, OSError) else f"is not JSON: {e}"
         raise MissingFeature(
-            f"{os.fspath(path)} cannot be read: {e}", hint="vhost-vdpa bench map --compare takes what --json printed"
+            f"{os.fspath(path)} {why}", hint="vhost-vdpa bench map --compare takes what --json printed"
         ) from e
     if not isinstance(stored, dict) or stored.get("schema") != SCHEMA:
         raise MissingFeature(
-            f"{os.fspath(path)} is no report of schema {SCHEMA}", hint="vhost-vdpa bench map DEV --json"
+            f"{os.fspath(path)} is not a report of schema {SCHEMA}", hint="vhost-vdpa bench map DEV --json"
         )
     return stored
 
 
-def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[FigureChange]:
     """Yield the change of each combination that both reports (as their schema has them) measured."""
     before = {_combination(result): result for result in old["results"]}
     for result in new["results"]:
@@ -204,7 +205,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
             continue
         for what in ("map", "unmap"):
             a, b = was[f"{what}_ns"], result[f"{what}_ns"]
-            yield Change(_combination(result), what, a["median"], b["median"], a["spread"] + b["spread"])
+            yield FigureChange(_combination(result), what, a["median"], b["median"], a["spread"] + b["spread"])
 
 
 def _combination(result: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from ..base.errors import KernelError
 from ..base.uapi import IOCTLS, Status, VdpaConfig, VringAddr, VringFile, VringState
 from ..device.net import VdpaNetDevice
 from ..memory.guest import DEFAULT_GPA
-from .report import place
+from .report import device_environment
 from .stats import percentile
 
 SCHEMA = "pyvhostvdpa/bench-ioctl/1"
@@ -50,12 +50,12 @@ class RequestCost:
 class RequestReport:
     """All of them, by name."""
 
-    place: dict[str, Any]
+    environment: dict[str, Any]
     costs: list[RequestCost]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its schema has it."""
-        return {"schema": SCHEMA, "ioctls": [c.to_dict() for c in self.costs], "environment": self.place}
+        return {"schema": SCHEMA, "ioctls": [c.to_dict() for c in self.costs], "environment": self.environment}
 
 
 def run(
@@ -69,7 +69,7 @@ def run(
             requests = list(_cheap(device, fd))
             observer(f"{len(requests)} requests, {count} times each")
             costs = [_measure(device, name, argument, count) for name, argument in requests]
-            return RequestReport(place(device), costs)
+            return RequestReport(device_environment(device), costs)
         finally:
             # the kernel keeps what is bound until the device is closed
             device.close()

@@ -21,7 +21,7 @@ from ..guest.traffic import Traffic
 from ..memory.guest import PAGE_SIZE
 from ..virtqueue.layout import map_queue
 from .guest import BenchGuest
-from .report import place
+from .report import device_environment
 from .stats import percentile, summarize
 
 SCHEMA = "pyvhostvdpa/bench-svq/1"
@@ -54,10 +54,11 @@ class ModeCost:
 class ShadowReport:
     """Both modes."""
 
-    place: dict[str, Any]
+    environment: dict[str, Any]
     pairs: int
     frame_size: int
     costs: list[ModeCost]
+    shadow: str
 
     @property
     def ratio(self) -> float:
@@ -71,9 +72,10 @@ class ShadowReport:
             "schema": SCHEMA,
             "pairs": self.pairs,
             "frame_size": self.frame_size,
+            "shadow": self.shadow,
             "modes": [cost.to_dict() for cost in self.costs],
             "ratio": round(self.ratio, 4),
-            "environment": self.place,
+            "environment": self.environment,
         }
 
 
@@ -85,25 +87,29 @@ def run(
     rounds: int = 3,
     frames: int = 1000,
     observer: Callable[[str], None] = lambda words: None,
+    shadow: str | None = None,
 ) -> ShadowReport:
     """Measure ``rounds`` times ``seconds`` of traffic in each mode, and ``frames`` single frames. The device is reset.
 
+    ``shadow`` is one of :data:`pyvhostvdpa.device.shadowing.NAMES`, None for
+    the default.
     Raises :class:`~pyvhostvdpa.probe.proofs.NotProved` if frames do not come back,
     or not all of them, :class:`~pyvhostvdpa.MissingFeature` if the
     device cannot be suspended.
     """
     costs = [ModeCost(mode) for mode in MODES]
-    with BenchGuest(path, pairs, frame_size) as guest:
-        where = place(guest.device)
+    with BenchGuest(path, pairs, frame_size, shadow=shadow) as guest:
+        how = guest.device.shadow
+        where = device_environment(guest.device)
         for number in range(rounds):
             for cost in costs:
                 cost.rates.append(_rate(guest, cost.mode, seconds, first=not number))
                 observer(f"round {number + 1} of {rounds}: {cost.mode.value} {cost.rates[-1]:,.0f} frames/s")
-    with BenchGuest(path, 1, frame_size) as guest:
+    with BenchGuest(path, 1, frame_size, shadow=shadow) as guest:
         for cost in costs:
             cost.latencies = _latencies(guest, cost.mode, frames, frame_size)
             observer(f"{cost.mode.value}: median latency {percentile(cost.latencies, 50) / 1e3:.1f} us")
-    return ShadowReport(where, pairs, frame_size, costs)
+    return ShadowReport(where, pairs, frame_size, costs, how)
 
 
 def _rate(guest: BenchGuest, mode: State, seconds: float, first: bool) -> float:
@@ -123,7 +129,7 @@ def _rate(guest: BenchGuest, mode: State, seconds: float, first: bool) -> float:
         guest.device.check()
         arrived = traffic.stop_sending(_SETTLE)
     finally:
-        traffic.pause()
+        traffic.end()
     counts = guest.nic.counts()
     if not arrived or counts.corrupted or counts.duplicated:
         raise NotProved(
@@ -139,13 +145,13 @@ def _latencies(guest: BenchGuest, mode: State, frames: int, size: int) -> list[i
     """Send one frame after the other, each when the one before has come back."""
     arena = GuestArena(guest.memory)
     # behind the NIC's own rings and buffers, which rest meanwhile
-    arena.take(guest.memory.regions[0].size * 3 // 4)
+    arena.allocate(guest.memory.regions[0].size * 3 // 4)
     queues = [place_queue(arena, index, min(256, guest.device.largest_ring([index]))) for index in (0, 1)]
     c: Any = ffi.new("struct touch *")
     for ring, queue in zip((c.rx, c.tx), queues, strict=True):
         map_queue(ring, queue, guest.memory)
     (c.rx_kick, c.rx_call), (c.tx_kick, c.tx_call) = ((queue.kick, queue.call) for queue in queues)
-    places = [_place(guest, arena.take(PAGE_SIZE)) for _ in range(2)]
+    places = [_place(guest, arena.allocate(PAGE_SIZE)) for _ in range(2)]
     lib.touch_start(c)
     try:
         guest.device.start(mode, queues, guest.control)

@@ -13,11 +13,11 @@ from typing import Any
 _FAR = 3.0
 """Spreads from the median at which a repetition is called an outlier."""
 _FEW = 4
-"""Repetitions of which none is called an outlier: there is no spread to compare with."""
+"""With no more repetitions than that, no outliers are named: there is no spread to compare with."""
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class Distribution:
     """Repetitions of one thing, in ns: the median, the distance of the quartiles, and what lies far off."""
 
     median: float
@@ -39,14 +39,14 @@ class Summary:
         return self.median / divisor, self.spread / divisor
 
 
-def summarize(values: Sequence[int]) -> Summary:
+def summarize(values: Sequence[int]) -> Distribution:
     """Return the summary of at least one repetition."""
     median = statistics.median(values)
     spread = percentile(values, 75) - percentile(values, 25)
     # a spread of nothing, as in virtual time, must not make everything an outlier
     far = max(_FAR * spread, 0.05 * median)
     odd = tuple(v for v in values if abs(v - median) > far) if len(values) > _FEW else ()
-    return Summary(median, spread, odd, len(values))
+    return Distribution(median, spread, odd, len(values))
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -16,8 +16,8 @@ from typing import Any
 from ..base.uapi import BackendFeature
 from ..trace.downtime import interval
 from .guest import BenchGuest
-from .report import place
-from .stats import Summary, summarize
+from .report import device_environment
+from .stats import Distribution, summarize
 
 SCHEMA = "pyvhostvdpa/bench-switch/1"
 OPERATIONS = ("start", "suspend", "resume", "reset")
@@ -29,7 +29,7 @@ class SwitchCost:
 
     operation: str
     pairs: int
-    ns: Summary
+    ns: Distribution
     calls: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,12 +41,12 @@ class SwitchCost:
 class SwitchReport:
     """All operations."""
 
-    place: dict[str, Any]
+    environment: dict[str, Any]
     costs: list[SwitchCost]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its schema has it."""
-        return {"schema": SCHEMA, "switches": [c.to_dict() for c in self.costs], "environment": self.place}
+        return {"schema": SCHEMA, "switches": [c.to_dict() for c in self.costs], "environment": self.environment}
 
 
 def all_pairs(path: str | os.PathLike[str]) -> tuple[int, ...]:
@@ -65,15 +65,15 @@ def run(
 ) -> SwitchReport:
     """Measure, by default with 1, 2, 4 … pairs up to what the device has. It is reset.
 
-    Raises :class:`~pyvhostvdpa.MissingFeature` if it has not that many
+    Raises :class:`~pyvhostvdpa.MissingFeature` if it has fewer
     or cannot be suspended, :class:`~pyvhostvdpa.probe.proofs.NotProved` if it does
-    not go on after a start or a resume.
+    not run after a start or a resume.
     """
     costs: list[SwitchCost] = []
     where: dict[str, Any] = {}
     for number in pairs or all_pairs(path):
         with BenchGuest(path, number) as guest:
-            where = place(guest.device)
+            where = device_environment(guest.device)
             observer(f"{number} pair{'s' * (number > 1)}, {repeat} times and once to warm up")
             for repetition in range(repeat + 1):
                 _once(guest, repetition)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """IOTLB messages prepared in one buffer and sent by C, so that Python does nothing per message.
 
-This is the bare wire: no mirror, no check beforehand, no cause for what is
-refused. :class:`pyvhostvdpa.chardev.iotlb.AddressSpace` has all of that; a burst is
+This is the bare wire: no mirror, no check before a write, no cause for a
+refusal. :class:`pyvhostvdpa.chardev.iotlb.AddressSpace` has all of that; a burst is
 for what sends the same maps many times, or more maps than should be held in
 memory at once.
 """
@@ -17,10 +17,11 @@ from typing import Any
 from .._cdefs import ffi, lib
 from ..base.errors import KernelError
 from ..base.uapi import IotlbType, MessageFormat
-from .door import IotlbMessage, IotlbWriteError, VhostVdpa
+from .door import VhostVdpa
+from .message import IotlbMessage, IotlbWriteError
 
 CHUNK = 1024
-"""Messages in a buffer, unless told otherwise: 72 KiB."""
+"""Messages in a buffer by default: 72 KiB."""
 
 _MESSAGE = struct.Struct("=IIQQQBB6x32x")
 """``struct vhost_msg_v2``: type, asid, then iova, size, uaddr, perm and type of ``struct vhost_iotlb_msg``."""
@@ -82,7 +83,7 @@ class PreparedMessages:
         return at
 
     def clear(self) -> None:
-        """Empty the buffer, to fill it anew."""
+        """Empty the buffer, to fill it again."""
         self._c.count = 0
 
     def message(self, index: int) -> IotlbMessage:
@@ -95,7 +96,7 @@ class PreparedMessages:
     def send(self, chardev: VhostVdpa) -> BurstResult:
         """Write all messages, one system call each.
 
-        Raises :class:`~pyvhostvdpa.chardev.door.IotlbWriteError` for the first
+        Raises :class:`~pyvhostvdpa.chardev.message.IotlbWriteError` for the first
         that the kernel refuses; those before it are in force, and a batch
         that was begun is open (``chardev.batch_asid``).
         """
@@ -111,7 +112,7 @@ class PreparedMessages:
 def send_all(chardev: VhostVdpa, messages: Iterable[IotlbMessage], chunk: int = CHUNK) -> BurstResult:
     """Build and send any number of messages in the memory of one buffer of ``chunk`` messages.
 
-    ``applied`` of the :class:`~pyvhostvdpa.chardev.door.IotlbWriteError` that it
+    ``applied`` of the :class:`~pyvhostvdpa.chardev.message.IotlbWriteError` that it
     may raise counts all that are in force.
     """
     burst = PreparedMessages(chunk)

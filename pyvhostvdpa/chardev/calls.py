@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Requests that are known before they are needed: made up beforehand, then made by C in one go.
+"""Requests that are known before they are needed: prepared in advance, then made by C in one go.
 
-While a guest stands still, each line of Python between two requests counts.
+While a guest is paused, each line of Python between two requests counts.
 So what a switch, a stop or a start will ask of the device is put into a list
 while the guest runs. :meth:`PreparedCalls.run` makes the requests in order,
 without the GIL, each with its own times for the trace; it is the same door
@@ -10,11 +10,13 @@ and the same record as :class:`~pyvhostvdpa.VhostVdpa`'s methods.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from .._cdefs import ffi, lib
 from ..base.errors import KernelError
-from ..base.uapi import IOCTLS, Status, VringAddr, VringFile
+from ..base.uapi import IOCTLS, Status, VdpaConfig, VringAddr, VringFile
 from ..trace.recorder import DeviceTrace, describe
 
 
@@ -109,6 +111,16 @@ class PreparedCalls:
         """Add SET_VRING_CALL."""
         self._bytes("VHOST_SET_VRING_CALL", bytes(VringFile(index, eventfd)), {"index": index, "fd": eventfd})
 
+    def get_config(self, length: int) -> int:
+        """Add GET_CONFIG of ``length`` bytes from the first on; :meth:`config_of` is where they are after a run."""
+        return self._bytes(
+            "VHOST_VDPA_GET_CONFIG", bytes(VdpaConfig(0, length)) + bytes(length), {"off": 0, "len": length}
+        )
+
+    def config_of(self, place: int) -> Any:
+        """Return where C finds what GET_CONFIG has read."""
+        return self._arguments[place] + ctypes.sizeof(VdpaConfig)
+
     def put(self, place: int, num: int) -> None:
         """Change the number of a request on a queue's state."""
         self._states[place][1] = num
@@ -133,7 +145,7 @@ class PreparedCalls:
 
         Raises :class:`~pyvhostvdpa.KernelError` that names the request, as
         the single call would; those before it are in force (:attr:`done`
-        tells how many), those behind it were not made.
+        is their number), those behind it were not made.
         """
         if self._c == ffi.NULL:
             self.seal()
@@ -143,11 +155,36 @@ class PreparedCalls:
         if done < count:
             raise KernelError(-self._c[done].result, self._names[done], describe(self._shown(done)))
 
+    def fill(self, job: Any) -> None:
+        """Put the list into a ``struct device_job`` that is done once; :meth:`settle` comes behind it."""
+        if self._c == ffi.NULL:
+            self.seal()
+        job.fd, job.calls, job.count = self._chardev.fileno(), self._c, len(self._names)
+
+    def do(self, job: Any) -> None:
+        """Do a job that :meth:`fill` has filled, without others beside it; :meth:`settle` comes behind it."""
+        lib.jobs_run(job, 1)
+
+    def settle(self, job: Any) -> None:
+        """Record what a job made of the list, and raise what :meth:`run` raises."""
+        count = len(self._names)
+        self.done = done = int(job.done)
+        self._chardev.trace.record_later(lambda: self._made(min(done + 1, count)))
+        if done < count:
+            raise KernelError(-self._c[done].result, self._names[done], describe(self._shown(done)))
+
+    def state_of(self, place: int) -> Any:
+        """Return where C finds the number of a request on a queue's state, for a job that puts it there."""
+        return self._states[place] + 1
+
     def _record(self, made: int) -> None:
-        record = self._chardev.trace.record
-        for place in range(made):
+        for call in self._made(made):
+            self._chardev.trace.record(*call)
+
+    def _made(self, count: int) -> Iterator[tuple[int, int, str, dict[str, int | str], int]]:
+        for place in range(count):
             call = self._c[place]
-            record(call.begin, call.end, self._names[place], self._shown(place), call.result)
+            yield int(call.begin), int(call.end), self._names[place], self._shown(place), int(call.result)
 
     def _shown(self, place: int) -> dict[str, int | str]:
         """Return a request's fields as they were in the run that just ended."""

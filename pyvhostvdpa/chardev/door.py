@@ -17,7 +17,7 @@ import stat
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 from .._cdefs import ffi, lib
 from ..base.closing import Closing
@@ -38,32 +38,9 @@ from ..base.uapi import (
 )
 from ..trace.recorder import DeviceTrace, Fields, Trace, describe
 from .calls import PreparedCalls
+from .message import IotlbMessage, IotlbWriteError
 
 _RECORDED_AS = {kind: f"IOTLB_{kind.name}" for kind in IotlbType}
-
-
-class IotlbMessage(NamedTuple):
-    """One IOTLB message. Sizes and addresses in bytes; ``size`` 0 only with batches."""
-
-    type: IotlbType
-    asid: int
-    iova: int = 0
-    size: int = 0
-    uaddr: int = 0
-    perm: int = 0
-
-    @property
-    def fields(self) -> dict[str, int | str]:
-        """What the type of the message gives a meaning to."""
-        if self.type in (IotlbType.BATCH_BEGIN, IotlbType.BATCH_END):
-            return {"asid": self.asid}
-        found: dict[str, int | str] = {"asid": self.asid, "iova": self.iova, "size": self.size}
-        if self.type is IotlbType.UPDATE:
-            found["uaddr"], found["perm"] = self.uaddr, self.perm
-        return found
-
-    def __str__(self) -> str:
-        return describe(self.fields)
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
@@ -103,13 +80,19 @@ def can_be_opened(path: str | os.PathLike[str]) -> bool:
 
 
 class VhostVdpa(Closing):
-    """An open vhost-vdpa device.
+    """An open vhost-vdpa device at ``path``; what passes is recorded in ``trace``, a new one by default.
 
+    Raises :class:`~pyvhostvdpa.NotVhostVdpa` before anything is opened,
+    :class:`~pyvhostvdpa.DeviceBusy` if a process has it open, and
+    :class:`~pyvhostvdpa.KernelError` with the errno of any call that fails.
     Opening resets the device and is exclusive
     (drivers/vhost/vdpa.c:vhost_vdpa_open). The ioctls and messages of one
     device serialize on one lock in the kernel; a slow one blocks the others.
     Not usable in a forked child: ownership is per address space.
     """
+
+    any_opened: ClassVar[bool] = False
+    """Whether this process has opened, and so reset, any device."""
 
     def __init__(self, path: str | os.PathLike[str], trace: Trace | None = None) -> None:
         check_path(path)
@@ -117,7 +100,8 @@ class VhostVdpa(Closing):
         self.trace: DeviceTrace = (trace or Trace()).device(self.path)
         self._fd = -1
         self.batch_asid: int | None = None
-        """The address space whose batch is open, as far as it was opened here. A reset does not close one."""
+        """The address space whose batch is open, if it was opened here. A reset does not close one."""
+        VhostVdpa.any_opened = True
         t = time.monotonic_ns()
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
@@ -126,7 +110,11 @@ class VhostVdpa(Closing):
         self.trace.record(t, time.monotonic_ns(), "open", {"fd": self._fd}, 0)
 
     def fileno(self) -> int:
-        """Return the file descriptor. It cannot be polled (epoll: EPERM)."""
+        """Return the file descriptor. It cannot be polled (epoll: EPERM).
+
+        Raises :class:`~pyvhostvdpa.DeviceClosed` after :meth:`close`, as every
+        call on a closed device does.
+        """
         if self._fd < 0:
             raise DeviceClosed(f"{self.path} was closed")
         return self._fd
@@ -137,7 +125,7 @@ class VhostVdpa(Closing):
         return self._fd < 0
 
     def close(self) -> None:
-        """Close: the kernel resets the device and drops every map. Twice is no error."""
+        """Close: the kernel resets the device and drops every map. Idempotent."""
         if self._fd < 0:
             return
         fd, self._fd = self._fd, -1
@@ -166,11 +154,11 @@ class VhostVdpa(Closing):
         return result
 
     def prepare(self) -> PreparedCalls:
-        """Return an empty list for requests that are to be made later, in one go."""
+        """Return an empty list for requests to make later, in one go."""
         return PreparedCalls(self)
 
     def request(self, name: str, argument: bytes | None = b"") -> bytes:
-        """Make any request of :data:`~pyvhostvdpa.base.uapi.IOCTLS` with a raw argument; return what it became.
+        """Make request ``name`` of :data:`~pyvhostvdpa.base.uapi.IOCTLS`; return the argument as the kernel left it.
 
         For those that have no method of their own, and for arguments that a
         method would not let through. ``argument`` is filled up with zeros to
@@ -206,16 +194,16 @@ class VhostVdpa(Closing):
         self._ioctl("VHOST_SET_OWNER")
 
     def set_fork_from_owner(self, fork: bool) -> None:
-        """Say whose child a worker shall be, before :meth:`set_owner` (EBUSY after).
+        """Choose whether a worker is a child of the owner (``fork``) or a kernel thread, before :meth:`set_owner`.
 
-        Without effect here, since vhost-vdpa has no worker. EINVAL beyond 0
+        EBUSY after it. Without effect here, since vhost-vdpa has no worker. EINVAL beyond 0
         and 1, ENOTTY where the kernel was built without the choice
         (drivers/vhost/vhost.c:vhost_dev_ioctl).
         """
         self._ioctl("VHOST_SET_FORK_FROM_OWNER", bytearray([int(fork)]), {"fork_from_owner": int(fork)})
 
     def get_fork_from_owner(self) -> bool:
-        """Return what :meth:`set_fork_from_owner` set."""
+        """Return the ``fork`` that :meth:`set_fork_from_owner` set."""
         return bool(self._read("VHOST_GET_FORK_FROM_OWNER", "fork_from_owner"))
 
     def set_mem_table(self) -> None:
@@ -227,7 +215,11 @@ class VhostVdpa(Closing):
         return self._read("VHOST_GET_FEATURES", "features")
 
     def set_features(self, features: int) -> None:
-        """Set the driver's feature bits. EBUSY after FEATURES_OK, EINVAL if the parent refuses."""
+        """Set the virtio ``features`` that the driver takes (virtio 1.3, 2.2).
+
+        EBUSY after FEATURES_OK (drivers/vhost/vdpa.c:vhost_vdpa_set_features),
+        EINVAL if the parent refuses.
+        """
         self._ioctl("VHOST_SET_FEATURES", bytearray(features.to_bytes(8, "little")), {"features": features})
 
     def get_backend_features(self) -> BackendFeature:
@@ -235,7 +227,11 @@ class VhostVdpa(Closing):
         return BackendFeature(self._read("VHOST_GET_BACKEND_FEATURES", "backend_features"))
 
     def set_backend_features(self, features: BackendFeature) -> None:
-        """Acknowledge backend features until close. EOPNOTSUPP, EINVAL for DESC_ASID without IOTLB_ASID."""
+        """Acknowledge backend ``features`` until close.
+
+        EOPNOTSUPP for one that the parent lacks, EINVAL for DESC_ASID without
+        IOTLB_ASID (drivers/vhost/vdpa.c:vhost_vdpa_unlocked_ioctl).
+        """
         self._ioctl(
             "VHOST_SET_BACKEND_FEATURES",
             bytearray(int(features).to_bytes(8, "little")),
@@ -251,7 +247,10 @@ class VhostVdpa(Closing):
         return Status(self._read("VHOST_VDPA_GET_STATUS", "status"))
 
     def set_status(self, status: Status) -> None:
-        """Write the status byte; 0 resets. EINVAL if it would clear a bit. Read back what the parent accepted."""
+        """Write ``status`` (virtio 1.3, 2.1); 0 resets. Read back what the parent accepted.
+
+        EINVAL if it would clear a bit (drivers/vhost/vdpa.c:vhost_vdpa_set_status).
+        """
         self._ioctl("VHOST_VDPA_SET_STATUS", bytearray([int(status)]), {"status": int(status)})
 
     # -- configuration space --------------------------------------------------
@@ -261,7 +260,7 @@ class VhostVdpa(Closing):
         return self._read("VHOST_VDPA_GET_CONFIG_SIZE", "config_size")
 
     def get_config(self, offset: int, length: int) -> bytes:
-        """Return bytes of the configuration space. EINVAL beyond its end.
+        """Return ``length`` bytes of the configuration space from ``offset`` on. EINVAL beyond its end.
 
         Before features were set since reset the parent takes this for a
         legacy driver (drivers/vdpa/vdpa.c:vdpa_get_config_unlocked).
@@ -272,12 +271,12 @@ class VhostVdpa(Closing):
         return bytes(buffer[len(head) :])
 
     def set_config(self, offset: int, data: bytes) -> None:
-        """Write bytes of the configuration space. A parent that ignores it reports no error."""
+        """Write ``data`` to the configuration space at byte ``offset``. A parent that ignores it reports no error."""
         buffer = bytearray(bytes(VdpaConfig(offset, len(data))) + data)
         self._ioctl("VHOST_VDPA_SET_CONFIG", buffer, {"off": offset, "len": len(data)})
 
     def set_config_call(self, eventfd: int) -> None:
-        """Set the eventfd of the configuration interrupt, -1 for none."""
+        """Set the ``eventfd`` of the configuration interrupt (virtio 1.3, 2.5), -1 for none."""
         self._ioctl("VHOST_VDPA_SET_CONFIG_CALL", bytearray(ctypes.c_int32(eventfd)), {"fd": eventfd})
 
     # -- virtqueues ----------------------------------------------------------
@@ -291,56 +290,66 @@ class VhostVdpa(Closing):
         return self._read("VHOST_VDPA_GET_VRING_NUM", "vring_num")
 
     def get_vring_size(self, index: int) -> int:
-        """Return one queue's ring size. EOPNOTSUPP where the parent has no get_vq_size."""
+        """Return the ring size of queue ``index``. EOPNOTSUPP where the parent has no get_vq_size."""
         return self._vring("VHOST_VDPA_GET_VRING_SIZE", index)
 
     def set_vring_num(self, index: int, num: int) -> None:
-        """Set a ring size, a power of two."""
+        """Set the ring size of queue ``index`` to ``num`` descriptors, a power of two."""
         self._vring("VHOST_SET_VRING_NUM", index, num)
 
     def set_vring_base(self, index: int, base: int) -> None:
-        """Set the avail index at which the device starts. EINVAL while it runs."""
+        """Set the avail index at which the device starts queue ``index`` to ``base``. EINVAL while it runs."""
         self._vring("VHOST_SET_VRING_BASE", index, base)
 
     def get_vring_base(self, index: int) -> int:
-        """Return the index from which to go on; meaningful once suspended. Some parents report the used index."""
+        """Return the ring index from which queue ``index`` has to be continued; meaningful once suspended.
+
+        Some parents report the used index in place of the avail index.
+        """
         return self._vring("VHOST_GET_VRING_BASE", index)
 
     def set_vring_addr(self, index: int, desc: int, avail: int, used: int) -> None:
-        """Set ring addresses (IOVAs in the ASID of the descriptor group). EINVAL while the device runs."""
+        """Set where the ring of queue ``index`` lies: ``desc``, ``avail`` and ``used``.
+
+        These are IOVAs in the address space of its descriptor group. EINVAL
+        while the device runs (drivers/vhost/vdpa.c:vhost_vdpa_vring_ioctl).
+        """
         buffer = bytearray(VringAddr(index, 0, desc, used, avail, 0))
         self._ioctl("VHOST_SET_VRING_ADDR", buffer, {"index": index, "desc": desc, "avail": avail, "used": used})
 
     def set_vring_kick(self, index: int, eventfd: int) -> None:
-        """Set the eventfd that notifies the device, -1 for none. One with a count kicks at once."""
+        """Set the ``eventfd`` that kicks queue ``index``, -1 for none. One with a count kicks at once."""
         self._ioctl("VHOST_SET_VRING_KICK", bytearray(VringFile(index, eventfd)), {"index": index, "fd": eventfd})
 
     def set_vring_call(self, index: int, eventfd: int) -> None:
-        """Set the eventfd that the device signals, -1 for none."""
+        """Set the ``eventfd`` that the device signals for queue ``index``, -1 for none."""
         self._ioctl("VHOST_SET_VRING_CALL", bytearray(VringFile(index, eventfd)), {"index": index, "fd": eventfd})
 
     def set_vring_err(self, index: int, eventfd: int) -> None:
-        """Set the error eventfd; vhost-vdpa stores and never signals it."""
+        """Set the error ``eventfd`` of queue ``index``, -1 for none; vhost-vdpa stores and never signals it."""
         self._ioctl("VHOST_SET_VRING_ERR", bytearray(VringFile(index, eventfd)), {"index": index, "fd": eventfd})
 
     def set_vring_busyloop_timeout(self, index: int, microseconds: int) -> None:
-        """Store a busy-loop timeout. Without effect: nothing polls a vhost-vdpa ring."""
+        """Store a busy-loop timeout of ``microseconds`` for queue ``index``. No effect: vhost-vdpa polls no ring."""
         self._vring("VHOST_SET_VRING_BUSYLOOP_TIMEOUT", index, microseconds)
 
     def get_vring_busyloop_timeout(self, index: int) -> int:
-        """Return the stored busy-loop timeout in microseconds."""
+        """Return the stored busy-loop timeout of queue ``index`` in microseconds."""
         return self._vring("VHOST_GET_VRING_BUSYLOOP_TIMEOUT", index)
 
     def set_vring_endian(self, index: int, big: bool) -> None:
-        """Set a legacy ring's endianness. ENOTTY unless the kernel has VHOST_CROSS_ENDIAN_LEGACY."""
+        """Make the legacy ring of queue ``index`` big-endian if ``big``, little-endian if not.
+
+        ENOTTY unless the kernel has VHOST_CROSS_ENDIAN_LEGACY.
+        """
         self._vring("VHOST_SET_VRING_ENDIAN", index, int(big))
 
     def get_vring_endian(self, index: int) -> bool:
-        """Return a legacy ring's endianness, True for big. ENOTTY as for :meth:`set_vring_endian`."""
+        """Return whether the legacy ring of queue ``index`` is big-endian. ENOTTY as for :meth:`set_vring_endian`."""
         return bool(self._vring("VHOST_GET_VRING_ENDIAN", index))
 
     def mmap_doorbell(self, index: int) -> mmap.mmap:
-        """Map a queue's doorbell page: writing the queue's index to its start notifies the device without a call.
+        """Map the doorbell page of queue ``index``: writing that index to its start notifies the device without a call.
 
         524 (ENOTSUPP) where the parent has no get_vq_notification
         (drivers/vhost/vdpa.c:vhost_vdpa_mmap). The page is write-only, reading
@@ -359,7 +368,7 @@ class VhostVdpa(Closing):
         return page
 
     def set_vring_enable(self, index: int, enable: bool) -> None:
-        """Make a queue ready or not."""
+        """Make queue ``index`` ready if ``enable``, not ready if not (virtio 1.3, 4.2.2: QueueReady)."""
         self._vring("VHOST_VDPA_SET_VRING_ENABLE", index, int(enable))
 
     # -- groups and address spaces ----------------------------------------------
@@ -382,15 +391,15 @@ class VhostVdpa(Closing):
         return self._read("VHOST_VDPA_GET_AS_NUM", "as_num")
 
     def get_vring_group(self, index: int) -> int:
-        """Return a queue's group. EOPNOTSUPP where the parent has no groups."""
+        """Return the group of queue ``index``. EOPNOTSUPP where the parent has no groups."""
         return self._vring("VHOST_VDPA_GET_VRING_GROUP", index)
 
     def get_vring_desc_group(self, index: int) -> int:
-        """Return the group of a queue's descriptor table, driver and device area. EOPNOTSUPP if not separate."""
+        """Return the group of the rings of queue ``index``. EOPNOTSUPP where that is not separate."""
         return self._vring("VHOST_VDPA_GET_VRING_DESC_GROUP", index)
 
     def set_group_asid(self, group: int, asid: int) -> None:
-        """Bind a group to an address space: after each reset, before DRIVER_OK.
+        """Bind ``group`` to address space ``asid``: after each reset, before DRIVER_OK.
 
         ENOBUFS if ``group`` is not below the number of queues, EINVAL beyond
         the groups or address spaces, EBUSY after DRIVER_OK on newer kernels.
@@ -400,24 +409,23 @@ class VhostVdpa(Closing):
     # -- suspend -------------------------------------------------------------
 
     def suspend(self) -> None:
-        """Stop processing descriptors; a no-op without DRIVER_OK. EOPNOTSUPP."""
+        """Stop processing descriptors; a no-op without DRIVER_OK. EOPNOTSUPP where the parent has no suspend."""
         self._ioctl("VHOST_VDPA_SUSPEND")
 
     def resume(self) -> None:
-        """Go on after :meth:`suspend`. EOPNOTSUPP."""
+        """Continue after :meth:`suspend`. EOPNOTSUPP where the parent has no resume."""
         self._ioctl("VHOST_VDPA_RESUME")
 
     # -- IOTLB ---------------------------------------------------------------
 
     def write_iotlb(self, messages: Sequence[IotlbMessage], form: MessageFormat = MessageFormat.V2) -> None:
-        """Write messages in order, one system call each, without the GIL.
+        """Write ``messages`` in order, one system call each, without the GIL.
 
-        ``form`` V1 has no address space field: the kernel takes 0.
-
-        The kernel answers EFAULT to whatever it dislikes;
+        ``form`` V1 has no address space field: the kernel takes 0. The kernel
+        answers EFAULT to everything that it rejects;
         :class:`pyvhostvdpa.chardev.iotlb.AddressSpace` knows more. Raises for the
         first that fails; those before it are in force (``applied`` of the
-        error tells how many).
+        error is their number).
         """
         fd = self.fileno()
         count = len(messages)
@@ -439,13 +447,13 @@ class VhostVdpa(Closing):
             raise IotlbWriteError(error[0], messages[done], done)
 
     def send_prepared(self, burst: Any, deliver_signals_ns: int = 100_000_000) -> None:
-        """Write the messages of a C ``struct iotlb_burst`` that are not done yet.
+        """Write the messages of ``burst``, a C ``struct iotlb_burst``, that are not done yet.
 
-        :mod:`pyvhostvdpa.chardev.burst` makes one. One event of the trace for
-        all of them, no work per message outside C.
-        Comes back to Python every ``deliver_signals_ns``, so that Ctrl-C ends
-        a long one. Raises the bare errno of the first that fails, with
-        ``burst.done`` telling how many are in force.
+        :mod:`pyvhostvdpa.chardev.burst` makes one. There is one event in the
+        trace for all of them, and no work per message outside C. Control
+        returns to Python every ``deliver_signals_ns``, so that Ctrl-C ends a
+        long one. Raises :class:`~pyvhostvdpa.KernelError` with the bare errno
+        of the first that fails; ``burst.done`` is how many are in force.
         """
         fd = self.fileno()
         burst.batch = -1 if self.batch_asid is None else self.batch_asid
@@ -460,10 +468,11 @@ class VhostVdpa(Closing):
             raise KernelError(burst.error, "write IOTLB messages", f"message {burst.done + 1} of {burst.count}")
 
     def repeat(self, name: str, argument: bytes, count: int) -> list[int]:
-        """Make a request ``count`` times from C, each with its own copy of ``argument``; how long each took, in ns.
+        """Make request ``name`` ``count`` times from C; return how long each took, in ns.
 
-        ``argument`` is at most 64 bytes; it is filled up with zeros to the
-        size that the kernel reads.
+        Each gets its own copy of ``argument``, at most 64 bytes, filled up
+        with zeros to the size that the kernel reads. Raises ValueError for
+        more, and :class:`~pyvhostvdpa.KernelError` for the first that fails.
         """
         row = IOCTLS[name]
         fd = self.fileno()
@@ -484,12 +493,3 @@ class VhostVdpa(Closing):
                 self.batch_asid = m.asid
             elif m.type is IotlbType.BATCH_END:
                 self.batch_asid = None
-
-
-class IotlbWriteError(KernelError):
-    """The kernel refused a message. ``applied`` messages of the burst are in force."""
-
-    def __init__(self, number: int, message: IotlbMessage, applied: int, cause: str = "", hint: str = "") -> None:
-        super().__init__(number, f"write IOTLB_{message.type.name}", str(message), cause, hint)
-        self.rejected = message
-        self.applied = applied

@@ -3,7 +3,7 @@
 
 The kernel answers EFAULT to every bad map and says nothing of a batch that
 failed. So each address space keeps a mirror of the kernel's tree and refuses
-beforehand what the kernel would refuse, with the reason.
+in advance what the kernel would refuse, with the reason.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from dataclasses import dataclass
 
 from ..base.errors import MapRejected
 from ..base.uapi import Access, IotlbType
-from ..memory.guest import PAGE_SIZE, allow_pinning, physical_runs
-from .door import IotlbMessage, IotlbWriteError, VhostVdpa
+from ..memory.guest import PAGE_SIZE
+from ..memory.mapped import physical_runs
+from ..memory.pinned import allow_pinning
+from .door import VhostVdpa
+from .message import IotlbMessage, IotlbWriteError
 from .rejection import likely_cause
 
 
@@ -31,7 +34,7 @@ class GuestMapping(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """One UPDATE. ``entries`` is what it costs of the kernel's limit."""
+    """One UPDATE. ``entries`` is its share of the kernel's limit."""
 
     iova: int
     size: int
@@ -49,8 +52,10 @@ class Mapping:
 class Limits:
     """What bounds the maps of a device.
 
-    ``pinned`` tells whether the parent works on pinned pages, None if that is unknown; ``entries`` is
-    the limit per address space, None if none is known. What follows from pinning alone is refused beforehand only
+    ``first`` and ``last`` are the lowest and the highest IOVA that can be
+    mapped (VHOST_VDPA_GET_IOVA_RANGE), ``as_num`` the number of address spaces.
+    ``pinned`` is whether the parent works on pinned pages, None if that is unknown; ``entries`` is
+    the limit per address space, None if unknown. What follows from pinning alone is refused in advance only
     where pinning is certain.
     """
 
@@ -59,10 +64,16 @@ class Limits:
     as_num: int
     pinned: bool | None
     entries: int | None
+    private: bool = False
+    """Whether memory that no file is behind can be mapped: a parent on user addresses skips that without a word."""
 
 
 class Iotlb:
-    """The address spaces of one device. The kernel has one batch per device, not one per space."""
+    """The address spaces of one device, which ``chardev`` is open on and ``limits`` bound.
+
+    The kernel has one batch per device, not one per space
+    (drivers/vhost/vdpa.c:vhost_vdpa_process_iotlb_msg).
+    """
 
     def __init__(self, chardev: VhostVdpa, limits: Limits) -> None:
         self.chardev = chardev
@@ -72,7 +83,11 @@ class Iotlb:
         self._spaces: dict[int, AddressSpace] = {}
 
     def space(self, asid: int) -> AddressSpace:
-        """Return an address space; MapRejected if the device has not that many."""
+        """Return address space ``asid``.
+
+        Raises :class:`~pyvhostvdpa.MapRejected` if the device does not have
+        that many.
+        """
         if not 0 <= asid < self.limits.as_num:
             raise MapRejected(f"ASID {asid}: the device has {self.limits.as_num} address spaces")
         return self._spaces.setdefault(asid, AddressSpace(self, asid))
@@ -90,11 +105,17 @@ class Iotlb:
             self.notes.append(note)
 
     def write(self, asid: int, messages: Sequence[IotlbMessage]) -> None:
-        """Send messages of one address space; what the kernel refuses is raised with its likely cause."""
-        batch = self.chardev.batch_asid
-        if batch not in (None, asid):
+        """Send ``messages`` of address space ``asid``, in order.
+
+        Raises :class:`~pyvhostvdpa.MapRejected` while a batch of another
+        address space is open, and a :class:`~pyvhostvdpa.KernelError` with its
+        likely cause for the first that the kernel refuses; its ``applied`` are
+        in force.
+        """
+        batch_asid = self.chardev.batch_asid
+        if batch_asid not in (None, asid):
             raise MapRejected(
-                f"ASID {asid}: a batch of ASID {batch} is open, and a device has one",
+                f"ASID {asid}: a batch of ASID {batch_asid} is still open; a device can have only one",
                 hint="write its BATCH_END; nothing else but close() ends it, not even a reset",
             )
         try:
@@ -115,12 +136,13 @@ class Iotlb:
 
 
 class AddressSpace:
-    """One ASID: a mirror of the kernel's tree."""
+    """Address space ``asid`` of a device, whose messages go through ``iotlb``: a mirror of the kernel's tree."""
 
     def __init__(self, iotlb: Iotlb, asid: int) -> None:
         self._iotlb = iotlb
         self.asid = asid
-        self.layout = GuestMapping.NONE
+        self.guest_mapping = GuestMapping.NONE
+        """How guest memory lies here, as given by the caller that mapped it."""
         self._maps: list[Mapping] = []
         self._to_restore: tuple[Mapping, ...] = ()
         """What :meth:`map_again` has not mapped yet: a second try must not forget what the first one unmapped."""
@@ -131,26 +153,35 @@ class AddressSpace:
         return tuple(self._maps)
 
     def map(self, iova: int, uaddr: int, size: int, perm: Access = Access.RW) -> None:
-        """Map ``size`` bytes at ``uaddr`` to ``iova``, without a batch.
+        """Map ``size`` bytes at ``uaddr`` of this process to ``iova`` with access ``perm``, without a batch.
 
         On a pinned set_map parent this rebuilds the device's table once per
-        physically contiguous run; see :meth:`batch`.
+        physically contiguous run; see :meth:`batch`. Raises
+        :class:`~pyvhostvdpa.MapRejected` for maps that the kernel would answer with
+        a bare EFAULT: no multiple of a page, outside of the device's range,
+        over another map, too many entries.
         """
         with self._one() as change:
             change.map(iova, uaddr, size, perm)
 
     def unmap(self, iova: int, size: int) -> None:
-        """Unmap exactly what was mapped: the kernel drops every entry the range touches, whole."""
+        """Unmap ``size`` bytes at ``iova``, exactly as they were mapped.
+
+        The kernel drops every entry that the range touches, whole
+        (drivers/vhost/vdpa.c:vhost_vdpa_pa_unmap). Raises
+        :class:`~pyvhostvdpa.MapRejected` if there is no mapping of exactly
+        this range.
+        """
         with self._one() as change:
             change.unmap(iova, size)
 
     @contextmanager
     def _one(self) -> Iterator[Changes]:
-        change = Changes(self, self._iotlb.limits)
-        yield change
-        self._iotlb.make_room(change.pinned)
-        self._iotlb.write(self.asid, change.messages)
-        self._maps = change.planned
+        changes = Changes(self, self._iotlb.limits)
+        yield changes
+        self._iotlb.make_room(changes.pinned)
+        self._iotlb.write(self.asid, changes.messages)
+        self._maps = changes.planned
 
     def map_again(self) -> None:
         """Unmap and map everything again, in one batch. After a failure it can be called again and loses nothing."""
@@ -171,14 +202,25 @@ class AddressSpace:
         Nothing is sent if the block raises. The kernel reports no failure of
         a batch as a whole (it ignores the parent's answer at BATCH_END).
         """
-        batch = Changes(self, self._iotlb.limits)
-        yield batch
-        if batch.messages:
-            self._send(batch)
+        changes = Changes(self, self._iotlb.limits)
+        yield changes
+        if not changes.messages:
+            return
+        begin = IotlbMessage(IotlbType.BATCH_BEGIN, self.asid)
+        end = IotlbMessage(IotlbType.BATCH_END, self.asid)
+        self._iotlb.make_room(changes.pinned)
+        try:
+            self._iotlb.write(self.asid, [begin, *changes.messages, end])
+        except IotlbWriteError as e:
+            if e.applied:
+                self._maps = changes.after(e.applied - 1)
+                self._end_batch()
+            raise
+        self._maps = changes.planned
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep a batch open for the block: each map and unmap in it is written at once, the parent is told at its end.
+        """Keep a batch open for the block: each map and unmap in it is written at once, the parent at its end.
 
         Unlike :meth:`batch` other calls may come in between, and the batch
         ends in any case: nothing but close() would end it later.
@@ -193,19 +235,6 @@ class AddressSpace:
             except IotlbWriteError:
                 self._end_batch()
                 raise
-
-    def _send(self, batch: Changes) -> None:
-        begin = IotlbMessage(IotlbType.BATCH_BEGIN, self.asid)
-        end = IotlbMessage(IotlbType.BATCH_END, self.asid)
-        self._iotlb.make_room(batch.pinned)
-        try:
-            self._iotlb.write(self.asid, [begin, *batch.messages, end])
-        except IotlbWriteError as e:
-            if e.applied:
-                self._maps = batch.after(e.applied - 1)
-                self._end_batch()
-            raise
-        self._maps = batch.planned
 
     def _end_batch(self) -> None:
         """End the batch after an error, also after a BATCH_END that failed: nothing but close() would end it later."""
@@ -224,7 +253,7 @@ class Changes:
         self.planned = list(self._before)
         self.messages: list[IotlbMessage] = []
         self.pinned = 0
-        """Bytes that will be pinned anew, or may be where that is unknown."""
+        """Bytes that will be newly pinned, or may be where that is unknown."""
 
     def map(self, iova: int, uaddr: int, size: int, perm: Access = Access.RW) -> None:
         """Add a map; see :meth:`AddressSpace.map`."""
@@ -273,7 +302,9 @@ class Changes:
         at = _index(self.planned, iova)
         mapping = self.planned[at] if at < len(self.planned) else None
         if mapping is None or (mapping.iova, mapping.size) != (iova, size):
-            raise MapRejected(f"unmap of {size:#x} bytes at IOVA {iova:#x} in ASID {self._asid}: not mapped like that")
+            raise MapRejected(
+                f"unmap of {size:#x} bytes at IOVA {iova:#x} in ASID {self._asid}: no mapping with exactly this range"
+            )
         del self.planned[at]
         self._entries -= mapping.entries
         self._changes.append((False, mapping))

@@ -18,9 +18,11 @@ from typing import NamedTuple
 from ..base.causes import Cause
 from ..base.errors import KernelError
 from ..base.uapi import IotlbType
-from ..memory.guest import PAGE_SIZE, physical_runs
+from ..memory.guest import PAGE_SIZE
+from ..memory.mapped import physical_runs
 from ..memory.pinned import pinned_bytes
-from .door import IotlbMessage, VhostVdpa
+from .door import VhostVdpa
+from .message import IotlbMessage
 
 
 class Vma(NamedTuple):

@@ -14,21 +14,22 @@ from ..bench import map as bench_map
 from ..bench import plot, requests, shadow, switching
 from ..bench.memory import Backing, Page, PhysicalLayout
 from ..bench.plan import MapBenchOptions, Mode, default_memory, in_words
-from ..bench.report import Change, MapReport, compare, load
+from ..bench.report import FigureChange, MapReport, compare, load_report
+from ..device.shadowing import NAMES as SHADOWS
 from ..guest.nic import MIN_FRAME
 from ..host import mgmt
-from .commands import COMMANDS
+from . import answer
 from .failure import report as _say
-from .options import DEVICE, add_json
+from .options import DEVICE, add_json, add_shadow
 from .table import table
 from .units import SIZES, count, seconds, size
 
 INTERRUPTED = 130
-MAP = """\
+_MAP = """\
 Time mapping and unmapping memory: by size, by number of regions (messages), in one batch, message by message, and
 with a batch for each region. What a device that pins memory pays for is physically contiguous runs, so they are
 counted and printed. Each map is tried with real frames before its time counts. The device is reset."""
-EPILOG = f"""\
+_MAP_EPILOG = f"""\
 {SIZES}
 
 examples:
@@ -37,22 +38,18 @@ examples:
 
 exit status: 0; 1 when something failed, or a map did not lead to memory; 130 when interrupted, with what was measured
 until then printed and marked partial. More: vhost-vdpa help benchmarks"""
-_OTHERS = """\
+_NEXT = "next: vhost-vdpa help benchmarks (what the figures mean)"
+EPILOG = """\
 examples:
   vhost-vdpa bench map vdpa0
   vhost-vdpa bench switch vdpa0 --pairs 1,4 -j
 
 exit status: 0; 1 when something failed; 2 wrong usage; 130 when interrupted. More: vhost-vdpa help benchmarks"""
+DESCRIPTION = "Measure what maps, requests, switches and shadowing cost on a device. The device is reset."
 
 
-def register(commands: Any) -> None:
-    """Add the sub-command."""
-    parser = commands.add_parser(
-        "bench",
-        help=COMMANDS["bench"],
-        description="Measure what maps, requests, switches and shadowing cost on a device. The device is reset.",
-        epilog=_OTHERS,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     _register_map(kinds)
     _register_ioctl(kinds)
@@ -61,7 +58,7 @@ def register(commands: Any) -> None:
 
 
 def _register_map(kinds: Any) -> None:
-    parser = kinds.add_parser("map", help="mapping memory, batched and not", description=MAP, epilog=EPILOG)
+    parser = kinds.add_parser("map", help="mapping memory, batched and not", description=_MAP, epilog=_MAP_EPILOG)
     parser.add_argument("device", metavar="DEV", nargs="?", help=f"{DEVICE} (default: the only device)")
     default = MapBenchOptions()
     parser.add_argument(
@@ -130,7 +127,7 @@ def _words(choices: Any) -> list[str]:
 def _run_map(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         plot.check_plot(arguments.plot)
-    old = load(arguments.compare) if arguments.compare else None
+    old = load_report(arguments.compare) if arguments.compare else None
     options = MapBenchOptions(
         memory=arguments.memory or default_memory(Page(arguments.page)),
         regions=arguments.regions,
@@ -195,9 +192,9 @@ def _render_map(report: MapReport) -> str:
                 "yes",
             ]
         )
-    parts = [table(head, rows)] if rows else ["nothing was measured"]
+    parts = [_map_answer(report), table(head, rows)] if rows else ["Nothing was measured."]
     lines = [
-        f"{mode}: {curve.in_words()} for n runs, within {curve.worst:.0%} of what was measured"
+        f"{mode}: {curve.in_words()} for n runs, within {curve.worst:.0%} of the measured times"
         for mode, curve in report.fits().items()
     ]
     lines += [_odd(r.mode, r.point, what, s.outliers) for r in report.results
@@ -211,14 +208,31 @@ def _render_map(report: MapReport) -> str:
         )
     parts += ["\n".join(lines)] if lines else []
     parts += ["partial: interrupted before all was measured"] if report.partial else []
-    device = report.place["device"]
+    device = report.environment["device"]
     how = "frames came back whole" if report.loops else "descriptors were finished"
     parts.append(
         f"± is the distance of the quartiles of {report.options.repeat}; proved: {how} through first, middle and last "
         f"page\n{device['driver']} ({'pins memory' if device['pinned'] else 'user addresses'}), kernel "
-        f"{report.place['kernel']}, {report.place['accelerator']}"
+        f"{report.environment['kernel']}, {report.environment['accelerator']}"
     )
+    clock = answer.clock(answer.is_virtual(report.environment))
+    parts.append("\n".join(line for line in (clock, _NEXT) if line))
     return "\n\n".join(parts)
+
+
+def _map_answer(report: MapReport) -> str:
+    """What the largest map takes in its quickest mode, and what a batch gains."""
+    largest = max(report.results, key=lambda r: r.point.bytes)
+    best = min((r for r in report.results if r.point == largest.point), key=lambda r: r.map_ns.median)
+    runs = f" ({best.runs:,} physically contiguous runs)" if best.runs else ""
+    took = answer.ms(best.map_ns.median / 1e6, answer.is_virtual(report.environment))
+    gain = report.gain()
+    faster = ""
+    if gain is not None:
+        slow, fast = gain
+        times = slow.map_ns.median / fast.map_ns.median
+        faster = f"; in one batch, {slow.point} is mapped {times:.1f} times as fast as message by message"
+    return answer.wrapped(f"Mapping {best.point}{runs} takes {took} in mode {best.mode.value}{faster}.")
 
 
 def _odd(mode: Mode, point: Any, what: str, outliers: tuple[int, ...]) -> str:
@@ -226,7 +240,7 @@ def _odd(mode: Mode, point: Any, what: str, outliers: tuple[int, ...]) -> str:
     return f"outliers: {mode.value}, {point}, {what}: {values} ms"
 
 
-def _render_changes(changes: list[Change], path: str) -> str:
+def _render_changes(changes: list[FigureChange], path: str) -> str:
     if not changes:
         return f"nothing in {path} was measured here too"
     rows = [
@@ -248,7 +262,7 @@ def _render_changes(changes: list[Change], path: str) -> str:
 
 def _add(kinds: Any, name: str, help_: str, schema: str, run: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = kinds.add_parser(
-        name, help=help_, description=f"{help_.capitalize()}. The device is reset.", epilog=_OTHERS
+        name, help=help_, description=f"{help_.capitalize()}. The device is reset.", epilog=EPILOG
     )
     parser.add_argument("device", metavar="DEV", nargs="?", help=f"{DEVICE} (default: the only device)")
     add_json(parser, f"print JSON, schema {schema}")
@@ -274,6 +288,7 @@ def _register_svq(kinds: Any) -> None:
     parser.add_argument("--seconds", type=seconds, default="2", help="of traffic a round (default %(default)s)")
     parser.add_argument("--repeat", type=count, default="3", metavar="K", help="rounds (default %(default)s)")
     parser.add_argument("--frames", type=count, default="1000", help="single frames (default %(default)s)")
+    add_shadow(parser, SHADOWS)
 
 
 def _run_ioctl(arguments: argparse.Namespace) -> int:
@@ -284,8 +299,13 @@ def _run_ioctl(arguments: argparse.Namespace) -> int:
     had = [c for c in report.costs if not c.missing]
     rows = [[c.name, f"{c.p50 / 1e3:.2f}", f"{c.p99 / 1e3:.2f}", f"{c.worst / 1e3:.2f}"] for c in had]
     missing = [f"{c.name}: {c.missing}" for c in report.costs if c.missing]
+    if had:
+        slowest = max(had, key=lambda c: c.p50)
+        median = sorted(c.p50 for c in had)[len(had) // 2]
+        said = f"Half of {len(had)} requests take less than {median / 1e3:.2f} us; "
+        print(answer.wrapped(f"{said}the slowest is {slowest.name} with {slowest.p50 / 1e3:.2f} us.") + "\n")
     print(table(["request", "p50 us", "p99 us", "max us"], rows))
-    print("\n" + "\n".join([*missing, _where(report.place)]))
+    print("\n" + "\n".join([*missing, _where(report.environment)]))
     return 0
 
 
@@ -298,8 +318,14 @@ def _run_switch(arguments: argparse.Namespace) -> int:
         [c.operation, str(c.pairs), f"{c.ns.median / 1e6:.3f}", f"{c.ns.spread / 1e6:.3f}", str(c.calls)]
         for c in report.costs
     ]
+    if report.costs:
+        most = max(c.pairs for c in report.costs)
+        each = [c for c in report.costs if c.pairs == most]
+        virtual = answer.is_virtual(report.environment)
+        costs = ", ".join(f"{c.operation} {answer.ms(c.ns.median / 1e6, virtual)}" for c in each)
+        print(answer.wrapped(f"With {most} queue pair{'s' if most > 1 else ''}: {costs}.") + "\n")
     print(table(["operation", "pairs", "ms", "±", "system calls"], rows))
-    print("\n" + _where(report.place))
+    print("\n" + _where(report.environment))
     return 0
 
 
@@ -316,6 +342,7 @@ def _run_svq(arguments: argparse.Namespace) -> int:
         arguments.repeat,
         arguments.frames,
         _say,
+        arguments.shadow,
     )
     found = report.to_dict()
     if arguments.json:
@@ -326,11 +353,14 @@ def _run_svq(arguments: argparse.Namespace) -> int:
         rate, latency = mode["frames_per_second"], mode["latency_ns"]
         percentiles = [f"{latency[key] / 1e3:.1f}" for key in ("p50", "p90", "p99", "max")]
         rows.append([mode["mode"], f"{rate['median']:,}", f"{rate['spread']:,}", *percentiles])
+    print(f"Shadow virtqueues move {report.ratio:.2f} of the frames per second of passthrough.\n")
     print(table(["mode", "frames/s", "±", "p50 us", "p90 us", "p99 us", "max us"], rows))
-    print(f"\nshadow virtqueues move {report.ratio:.2f} of passthrough's frames; latencies are of one frame at a time")
-    print(_where(report.place))
+    print(f"\nshadow {report.shadow}; latencies are of one frame at a time")
+    print(_where(report.environment))
     return 0
 
 
 def _where(place: dict[str, Any]) -> str:
-    return f"{place['device']['driver']}, kernel {place['kernel']}, {place['cpus']} CPUs, {place['accelerator']}"
+    where = f"{place['device']['driver']}, kernel {place['kernel']}, {place['cpus']} CPUs, {place['accelerator']}"
+    clock = answer.clock(answer.is_virtual(place))
+    return "\n".join([where, *([clock] if clock else []), _NEXT])

@@ -26,9 +26,15 @@ COMMANDS = {
     "doctor": "what keeps this machine from using vDPA, and the next command",
     "dev": "create, delete and show devices",
     "probe": "what a device can do, and whether a guest on it can be migrated",
+    "check": "whether a device keeps to what kernel and virtio demand, rule by rule",
+    "compat": "whether a guest on one device can move to another, from two probes",
+    "facts": "devices and doctor's findings for Ansible and Prometheus",
+    "serve": "put a virtual machine (QEMU, vhost-user) on a device",
     "migrate": "migrate a guest with traffic from one device to another",
     "send": "migrate a guest to 'vhost-vdpa receive', with its memory",
     "receive": "wait for a guest from 'vhost-vdpa send', run it",
+    "watch": "record the calls of any process on vDPA devices, and what its downtime is made of",
+    "report": "what recordings of 'watch' show, one or several joined",
     "ladder": "every optimization of the descriptor-ASID series, row by row, measured",
     "bench": "what maps, requests, switches and the shadow cost on a device",
     "help": "help COMMAND, pages on the interface, and the Python reference",
@@ -38,16 +44,16 @@ COMMANDS = {
 _DESCRIPTION = "Look at, drive and migrate vDPA devices behind /dev/vhost-vdpa-N."
 _EPILOG = """\
 DEV is a device node (/dev/vhost-vdpa-0), its last part (vhost-vdpa-0) or a vDPA name (vdpa0).
-Opening a device resets it: list, doctor, dev show and probe --no-open open none.
+Opening a device resets it: list, doctor, facts, compat, dev show and probe --no-open open none.
 A command may be shortened as long as it is clear (vhost-vdpa li). -j prints JSON, before or after the command;
 -p is accepted with it, as JSON is always indented.
 
 examples:
   vhost-vdpa doctor                     what is in the way on this machine
-  vhost-vdpa list                       devices, drivers, who holds them
+  vhost-vdpa list                       devices, drivers, holders
   vhost-vdpa probe vdpa0 --verify       what a device can do, tried on it
   vhost-vdpa migrate vdpa0 vdpa1        move a guest with traffic
-  vhost-vdpa help migrate               the options of a command; help start: where to begin
+  vhost-vdpa help migrate               the options of a command
 
 exit status: 0 done; 1 an error, explained on standard error; 2 wrong usage; 130 interrupted"""
 
@@ -56,11 +62,11 @@ _JSON = {"-j": "--json", "--json": "--json", "-p": "", "--pretty": "", "-jp": "-
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help as wide as the terminal, 80 columns where there is none."""
+    """Help as wide as the terminal, 80 columns without one."""
 
     def __init__(self, prog: str) -> None:
         # argparse would load shutil for this, which loads every compression
-        super().__init__(prog, width=_columns() - 2)
+        super().__init__(prog, width=columns() - 2)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         """Wrap paragraphs; leave lines that are indented, such as examples, as they are."""
@@ -73,8 +79,16 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
             if paragraph:
                 lines.append(super()._fill_text(self._join(paragraph, width), width, indent))
                 paragraph = []
-            lines.append(line)
+            lines += self._example(line, width)
         return "\n".join(lines).rstrip()
+
+    @staticmethod
+    def _example(line: str, width: int) -> list[str]:
+        if len(line) <= width:
+            return [line]
+        from .render import command  # noqa: PLC0415
+
+        return command(line, width)
 
     @staticmethod
     def _join(paragraph: list[str], width: int) -> str:
@@ -83,7 +97,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.fill(" ".join(paragraph), width)
 
 
-def _columns() -> int:
+def columns() -> int:
+    """Return how wide the terminal is, 80 without a terminal."""
     words = os.environ.get("COLUMNS", "")
     if words.isdecimal() and int(words) > 0:
         return int(words)
@@ -103,7 +118,7 @@ class Parser(argparse.ArgumentParser):
     def usage_line(self) -> str:
         """Return how the command is called, in one line: what it takes, and options only where they are required."""
         if self.usage:
-            return str(self.usage)
+            return " ".join(str(self.usage).split())
         words = [self.prog]
         optional = False
         # a group of which one is required counts as an option that is
@@ -124,9 +139,17 @@ class Parser(argparse.ArgumentParser):
         words += [_positional(action) for action in self._actions if not action.option_strings]
         return " ".join(words)
 
-    def error(self, message: str) -> NoReturn:
-        """Print the usage of this sub-command and what is wrong, and end with status 2."""
-        self.exit(2, f"usage: {self.usage_line()}\n{self.prog}: {message}\n  next: {self.prog} --help\n")
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # what cannot be written does not change the status; until Python 3.11.3 argparse raised it
+        try:
+            super()._print_message(message, file)
+        except OSError:
+            return
+
+    def error(self, message: str, following: str = "") -> NoReturn:
+        """Print the usage of this sub-command, what is wrong and the following command; end with status 2."""
+        following = following or f"{self.prog} --help"
+        self.exit(2, f"usage: {self.usage_line()}\n{self.prog}: {message}\n  next: {following}\n")
 
 
 def _spelt(action: argparse.Action) -> str:
@@ -149,10 +172,18 @@ def parser(*names: str, alone: bool = False) -> Parser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, line in COMMANDS.items():
         if name in names:
-            module(name).register(commands)
+            _add(commands, name)
         elif not alone:
             commands.add_parser(name, help=line, add_help=False)
     return top
+
+
+def _add(commands: Any, name: str) -> None:
+    """Add a sub-command with all that it takes; one that has sub-commands of its own has a ``run`` for each of them."""
+    found = module(name)
+    parser = commands.add_parser(name, help=COMMANDS[name], description=found.DESCRIPTION, epilog=found.EPILOG)
+    parser.set_defaults(run=getattr(found, "run", None), parser=parser)
+    found.add_arguments(parser)
 
 
 def module(name: str) -> ModuleType:
@@ -197,7 +228,7 @@ def _arranged(arguments: Sequence[str]) -> list[str]:
 
 
 def _split(words: Sequence[str]) -> Iterator[str]:
-    """Leave out -p, and take -jp apart: JSON is always indented."""
+    """Leave out -p, and split -jp: JSON is always indented."""
     for word in words:
         if word in ("-jp", "-pj"):
             yield "-j"
@@ -217,7 +248,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if len(begun) > 1:
             top.error(f"{words[0]!r} could be {' or '.join(begun)}")
         top.error(f"unknown command {words[0]!r}: one of {', '.join(COMMANDS)}")
-    parsed = top.parse_args(words)
+    parsed, rest = top.parse_known_args(words)
+    if rest:
+        # the usage that helps is that of the sub-command
+        getattr(parsed, "parser", top).error(f"unrecognized arguments: {' '.join(rest)}")
     _set_up_log()
     status: int = parsed.run(parsed)
     return status

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from ..base.errors import MissingFeature
 from ..host import mgmt
-from .commands import COMMANDS
-from .options import DEVICE, add_json
+from .list import report_no_device
+from .options import DEVICE, add_json, add_seconds
 from .table import table
-from .units import seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,61 +16,57 @@ if TYPE_CHECKING:
 
 SCHEMA = "pyvhostvdpa/dev/1"
 _ADD = "vhost-vdpa dev add name NAME mgmtdev MGMTDEV [mac MAC] [mtu MTU] [max_vqp N] [device_features BITS]"
-_EPILOG = """\
+EPILOG = """\
 examples:
   vdpa mgmtdev show
   vhost-vdpa dev add name vdpa0 mgmtdev pci/0000:01:00.2 mac 52:54:91:a1:b2:c1 max_vqp 4
   vhost-vdpa dev show vdpa0
   vhost-vdpa dev del /dev/vhost-vdpa-0
 
-exit status: 0; 1 if it was not done, with iproute2's words for why"""
+exit status: 0; 1 if it was not done, with iproute2's words for why; 2 for wrong words"""
+DESCRIPTION = (
+    "The words of iproute2's 'vdpa dev', which does the work. Deleting a device that is open would "
+    "hang every vdpa command; here it is refused, and the process that holds it is named."
+)
 
 
-def register(commands: Any) -> None:
-    """Add the sub-command."""
-    parser = commands.add_parser(
-        "dev",
-        help=COMMANDS["dev"],
-        description="The words of iproute2's 'vdpa dev', which does the work. Deleting a device that is open would "
-        "hang every vdpa command; here it is refused, and the process that holds it is named.",
-        epilog=_EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    add = actions.add_parser("add", help="create a device", usage=f"{_ADD} [--timeout SECONDS]", epilog=_EPILOG)
-    add.add_argument("words", nargs="+", metavar="WORD VALUE")
+    add = actions.add_parser(
+        "add",
+        help="create a device",
+        usage=f"{_ADD.replace(' [mac', chr(10) + ' ' * 8 + '[mac')}\n        [--timeout SECONDS]",
+        epilog=EPILOG,
+    )
+    add.add_argument("words", nargs="+", metavar="WORD VALUE", help="as of iproute2's 'vdpa dev add'; in any order")
     _add_timeout(add)
     add.set_defaults(run=_add, parser=add)
-    delete = actions.add_parser("del", help="delete a device that no process has open", epilog=_EPILOG)
+    delete = actions.add_parser("del", help="delete a device that no process has open", epilog=EPILOG)
     delete.add_argument("name", metavar="DEV", help=DEVICE)
     _add_timeout(delete)
     delete.set_defaults(run=_delete, parser=delete)
-    show = actions.add_parser("show", help="a device's management side: parent, queues, configuration", epilog=_EPILOG)
+    show = actions.add_parser("show", help="a device's management side: parent, queues, configuration", epilog=EPILOG)
     show.add_argument("name", metavar="DEV", nargs="?", help=f"{DEVICE} (default: all)")
     add_json(show, f"print JSON, schema {SCHEMA}")
     show.set_defaults(run=_show, parser=show)
 
 
 def _add_timeout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--timeout",
-        metavar="SECONDS",
-        type=seconds,
-        default=str(mgmt.CHANGE_SECONDS),
-        help="how long the driver may take (default %(default)s)",
-    )
+    add_seconds(parser, "--timeout", mgmt.CHANGE_SECONDS, "how long the driver may take")
 
 
 def _add(arguments: argparse.Namespace) -> int:
-    words = arguments.words
+    words, wrong = arguments.words, arguments.parser.error
     keys, values = words[::2], words[1::2]
     missing = [key for key in ("name", "mgmtdev") if key not in keys]
     if missing:
-        raise MissingFeature(f"dev add: a device needs a name and a management device; no {missing[0]} here", hint=_ADD)
+        wrong(f"a device needs a name and a management device; no {missing[0]} here")
     if len(keys) > len(values):
-        raise MissingFeature(f"dev add: {keys[-1]} has no value", hint=_ADD)
+        wrong(f"{keys[-1]} has no value")
     twice = [key for key in keys if keys.count(key) > 1]
     if twice:
-        raise MissingFeature(f"dev add: {twice[0]} was given twice", hint=_ADD)
+        wrong(f"{twice[0]} was given twice")
     given = dict(zip(keys, values, strict=True))
     rest = [word for pair in given.items() if pair[0] not in ("name", "mgmtdev") for word in pair]
     mgmt.add_device(given["name"], given["mgmtdev"], *rest, seconds=arguments.timeout)
@@ -98,7 +93,10 @@ def _show(arguments: argparse.Namespace) -> int:
 
         print(json.dumps({"schema": SCHEMA, "devices": shown}, indent=2))
         return 0
-    print("\n\n".join(_render(device) for device in shown))
+    if shown:
+        print("\n\n".join(_render(device) for device in shown))
+    else:
+        report_no_device()
     return 0
 
 

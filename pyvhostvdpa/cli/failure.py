@@ -33,7 +33,10 @@ _TRANSLITERATED = {
     "≥": ">=",
     "≤": "<=",
 }
+_CONTROL = {code: "?" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n\r"}
+"""Characters that would control a terminal: names of devices, processes and files may have them."""
 _TRANSLITERATE = "vhost-vdpa-transliterate"
+_AGAIN_SECONDS = 0.02
 _NO_MORE_THREADS = "can't start new thread"
 
 
@@ -49,7 +52,7 @@ def report(text: str | None = None) -> None:
     try:
         # in one piece: several threads may report at once
         if text is not None:
-            sys.stderr.write(f"{text}\n")
+            sys.stderr.write(f"{text.translate(_CONTROL)}\n")
         sys.stderr.flush()
     except OSError:
         # what its buffer still holds would fail again when Python ends, with a status of its own
@@ -59,7 +62,10 @@ def report(text: str | None = None) -> None:
 
 
 class _Output:
-    """Standard output that remembers the first error of writing to it, which some callers swallow."""
+    """Standard output without control characters, which remembers the first error of writing to it.
+
+    Some callers swallow that error.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -67,7 +73,7 @@ class _Output:
 
     def write(self, text: str) -> int:
         try:
-            return int(self._stream.write(text))
+            return int(self._stream.write(text.translate(_CONTROL)))
         except (OSError, ValueError) as e:
             self.error = self.error or e
             raise
@@ -99,12 +105,28 @@ class Streams:
         self._before = sys.stdout
         self._output = _Output(sys.stdout)
         sys.stdout = self._output
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
         return self
 
     def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._hook
         sys.stdout = self._before
         # also what others than report() printed, such as wrong usage
         report()
+
+    def _unraisable(self, what: Any) -> None:
+        """Let no Ctrl-C be lost that Python cannot raise: in a destructor, or behind any import (importlib's locks)."""
+        if not issubclass(what.exc_type, KeyboardInterrupt):
+            self._hook(what)
+            return
+        import _thread  # noqa: PLC0415
+
+        try:
+            _thread.start_new_thread(_interrupt_again, ())
+        except RuntimeError:
+            # without another thread: it is lost, which is shown
+            self._hook(what)
 
     def check(self) -> None:
         """Raise :class:`OutputClosed` if there is no standard output."""
@@ -125,6 +147,15 @@ class Streams:
             # the first error says more than that of writing the rest
             return _output_failed(self._output.error or e)
         return status if self._output.error is None else _output_failed(self._output.error)
+
+
+def _interrupt_again() -> None:
+    """In another thread: interrupt once more when the main one has left what could not raise it."""
+    import signal  # noqa: PLC0415
+    import time  # noqa: PLC0415
+
+    time.sleep(_AGAIN_SECONDS)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _to_nowhere(fd: int) -> None:
@@ -180,11 +211,16 @@ def explain(error: BaseException) -> int | None:
         return None
     if isinstance(error, KeyboardInterrupt):
         return _interrupted()
+    interrupted = isinstance(error, MigrationCancelled) or _followed_an_interrupt(error)
     if isinstance(error, VhostVdpaError):
         # a kernel error about this process's limits is explained by them
         cause = _by_limits(error)
         _say(str(error), error.hint or (cause[1] if cause else ""))
-        return INTERRUPTED if isinstance(error, MigrationCancelled) else FAILED
+        return INTERRUPTED if interrupted else FAILED
+    if interrupted:
+        status = _interrupted()
+        report(f"{PROGRAM}: and on the way out: {type(error).__name__}: {error}")
+        return status
     told = _by_limits(error)
     if told is None and isinstance(error, OSError):
         what = f"{error.filename}: " if error.filename else ""
@@ -197,10 +233,28 @@ def explain(error: BaseException) -> int | None:
     return FAILED
 
 
+def _followed_an_interrupt(error: BaseException) -> bool:
+    """Whether Ctrl-C is what an error goes back to.
+
+    What is cut short anywhere may fail on its way out, and CPython 3.11 makes a RuntimeError of an interrupt in
+    ``__set_name__`` (Objects/typeobject.c: type_new_set_names).
+    """
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, KeyboardInterrupt):
+            return True
+        if each is not None and not any(each is other for other in seen):
+            seen.append(each)
+            waiting += [each.__cause__, each.__context__]
+    return False
+
+
 _FILE_HINTS = {
-    errno.ENOSPC: "free space there, or name a file elsewhere",
-    errno.EDQUOT: "free space there, or name a file elsewhere",
-    errno.EROFS: "name a file elsewhere",
+    errno.ENOSPC: "free space there, or name a file on another file system",
+    errno.EDQUOT: "free space there, or name a file on another file system",
+    errno.EROFS: "name a file on another file system",
     errno.EACCES: "run as root, or name a file that this user may use",
     errno.EPERM: "run as root",
     errno.ENOENT: "look at the path: a folder of it may be missing",
@@ -215,7 +269,8 @@ def _interrupted() -> int:
     # everything was closed on the way here; a second Ctrl-C must not
     # print a traceback over the result
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    opened = "pyvhostvdpa.chardev.door" in sys.modules
+    door = getattr(sys.modules.get("pyvhostvdpa.chardev.door"), "VhostVdpa", None)
+    opened = getattr(door, "any_opened", False)
     report(f"{PROGRAM}: interrupted; " + ("the devices were reset and closed" if opened else "no device was opened"))
     return INTERRUPTED
 
@@ -241,16 +296,16 @@ def _by_limits(error: BaseException) -> tuple[str, str] | None:
     if no_memory or cannot_load or lost or (isinstance(error, RuntimeError) and _NO_MORE_THREADS in text):
         most = _limit("RLIMIT_AS")
         if most is None:
-            return f"there is not enough memory: {text or 'none was left'}", "free memory, or use a smaller guest"
+            return f"not enough memory: {text or 'all of it is in use'}", "free memory, or use a smaller guest"
         allowed = f"this process may have {most >> 20} MiB of address space (RLIMIT_AS)"
-        return f"there is not enough memory: {allowed}", "ulimit -v unlimited, then the same command again"
+        return f"not enough memory: {allowed}", "ulimit -v unlimited, then the same command again"
     if number == errno.EAGAIN and isinstance(error, BlockingIOError):
         return "no further process or thread may be started", "ulimit -u shows the limit; end other processes"
     return None
 
 
 def _limit(name: str) -> int | None:
-    """Return a limit of this process; None if there is none, or if it cannot be learnt any more."""
+    """Return a limit of this process; None if unlimited, or if it cannot be read any more."""
     try:
         import resource  # noqa: PLC0415
     except (ImportError, OSError, MemoryError):

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from .commands import COMMANDS, parser, resolve, subparsers
+from .commands import COMMANDS, Parser, columns, parser, resolve, subparsers
+from .table import wrap
 
-_EPILOG = """\
+EPILOG = """\
 examples:
   vhost-vdpa help                      the topics
   vhost-vdpa help migrate              the options of a command (and its page, if it has one)
@@ -17,21 +17,15 @@ examples:
   vhost-vdpa help api VhostVdpa        a class of the Python package
 
 exit status: 0; 1 if there is no such topic"""
+DESCRIPTION = "Print the help of a command, or a page; without TOPIC, list."
 
 
-def register(commands: Any) -> None:
-    """Add the sub-command."""
-    parser = commands.add_parser(
-        "help",
-        help=COMMANDS["help"],
-        description="Print the help of a command, or a page; without TOPIC, list.",
-        epilog=_EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
     parser.add_argument("topic", metavar="TOPIC", nargs="?", help="a command, or a topic of the list")
     parser.add_argument(
         "name", metavar="NAME", nargs="?", default="", help="of a command of commands (dev add), or a class (api NAME)"
     )
-    parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,21 +39,23 @@ def run(arguments: argparse.Namespace) -> int:
 
     if topic:
         if name and topic != "api":
-            arguments.parser.error(f"topic {topic} is one page, it has no {name!r}")
+            arguments.parser.error(f"topic {topic} is one page, it has no {name!r}", f"vhost-vdpa help {topic}")
         print(text(topic, name))
         return 0
-    lines = [f"{each:<12} {line}" for each, line in topics().items()]
-    print("\n".join(["commands: vhost-vdpa help COMMAND", f"  {', '.join(COMMANDS)}", "", "topics:", *lines]))
+    wide = columns()
+    lines = [wrap(line, f"{each:<12} ", f"{'':13}", wide) for each, line in topics().items()]
+    commands = wrap(", ".join(COMMANDS), "  ", "  ", wide)
+    print("\n".join(["commands: vhost-vdpa help COMMAND", commands, "", "topics:", *lines]))
     return 0
 
 
-def _command(command: str, name: str, asked: argparse.ArgumentParser) -> int:
+def _command(command: str, name: str, asked: Parser) -> int:
     found = subparsers(parser(command))[command]
     if name:
         inner = subparsers(found)
         if name not in inner:
             which = f"one of {', '.join(inner)}" if inner else "it has none"
-            asked.error(f"{command} has no sub-command {name!r}: {which}")
+            asked.error(f"{command} has no sub-command {name!r}: {which}", f"vhost-vdpa help {command}")
         found = inner[name]
     found.print_help()
     if not name:

@@ -7,19 +7,23 @@ import argparse
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from ..base.errors import MissingFeature
-from ..bench.ladder.report import LadderReport, RowResult
-from ..bench.ladder.rows import PLANS, LadderRow, plan
+from ..bench.ladder.measured import measured_row
+from ..bench.ladder.report import Counts, LadderReport, MeasuredRow, RowResult
+from ..bench.ladder.rows import LADDER_ROWS, LadderRow, ladder_row, spell
 from ..bench.ladder.run import LadderOptions, ladder
 from ..bench.ladder.stage import Given, Simulated, Supply
 from ..bench.page import ladder as report_page
+from ..device.shadowing import NAMES as SHADOWS
 from ..memory.guest import PAGE_SIZE
-from .commands import COMMANDS
+from ..trace.summary import summarize
+from . import answer, recording
 from .failure import report as tell
-from .options import DEVICE, add_json, refuse_unused
+from .options import DEVICE, add_json, add_shadow, refuse_unused
 from .table import table
 from .units import SIZES, count, guest_memory, size
 
@@ -28,29 +32,27 @@ _UNEXPLAINED = (
     "* DT1 of these rows is not explained by the calls that they make: nothing in the row changes the source's switch "
     "by as much as was published (vhost-vdpa help ladder). Measured as it comes, not tuned."
 )
-_EPILOG = f"""\
+EPILOG = f"""\
 {SIZES}
 
 examples:
-  vhost-vdpa ladder --report out/                 all rows on devices that vdpa_hwsim makes, with a page
+  vhost-vdpa ladder --report out/               all rows on vdpa_hwsim, a page
   vhost-vdpa ladder --on vdpa0 vdpa1 --rows baseline,ours
-  vhost-vdpa ladder --memory 1G --charge 128G     what is charged is a multiple of the memory
+  vhost-vdpa ladder --memory 1G --charge 128G   a multiple of the memory
+  vhost-vdpa ladder --with "QEMU=qemu.jsonl"    a recording as a row beside them
 
 exit status: 0 if every frame arrived and all devices of a row made the same calls; 1 if not, or if it failed; 2 wrong
 usage; 130 if interrupted"""
+DESCRIPTION = (
+    "Migrate a guest with traffic once per row of the series' table, each row with the ioctls and "
+    "IOTLB messages of QEMU with those patches, and print the downtimes beside the published ones. Devices are "
+    "made and deleted by vdpa_hwsim; with --on, those given are used, and reset: run it on devices that are "
+    "not in use."
+)
 
 
-def register(commands: Any) -> None:
-    """Add the sub-command."""
-    parser = commands.add_parser(
-        "ladder",
-        help=COMMANDS["ladder"],
-        epilog=_EPILOG,
-        description="Migrate a guest with traffic once per row of the series' table, each row with the ioctls and "
-        "IOTLB messages of QEMU with those patches, and print the downtimes beside the published ones. Devices are "
-        "made and deleted by vdpa_hwsim; with --on, those given are used, and reset: run it on devices that nobody "
-        "uses.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
     add = parser.add_argument
     add("--devices", metavar="N", type=count, default="2", help="NICs of the guest (default %(default)s)")
     add("--pairs", metavar="N", type=count, default="2", help="queue pairs of each (default %(default)s)")
@@ -59,7 +61,11 @@ def register(commands: Any) -> None:
     add("--regions", metavar="N", type=count, default="4", help="pieces of guest memory (default %(default)s)")
     add("--profile", metavar="NAME", default="series-2023", help="cost profile of vdpa_hwsim (default %(default)s)")
     parser.add_argument(
-        "--rows", type=_rows, default=",".join(PLANS), metavar="ROW,…", help="which of: %(default)s (default: all)"
+        "--rows",
+        type=_rows,
+        default=",".join(LADDER_ROWS),
+        metavar="ROW,…",
+        help=f"which of: {', '.join(LADDER_ROWS)}, with commas between them (default: all)",
     )
     parser.add_argument(
         "--repeat", metavar="N", type=count, default="1", help="runs of each row, the median counts (default 1)"
@@ -70,24 +76,32 @@ def register(commands: Any) -> None:
         metavar="DEV",
         help=f"run on these devices instead ({DEVICE}): the sources, then as many destinations",
     )
+    parser.add_argument(
+        "--with",
+        dest="recordings",
+        metavar="[TITLE=]RECORDING",
+        nargs="+",
+        default=[],
+        help="rows from what 'vhost-vdpa watch --trace FILE.jsonl' recorded",
+    )
     parser.add_argument("--report", metavar="DIR", type=Path, help="write a page with charts, and the traces, there")
+    add_shadow(parser, SHADOWS)
     add_json(parser)
-    parser.set_defaults(run=run, parser=parser)
 
 
 def _rows(text: str) -> list[LadderRow]:
     try:
-        return [plan(row.strip()) for row in text.split(",")]
+        return [ladder_row(row.strip()) for row in text.split(",")]
     except MissingFeature as e:
         raise argparse.ArgumentTypeError(f"{e}; {e.hint}") from e
 
 
 _SILENCE = 10.0
-"""Seconds after which a step that is still under way says so."""
+"""Seconds after which a step that is still under way is repeated."""
 
 
-class _Progress:
-    """What begins, with the time since the start; what takes long says so now and then."""
+class _RowProgress:
+    """What begins, with the time since the start; a long step is repeated every few seconds."""
 
     def __init__(self) -> None:
         self._start = self._began = time.monotonic()
@@ -124,6 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the ladder and print it."""
     memory = -(-arguments.memory // PAGE_SIZE) * PAGE_SIZE
     supply: Supply
+    measured = [_measured(each) for each in arguments.recordings]
     if arguments.report:
         report_page.prepare(arguments.report)
     if arguments.on:
@@ -137,9 +152,11 @@ def run(arguments: argparse.Namespace) -> int:
         regions=arguments.regions,
         rows=arguments.rows,
         repeat=arguments.repeat,
+        shadow=arguments.shadow,
     )
-    with _Progress() as progress:
+    with _RowProgress() as progress:
         report, traces = ladder(supply, options, progress)
+    report = replace(report, measured=measured)
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else _render(report))
     if arguments.report:
         page = report_page.write(report.to_dict(), traces, arguments.report)
@@ -147,9 +164,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if report.sound else 1
 
 
+def _measured(text: str) -> MeasuredRow:
+    """Read a recording before minutes are spent on the rows that it is to stand beside."""
+    title, mark, path = text.rpartition("=")
+    trace, about = recording.read(path)
+    summary = summarize(trace, about)
+    names = dict.fromkeys(session.comm for session in summary.found.sessions if session.comm)
+    return measured_row((title if mark else ", ".join(names)) + ", measured", path, summary)
+
+
 def _render(report: LadderReport) -> str:
-    parts = [_conditions(report), _downtimes(report), _parts(report), _calls(report), *_notes(report)]
-    return "\n\n".join(part for part in parts if part)
+    parts = [answer.ladder(report), _conditions(report), _downtimes(report), _parts(report), _calls(report)]
+    more = f"{answer.clock(report.clock == 'virtual')}\nnext: vhost-vdpa help ladder (what each row does)".lstrip()
+    return "\n\n".join(part for part in [*parts, *_notes(report), more] if part)
 
 
 def _conditions(report: LadderReport) -> str:
@@ -181,6 +208,9 @@ def _downtimes(report: LadderReport) -> str:
                 _times(faster["dt2"]),
             ]
         )
+    for other in report.measured:
+        gap = "-" if other.stop_to_run_ms is None else f"{other.stop_to_run_ms:,.1f}"
+        rows.append([other.title, gap, _seconds(other.dt1_ms), "-", "-", _seconds(other.dt2_ms), "-", "-"])
     return table(["", "stop to run ms", "DT1 s", "published", "faster", "DT2 s", "published", "faster"], rows)
 
 
@@ -196,9 +226,7 @@ def _seconds(ms: float | None) -> str:
 
 
 def _published(value: float | tuple[float, float] | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value[0]:g} to {value[1]:g}" if isinstance(value, tuple) else f"{value:g}"
+    return "-" if value is None else spell(value)
 
 
 def _times(value: float | None) -> str:
@@ -224,14 +252,14 @@ def _parts(report: LadderReport) -> str:
 
 
 def _calls(report: LadderReport) -> str:
-    rows = [[row.plan.row, *(_three(row, downtime) for downtime in _DOWNTIMES)] for row in report.rows]
+    rows = [[row.plan.row, *(_three(row.counts(downtime)) for downtime in _DOWNTIMES)] for row in report.rows]
+    rows += [[row.title, *(_three(row.counts[downtime]) for downtime in _DOWNTIMES)] for row in report.measured]
     return "per device: ioctls / messages / set_maps / heavy set_maps\n" + table(
         ["", "DT1", "DT2", "destination"], rows
     )
 
 
-def _three(row: RowResult, downtime: str) -> str:
-    counts = row.counts(downtime)
+def _three(counts: Counts | None) -> str:
     if counts is None:
         return "-"
     each = (counts.ioctls, counts.messages, counts.set_maps, counts.heavy)
@@ -252,7 +280,14 @@ def _notes(report: LadderReport) -> list[str]:
         for switch, why in row.left_out.items()
     ]
     notes += [f"{row.plan.row}: the devices' calls differ" for row in report.rows if row.runs and not row.alike]
-    if any(counts and counts.set_maps is None for counts in (row.counts("dt1") for row in report.rows)):
+    notes += [
+        f"{row.title}: {row.lost:,} records were lost: its figures may be too small"
+        for row in report.measured
+        if row.lost
+    ]
+    if report.measured or any(
+        counts and counts.set_maps is None for counts in (row.counts("dt1") for row in report.rows)
+    ):
         notes.append("?: these devices do not count")
     notes.append(_frames(report))
     return notes

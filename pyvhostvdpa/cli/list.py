@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import os
+
 from ..host.mgmt import SYSFS_DEVICES, list_devices
 from ..host.parents import parent_of, unserved
-from .commands import COMMANDS
 from .failure import report
 from .options import add_json
 from .table import table
@@ -14,29 +15,22 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
-    from typing import Any
 
     from ..host.mgmt import VdpaDevice
 
 SCHEMA = "pyvhostvdpa/list/1"
-_EPILOG = """\
+EPILOG = """\
 examples:
   vhost-vdpa list             a table; '-' where something is not known
   vhost-vdpa list -j | jq -r '.devices[].chardev'
 
 exit status: 0, also if there is no device"""
+DESCRIPTION = "List vDPA devices: name, node, driver, and the process that has it open. Opens none of them."
 
 
-def register(commands: Any) -> None:
-    """Add the sub-command."""
-    parser = commands.add_parser(
-        "list",
-        help=COMMANDS["list"],
-        description="List vDPA devices: name, node, driver, and the process that has it open. Opens none of them.",
-        epilog=_EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
     add_json(parser, f"print JSON, schema {SCHEMA}")
-    parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"schema": SCHEMA, "devices": [device.to_dict() for device in devices]}, indent=2))
         return 0
     if not devices:
-        _explain_empty()
+        report_no_device()
         return 0
     rows = [
         [
@@ -80,8 +74,9 @@ def _explain(devices: Sequence[VdpaDevice]) -> None:
             report(f"{device.name}: {wrong[0]}; next: {wrong[1]}")
 
 
-def _explain_empty() -> None:
-    if SYSFS_DEVICES.is_dir():
+def report_no_device() -> None:
+    """Report that there is no device, why, and the next command."""
+    if os.path.isdir(SYSFS_DEVICES):
         report("no vDPA device; next: vdpa mgmtdev show, then vdpa dev add name vdpa0 mgmtdev NAME")
     else:
         report("this kernel has no vDPA bus loaded; next: modprobe vhost_vdpa")

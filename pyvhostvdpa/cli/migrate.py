@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from ..base.errors import MigrationEnded
 from ..host import mgmt
-from ..migration.local import Options, migrate
-from ..migration.report import STAYED, Report
+from ..migration.local import MigrationOptions, migrate
+from ..migration.report import STAYED, MigrationReport
 from ..trace.recorder import Trace
-from . import tracing
-from .commands import COMMANDS
+from . import answer, tracing
 from .options import DEVICE
 from .peer import (
     NOTES,
@@ -37,7 +35,7 @@ _PHASES = SENDING | {
     "start": "opening the source, allocating and mapping guest memory",
     "passthrough": "traffic in passthrough on the source",
 }
-_EPILOG = f"""\
+EPILOG = f"""\
 {NOTES}
 examples:
   vhost-vdpa migrate vdpa0 vdpa1 --memory 16G --json > result.json
@@ -45,19 +43,16 @@ examples:
   vhost-vdpa migrate vdpa0 vdpa1 --spans --trace calls.jsonl
 
 exit status: 0 if the guest moved and no frame was lost; 1 if not, with the reason; 2 wrong usage; 130 if cancelled"""
+DESCRIPTION = (
+    "Start a guest in passthrough on SRC, switch it to shadow virtqueues, move it with its memory to "
+    "a second process that has DST, with traffic all the time, and print what that cost: 'send' and 'receive' in "
+    "one command. Both devices are reset: run it on devices that are not in use. Ctrl-C cancels: the guest "
+    "continues on SRC."
+)
 
 
-def register(commands: Any) -> None:
-    """Add the sub-command."""
-    parser = commands.add_parser(
-        "migrate",
-        help=COMMANDS["migrate"],
-        epilog=_EPILOG,
-        description="Start a guest in passthrough on SRC, switch it to shadow virtqueues, move it with its memory to "
-        "a second process that has DST, with traffic all the time, and print what that cost: 'send' and 'receive' in "
-        "one command. Both devices are reset: run it on devices that nobody uses. Ctrl-C cancels: the guest goes on "
-        "on SRC.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
     parser.add_argument("source", metavar="SRC", help=DEVICE)
     parser.add_argument("destination", metavar="DST", help="another one, with the same features")
     add_sending_options(parser, downtime="1000")
@@ -67,14 +62,14 @@ def register(commands: Any) -> None:
     add_options(parser)
     tracing.add_options(parser)
     tracing.add_spans_option(parser)
-    parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Migrate and print the report."""
-    progress = ProgressPrinter(_PHASES)
-    options = Options(guest_options(arguments), send_options(arguments), arguments.seconds, arguments.procedure)
-    with tracing.writing(arguments) as trace:
+    options = MigrationOptions(
+        guest_options(arguments), send_options(arguments), arguments.seconds, arguments.procedure, arguments.shadow
+    )
+    with tracing.writing(arguments) as trace, ProgressPrinter(_PHASES) as progress:
         source, destination = mgmt.chardev_of(arguments.source), mgmt.chardev_of(arguments.destination)
         try:
             report = migrate(source, destination, options, progress.phase, trace, progress.tell)
@@ -86,12 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if sound(report.frames, report.bad_pages) else 1
 
 
-def _print(report: Report, arguments: argparse.Namespace, trace: Trace) -> None:
+def _print(report: MigrationReport, arguments: argparse.Namespace, trace: Trace) -> None:
     tracing.print_report(arguments, trace, report.to_dict(), lambda: _summary(report))
 
 
-def _summary(report: Report) -> str:
-    tables = [gap_lines(report.stopped, report.sent.last)] if report.stopped is not None else []
+def _summary(report: MigrationReport) -> str:
+    tables = [answer.migration(report)]
+    tables += [gap_lines(report.stopped, report.sent.last)] if report.stopped is not None else []
     if report.sent.switched:
         back = [] if report.outcome != STAYED else [["back to passthrough", "", milliseconds(report.gap_back_ms)]]
         rows = [
@@ -115,9 +111,25 @@ def _summary(report: Report) -> str:
     return "\n\n".join([*tables, "\n".join(_notes(report))])
 
 
-def _notes(report: Report) -> list[str]:
+def _notes(report: MigrationReport) -> list[str]:
     place = report.environment
     where = f"{report.outcome}; kernel {place['kernel']}, {place['cpus']} CPUs, {place['accelerator']}"
     hashed = [f"memory hash {report.sent.hash}, the same on both sides"] if report.sent.hash else []
     wrong = [f"pages that the guest's CPU found wrong: {report.bad_pages}"] if report.bad_pages else []
-    return [procedures_line(report.procedure), drops_note(report.drops), *hashed, *wrong, *report.warnings, where]
+    return [
+        procedures_line(report.procedure),
+        drops_note(report.drops),
+        *hashed,
+        *wrong,
+        *report.warnings,
+        where,
+        *_after(report),
+    ]
+
+
+def _after(report: MigrationReport) -> list[str]:
+    clock = answer.clock(answer.is_virtual(report.environment))
+    more = "vhost-vdpa help migration (what keeps a guest on the source)"
+    if report.stopped is not None:
+        more = "vhost-vdpa help downtime (what the times mean); with --spans: every call of DT1 and DT2"
+    return [*([clock] if clock else []), f"next: {more}"]

@@ -11,9 +11,31 @@ DEVICE = "device node, its last part, or vDPA name"
 """What DEV means, for help."""
 
 
-def add_json(parser: argparse.ArgumentParser, what: str = "print JSON, and nothing else on standard output") -> None:
+def add_json(parser: argparse._ActionsContainer, what: str = "print JSON, and nothing else on standard output") -> None:
     """Add ``--json``."""
     parser.add_argument("--json", "-j", action="store_true", help=what)
+
+
+def add_seconds(parser: argparse.ArgumentParser, name: str, default: float, what: str) -> None:
+    """Add an option for a time in seconds; ``what`` is its help, without the default."""
+    # not every command that has options has one of these
+    from .units import seconds  # noqa: PLC0415
+
+    parser.add_argument(
+        name, metavar="SECONDS", type=seconds, default=str(default), help=f"{what} (default %(default)s)"
+    )
+
+
+def add_shadow(parser: argparse.ArgumentParser, names: tuple[str, ...]) -> None:
+    """Add ``--shadow``; ``names`` are :data:`pyvhostvdpa.device.shadowing.NAMES`, which not every command loads."""
+    parser.add_argument(
+        "--shadow",
+        choices=names,
+        default=None,
+        help="how queues are shadowed: every descriptor copied (full, the default), receive queues relayed by their "
+        "used ring and transmit queues left to the device (used), or both relayed (used-all, for a device that sends "
+        "out of order); the latter two are on trial and may lose frames",
+    )
 
 
 def refuse_unused(arguments: argparse.Namespace, names: tuple[str, ...], because: str) -> None:

@@ -9,21 +9,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..base.closing import Closing
 from ..base.errors import MigrationRefused
+from ..device import shadowing
 from ..device.procedure.best import NAMES
-from ..guest.nic import MAX_FRAME, MIN_FRAME, FrameCounts
+from ..guest.nic import MAX_FRAME, MIN_FRAME
+from ..guest.protocol import FrameCounts
 from ..guest.synthetic import GuestOptions
 from ..memory.guest import GUEST_PAGE
 from ..migration.endpoint import Tls
+from ..migration.later import Later
 from ..migration.pages import RoundStatistics
 from ..migration.saved import DEFAULT_FOLDER
-from ..migration.source import LastRound, SendOptions
+from ..migration.sent import LastRound
+from ..migration.source import SendOptions
 from ..net.control_queue import DEFAULT_DEADLINE
 from ..trace.gap import StopToRun
 from .failure import report
-from .options import add_json
+from .options import add_json, add_seconds, add_shadow
 from .table import table
-from .units import SIZES, count, guest_memory, seconds, size, stream_rate
+from .units import SIZES, count, guest_memory, size, stream_rate
 
 ADDRESS = "unix:PATH|tcp:HOST:PORT"
 NOTES = f"{SIZES}; --seconds in seconds, --downtime in milliseconds\n"
@@ -33,7 +38,7 @@ SENDING = {
     "start": "starting the guest: allocating and mapping its memory",
     "passthrough": "traffic in passthrough",
     "connect": "connecting to the destination",
-    "handshake": "telling the destination what the guest needs",
+    "handshake": "sending the destination what the guest needs",
     "switch": "switching to shadow virtqueues",
     "shadow": "traffic through shadow virtqueues",
     "memory": "moving memory while the guest runs",
@@ -47,7 +52,7 @@ SENDING = {
     "destination": "traffic in passthrough on the destination",
     "drain": "waiting for the last frames",
 }
-"""The phases of whoever sends a guest, in words."""
+"""The phases of sending a guest, in words."""
 
 
 def add_sending_options(parser: argparse.ArgumentParser, downtime: str) -> None:
@@ -86,8 +91,9 @@ def add_sending_options(parser: argparse.ArgumentParser, downtime: str) -> None:
         default=downtime,
         help="milliseconds that sending the remaining memory may take while the guest is stopped (default %(default)s)",
     )
+    add_shadow(parser, shadowing.NAMES)
     parser.add_argument(
-        "--hash", action="store_true", help="compare a hash of all memory on both sides while the guest stands still"
+        "--hash", action="store_true", help="compare a hash of all memory on both sides while the guest is paused"
     )
 
 
@@ -122,7 +128,7 @@ def add_tls_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls-key", metavar="FILE", help="its key")
     group.add_argument("--tls-ca", metavar="FILE", help="the authority that the other side's certificate must be of")
     group.add_argument(
-        "--insecure-plain", action="store_true", help="TCP without TLS: whoever is on the way reads the guest's memory"
+        "--insecure-plain", action="store_true", help="TCP without TLS: anyone on the way can read the guest's memory"
     )
 
 
@@ -141,27 +147,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="start, switch and stop the devices in this way, for comparison (default: the best that each can do)",
     )
-    parser.add_argument(
-        "--control-deadline",
-        metavar="SECONDS",
-        type=seconds,
-        default=str(DEFAULT_DEADLINE),
-        help="how long a device may take to answer a command of its control queue (default %(default)s)",
-    )
-    parser.add_argument(
-        "--drain",
-        metavar="SECONDS",
-        type=seconds,
-        default="10",
-        help="how long the last frames may take at the end (default %(default)s)",
-    )
+    answers = "how long a device may take to answer a command of its control queue"
+    add_seconds(parser, "--control-deadline", DEFAULT_DEADLINE, answers)
+    add_seconds(parser, "--drain", 10, "how long the last frames may take at the end")
     add_json(parser)
 
 
 def procedures_line(chosen: Mapping[str, Mapping[str, Any]]) -> str:
     """Return by which procedure each device was driven, and why not by a better one, as a line."""
     each = [
-        f"{device} {choice['name']}" + (f" ({choice['why_not_better']})" if choice["why_not_better"] else "")
+        f"{device} {choice['name']}"
+        + (f", shadow {choice['shadow']}" if choice.get("shadow", shadowing.FULL) != shadowing.FULL else "")
+        + (f" ({choice['why_not_better']})" if choice["why_not_better"] else "")
         for device, choice in chosen.items()
     ]
     return "procedure: " + ", ".join(each)
@@ -171,7 +168,7 @@ PART = "stop to run, this side's part"
 
 
 def gap_lines(stopped: StopToRun, last: LastRound | None, title: str = "stop to run") -> str:
-    """Return how long the guest stood still and what for, as lines; the last round of memory on its own."""
+    """Return how long the guest was paused and what for, as lines; the last round of memory on its own."""
     parts = ", ".join(f"{name} {ms:.2f}" for name, ms in stopped.by_phase().items())
     lines = [f"{title}: {stopped.ms:.2f} ms ({parts})"]
     if last is not None:
@@ -200,10 +197,11 @@ def tls(arguments: argparse.Namespace) -> Tls | None:
     return Tls(*given)
 
 
-class ProgressPrinter:
-    """Phases and words, with the time since the start, on standard error."""
+class ProgressPrinter(Closing):
+    """Phases and words, with the time since the start, on standard error, a moment later; all of it once closed."""
 
     def __init__(self, phases: dict[str, str]) -> None:
+        self._later = Later()
         self._start = time.monotonic()
         self._phases = phases
 
@@ -213,7 +211,12 @@ class ProgressPrinter:
 
     def tell(self, text: str) -> None:
         """Print a progress line."""
-        report(f"[{time.monotonic() - self._start:6.2f} s] {text}")
+        now = time.monotonic()
+        self._later(lambda: report(f"[{now - self._start:6.2f} s] {text}"))
+
+    def close(self) -> None:
+        """Print what waits. Idempotent."""
+        self._later.close()
 
 
 def frames_table(frames: Mapping[str, int | None]) -> str:

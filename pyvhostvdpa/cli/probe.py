@@ -11,11 +11,10 @@ from ..base.uapi import BackendFeature, names
 from ..host import mgmt
 from ..probe.probe import Probe, look, probe
 from ..probe.proofs import MUST_MOVE_S
-from .commands import COMMANDS
+from .commands import columns
 from .failure import report
-from .options import DEVICE, add_json
-from .table import table
-from .units import seconds
+from .options import DEVICE, add_json, add_seconds
+from .table import table, wrap
 
 DESCRIPTION = """\
 Print what a device is and can do: queues, groups, address spaces, features, and what they make possible for a live
@@ -31,22 +30,15 @@ examples:
 exit status: 0; 1 if something failed, or if --verify found a feature that does not do what it says"""
 
 
-def register(commands: Any) -> None:
-    """Add the sub-command."""
-    parser = commands.add_parser("probe", help=COMMANDS["probe"], description=DESCRIPTION, epilog=EPILOG)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
     parser.add_argument("device", metavar="DEV", nargs="?", help=f"{DEVICE} (default: the only device)")
     add_json(parser, "print JSON, schema pyvhostvdpa/probe/probe/1")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--verify", action="store_true", help="prove each feature with real descriptors")
     mode.add_argument("--no-open", action="store_true", help="print only what is known without opening the device")
-    parser.add_argument(
-        "--patience",
-        metavar="SECONDS",
-        type=seconds,
-        default=str(MUST_MOVE_S),
-        help="with --verify: how long a device may take to finish a descriptor (default %(default)s)",
-    )
-    parser.set_defaults(run=run, parser=parser)
+    finish = "with --verify: how long a device may take to finish a descriptor"
+    add_seconds(parser, "--patience", MUST_MOVE_S, finish)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,11 +72,13 @@ def _print_look(told: dict[str, Any], as_json: bool) -> None:
         print(f"\nunknown: management device, type, MAC and link: {device['unknown']}")
     if told["unserved"]:
         print(f"\n{device['name']}: {told['unserved']}")
-    print("\nBackend features, groups and address spaces are told only by the opened device.")
+    print("\nBackend features, groups and address spaces are known only once the device is opened.")
 
 
 def _render(found: Probe) -> str:
-    return "\n\n".join([_facts(found), _features(found), _backend(found), _enables(found), _verdict(found)])
+    return "\n\n".join(
+        [_verdict(found), _facts(found), _features(found), _backend(found), _enables(found), _next(found)]
+    )
 
 
 def _facts(found: Probe) -> str:
@@ -145,9 +139,23 @@ def _enables(found: Probe) -> str:
 
 
 def _verdict(found: Probe) -> str:
-    blockers = found.blockers()
-    if not blockers:
-        return "migratable: yes" + (
-            "" if found.backend.proved is not None else ", by what it advertises (try --verify)"
-        )
-    return "\n".join(["migratable: no", *(f"  - {blocker}" for blocker in blockers)])
+    blockers, lies = found.blockers(), found.lies()
+    name = f"{found.device.chardev} ({found.device.name})"
+    if blockers:
+        return "\n".join([f"A guest on {name} cannot be migrated:", *(f"  - {each}" for each in blockers)])
+    by = (
+        "by what it advertises; nothing was tried"
+        if found.backend.proved is None
+        else "and what it advertises was tried"
+    )
+    if lies:
+        by = f"but {len(lies)} of the features it advertises do not work"
+    return wrap(f"A guest on {name} can be migrated, {by}.", "", "", columns())
+
+
+def _next(found: Probe) -> str:
+    if found.blockers():
+        return "next: vhost-vdpa help hardware (what a device needs)"
+    if found.backend.proved is None:
+        return f"next: vhost-vdpa probe {found.device.chardev} --verify"
+    return f"next: vhost-vdpa bench map {found.device.chardev}, or vhost-vdpa migrate {found.device.chardev} OTHER"

@@ -6,16 +6,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
+from ..guest.synthetic import KINDS
 from ..host import mgmt
 from ..migration.endpoint import Address, Inherited, Listener, check_security
 from ..migration.report import ReceivedReport
 from ..migration.session import Receiving
 from ..trace.gap import join
 from ..trace.recorder import Trace
-from . import tracing
-from .commands import COMMANDS
+from . import answer, tracing
 from .options import DEVICE, refuse_unused
 from .peer import (
     ADDRESS,
@@ -44,7 +43,7 @@ _PHASES = {
     "destination": "traffic in passthrough",
     "drain": "waiting for the last frames",
 }
-_EPILOG = """\
+EPILOG = """\
 --seconds in seconds
 
 examples:
@@ -54,18 +53,15 @@ examples:
 
 exit status: 0 if the guest ran here and no frame was lost; 1 if not, with the reason and where the guest is; 2 wrong
 usage; 130 if cancelled"""
+DESCRIPTION = (
+    "Wait for a source, receive its guest with its memory on DEV, let it run with its traffic, and "
+    "account for every frame since it was first started. The devices are reset: run it on devices that are "
+    "not in use."
+)
 
 
-def register(commands: Any) -> None:
-    """Add the sub-command."""
-    parser = commands.add_parser(
-        "receive",
-        help=COMMANDS["receive"],
-        epilog=_EPILOG,
-        description="Wait for a source, receive its guest with its memory on DEV, let it run with its traffic, and "
-        "account for every frame since it was first started. The devices are reset: run it on devices that nobody "
-        "uses.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
     parser.add_argument("devices", metavar="DEV", nargs="+", help=f"{DEVICE}; in the source's order")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument(
@@ -78,25 +74,23 @@ def register(commands: Any) -> None:
     add_tls_options(parser)
     add_options(parser)
     tracing.add_options(parser)
-    parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Receive and print the report."""
-    with tracing.writing(arguments) as trace:
+    with tracing.writing(arguments) as trace, ProgressPrinter(_PHASES) as progress:
         if arguments.take is not None:
             refuse_unused(arguments, _OF_THE_STREAM, "with --take: there is no stream")
-            return show(_receiving(arguments, trace).take(arguments.take), arguments.json)
+            return show(_receiving(arguments, trace, progress).start_saved(arguments.take), arguments.json)
         with _listener(arguments) as listener:
-            report = _receiving(arguments, trace).receive(listener)
+            report = _receiving(arguments, trace, progress).receive(listener)
         return show(report, arguments.json)
 
 
 _OF_THE_STREAM = ("tls_cert", "tls_key", "tls_ca", "insecure_plain")
 
 
-def _receiving(arguments: argparse.Namespace, trace: Trace) -> Receiving:
-    progress = ProgressPrinter(_PHASES)
+def _receiving(arguments: argparse.Namespace, trace: Trace, progress: ProgressPrinter) -> Receiving:
     paths = [mgmt.chardev_of(each) for each in arguments.devices]
     return Receiving(
         paths,
@@ -108,6 +102,7 @@ def _receiving(arguments: argparse.Namespace, trace: Trace) -> Receiving:
         arguments.control_deadline,
         arguments.drain,
         arguments.procedure,
+        kinds=KINDS,
     )
 
 
@@ -126,6 +121,7 @@ def show(report: ReceivedReport, as_json: bool) -> int:
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
+        print(f"{answer.received(report)}\n")
         gap = f"the guest's longest gap at the move, ms: {milliseconds(report.gap_move_ms)}"
         pages = f"pages that its CPU found wrong: {report.bad_pages}"
         hashed = f"\nmemory hash {report.hash}, the same on both sides" if report.hash else ""

@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from ..base.errors import MigrationEnded
+from ..guest.synthetic import KINDS
 from ..host import mgmt
 from ..migration.endpoint import Address, check_listening, check_security, connect
-from ..migration.report import SentReport, frames_when
+from ..migration.report import STAYED, SentReport, frames_when
 from ..migration.saved import check_room
 from ..migration.session import Receiving, Sending, check_devices
 from ..trace import gap
 from ..trace.recorder import Trace
-from . import tracing
-from .commands import COMMANDS
+from . import answer, tracing
 from .options import DEVICE, refuse_unused
 from .peer import (
     ADDRESS,
@@ -41,7 +40,7 @@ from .receive import show
 from .table import table
 from .units import seconds
 
-_EPILOG = f"""\
+EPILOG = f"""\
 {NOTES}
 examples:
   vhost-vdpa send vdpa0 --to unix:/run/there --memory 4G --write 20M --hash
@@ -50,17 +49,14 @@ examples:
 
 exit status: 0 if the guest was sent; 1 if not, with the reason and where the guest is; 2 wrong usage; 130 if cancelled
 """
+DESCRIPTION = (
+    "Start a guest with traffic in passthrough on DEV, and migrate it to the other end of a stream. "
+    "The devices are reset: run it on devices that are not in use. Ctrl-C cancels: the guest continues here."
+)
 
 
-def register(commands: Any) -> None:
-    """Add the sub-command."""
-    parser = commands.add_parser(
-        "send",
-        help=COMMANDS["send"],
-        epilog=_EPILOG,
-        description="Start a guest with traffic in passthrough on DEV, and migrate it to the other end of a stream. "
-        "The devices are reset: run it on devices that nobody uses. Ctrl-C cancels: the guest goes on here.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
     parser.add_argument("devices", metavar="DEV", nargs="+", help=f"{DEVICE}; one per NIC of the guest")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--to", metavar=ADDRESS, help="where 'vhost-vdpa receive' listens")
@@ -73,22 +69,22 @@ def register(commands: Any) -> None:
     add_options(parser)
     tracing.add_options(parser)
     tracing.add_spans_option(parser)
-    parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Send and print the report."""
-    with tracing.writing(arguments) as trace:
-        return _resume(arguments, trace) if arguments.resume is not None else _send(arguments, trace)
+    phases = SENDING if arguments.resume is None else SENDING | {"destination": "traffic in passthrough"}
+    with tracing.writing(arguments) as trace, ProgressPrinter(phases) as progress:
+        send = _send if arguments.resume is None else _resume
+        return send(arguments, trace, progress)
 
 
-_OF_A_NEW_GUEST = ("memory", "pairs", "frame_size", "write", "limit", "downtime", "hash", "spans")
+_OF_A_NEW_GUEST = ("memory", "pairs", "frame_size", "write", "limit", "downtime", "hash", "shadow", "spans")
 _OF_THE_STREAM = ("tls_cert", "tls_key", "tls_ca", "insecure_plain")
 
 
-def _resume(arguments: argparse.Namespace, trace: Trace) -> int:
+def _resume(arguments: argparse.Namespace, trace: Trace, progress: ProgressPrinter) -> int:
     refuse_unused(arguments, (*_OF_A_NEW_GUEST, *_OF_THE_STREAM), "with --resume: the guest comes from the file")
-    progress = ProgressPrinter(SENDING | {"destination": "traffic in passthrough"})
     receiving = Receiving(
         [mgmt.chardev_of(each) for each in arguments.devices],
         arguments.seconds,
@@ -99,22 +95,22 @@ def _resume(arguments: argparse.Namespace, trace: Trace) -> int:
         control_deadline=arguments.control_deadline,
         drain=arguments.drain,
         procedure=arguments.procedure,
+        kinds=KINDS,
     )
-    return show(receiving.take(arguments.resume), arguments.json)
+    return show(receiving.start_saved(arguments.resume), arguments.json)
 
 
-def _send(arguments: argparse.Namespace, trace: Trace) -> int:
-    progress = ProgressPrinter(SENDING)
+def _send(arguments: argparse.Namespace, trace: Trace, progress: ProgressPrinter) -> int:
     address, security = Address.parse(arguments.to), tls(arguments)
     check_security(address, security, arguments.insecure_plain)
     if security is not None:
-        # bad files are to be told now, not to a guest that runs
+        # bad files are reported now, before a guest runs
         security.context(server=False)
     paths = [mgmt.chardev_of(each) for each in arguments.devices]
     options = guest_options(arguments)
     check_devices(paths)
     check_room(arguments.state, options.memory)
-    # a guest that has run for minutes for nobody is not what was asked for
+    # a guest that ran for minutes in vain is not what was asked for
     check_listening(address)
     sending = Sending(
         paths=paths,
@@ -126,6 +122,7 @@ def _send(arguments: argparse.Namespace, trace: Trace) -> int:
         tell=progress.tell,
         trace=trace,
         procedure=arguments.procedure,
+        shadow=arguments.shadow,
     )
     try:
         report = sending.run()
@@ -143,7 +140,8 @@ def _print(report: SentReport, arguments: argparse.Namespace, trace: Trace) -> N
 
 def _summary(report: SentReport) -> str:
     stopped = gap.join(report.steps)
-    tables = [gap_lines(stopped, report.sent.last, PART)] if stopped is not None else []
+    tables = [answer.sent(report, report.outcome == STAYED)]
+    tables += [gap_lines(stopped, report.sent.last, PART)] if stopped is not None else []
     if report.sent.switched:
         tables.append(
             table(

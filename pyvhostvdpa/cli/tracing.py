@@ -30,15 +30,16 @@ _FORMATS: dict[str, Callable[[Trace, TextIO], None]] = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options to a sub-command's parser."""
+def add_options(parser: argparse.ArgumentParser, recording: bool = False) -> None:
+    """Add the options to a sub-command's parser. A recording is kept as records by default, to be read back."""
+    lines = "records" if recording else "events"
     parser.add_argument("--trace", metavar="FILE", help="write every call to the devices, failed or not, to FILE")
     parser.add_argument(
         "--trace-format",
         choices=sorted(_FORMATS),
-        help="perfetto: open it at ui.perfetto.dev; events: QEMU's trace events, one JSON object a line; "
+        help="perfetto: open it at ui.perfetto.dev; events: QEMU's trace events, one JSON object per line; "
         "spans: what DT1 and DT2 are made of; records: everything as it was recorded, for programs; needs --trace "
-        "(default: events for FILE.jsonl, else perfetto)",
+        f"(default: {lines} for FILE.jsonl, else perfetto)",
     )
 
 
@@ -61,24 +62,25 @@ def print_report(
 
 
 @contextmanager
-def writing(arguments: argparse.Namespace) -> Iterator[Trace]:
+def writing(arguments: argparse.Namespace, recording: bool = False) -> Iterator[Trace]:
     """Give out a trace, and write it in the end: after an error it says what led to it.
 
     Until then the file is as it was, and it stays so if no device was
-    opened.
+    opened. What a ``recording`` says of itself is ``arguments.about``.
     """
+    lines = "records" if recording else "events"
     trace = Trace()
     _check(arguments)
     try:
         yield trace
     except BaseException:
         try:
-            _save(arguments, trace)
+            _save(arguments, trace, lines)
         except VhostVdpaError as e:
             # the error on its way is the one that decides
             report(f"{PROGRAM}: {e}")
         raise
-    _save(arguments, trace)
+    _save(arguments, trace, lines)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -94,12 +96,16 @@ def _check(arguments: argparse.Namespace) -> None:
             raise _unwritable(arguments.trace, e) from e
 
 
-def _save(arguments: argparse.Namespace, trace: Trace) -> None:
+def _save(arguments: argparse.Namespace, trace: Trace, lines: str) -> None:
     if not arguments.trace or not trace.events:
         return
-    chosen = arguments.trace_format or ("events" if arguments.trace.endswith(".jsonl") else "perfetto")
-    _write(arguments.trace, lambda file: _FORMATS[chosen](trace, file))
-    if chosen != "records":
+    chosen = arguments.trace_format or (lines if arguments.trace.endswith(".jsonl") else "perfetto")
+    about = getattr(arguments, "about", None)
+    if chosen == "records" and about is not None:
+        _write(arguments.trace, lambda file: records.write(trace, file, about))
+    else:
+        _write(arguments.trace, lambda file: _FORMATS[chosen](trace, file))
+    if chosen != "records" or about is not None:
         dropped = f", {trace.dropped} older ones were dropped" if trace.dropped else ""
         report(f"trace of {len(trace.events)} events{dropped}: {arguments.trace} ({chosen})")
 

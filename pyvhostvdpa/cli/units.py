@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _LARGEST = (1 << 63) - 1
 """What the kernel can be asked for: a signed number of 64 bits."""
+_INFINITE = float("inf")
 _MOST = 1_000_000_000
 _LEAST_MEMORY = 1 << 20
 _LEAST_RATE = 64 << 10
@@ -28,7 +28,8 @@ def size(text: str) -> int:
         value = float(lowered.removesuffix(unit)) * _UNITS[unit]
     except ValueError:
         raise argparse.ArgumentTypeError(f"not a size: {text!r} (try 512M or 1G)") from None
-    if not math.isfinite(value) or value > _LARGEST:
+    # also what is not a number
+    if not -_INFINITE < value <= _LARGEST:
         raise argparse.ArgumentTypeError(f"not a size that a machine can have: {text!r} (try 512M or 1G)")
     if value < 1 or value != int(value):
         raise argparse.ArgumentTypeError(f"not a size in whole bytes: {text!r}")
@@ -42,7 +43,9 @@ def guest_memory(text: str) -> int:
 
 def stream_rate(text: str) -> int:
     """Parse bytes per second on a stream: so many that a page passes before the other side loses patience."""
-    return _at_least(text, _LEAST_RATE, "at {} bytes per second the other side gives up before a page has passed")
+    return _at_least(
+        text, _LEAST_RATE, "at {} bytes per second the other side closes the stream before a page has passed"
+    )
 
 
 def _at_least(text: str, least: int, why: str) -> int:

@@ -9,19 +9,17 @@ at attach, never on a device that runs.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..base.errors import KernelError
 from ..base.uapi import Status
 from ..chardev.door import VhostVdpa
-from ..net.config import MAX_PAIRS_OFFSET, control_index
-from ..net.features import Feature
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Groups of a net device. None where the parent has no such thing.
+    """Groups of a device. None where the parent has no such thing; ``max_pairs`` is a net device's.
 
     ``control`` is the control queue's group if no data queue shares it,
     ``descriptors`` the group of all data queues' rings if it is not the
@@ -36,20 +34,17 @@ class Groups:
     config: bytes = b""
 
 
-def probe_groups(chardev: VhostVdpa, features: Feature, vqs_count: int) -> Groups:
-    """Ask for every queue's groups under ``features``; the device is reset afterwards."""
-    max_pairs = 1
-    if features & (Feature.MQ | Feature.RSS):
-        max_pairs = int.from_bytes(chardev.get_config(MAX_PAIRS_OFFSET, 2), "little")
-    control_at = control_index(features, max_pairs)
+def ask_groups(
+    chardev: VhostVdpa, features: int, data: Sequence[int], control_index: int | None, max_pairs: int = 1
+) -> Groups:
+    """Ask for the groups of the queues ``data`` and of the control queue under ``features``; the device is reset."""
     chardev.set_status(Status.ACKNOWLEDGE | Status.DRIVER)
     try:
-        chardev.set_features(int(features))
+        chardev.set_features(features)
         chardev.set_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
-        data = range(min(2 * max_pairs, vqs_count))
         buffers = {_group(chardev.get_vring_group, index) for index in data}
         rings = {_group(chardev.get_vring_desc_group, index) for index in data}
-        control = None if control_at is None else _group(chardev.get_vring_group, control_at)
+        control = None if control_index is None else _group(chardev.get_vring_group, control_index)
         # before features are set the parent takes this for a legacy driver
         config = chardev.get_config(0, chardev.get_config_size())
     finally:
@@ -58,7 +53,7 @@ def probe_groups(chardev: VhostVdpa, features: Feature, vqs_count: int) -> Group
     descriptors = rings.pop() if len(rings) == 1 else None
     return Groups(
         max_pairs=max_pairs,
-        control_index=control_at,
+        control_index=control_index,
         control=None if control in buffers else control,
         descriptors=None if descriptors in buffers else descriptors,
         config=config,

@@ -3,7 +3,7 @@
 
 A guest sets the address of its device by its control queue, and a reset does not undo that: the parents keep it in
 the configuration space until the device is deleted. When the guest has left, two devices would have one address, and
-the next user of this one would get the frames of a guest that is elsewhere.
+the next user of this one would get the frames of a guest that has left.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 from ..base.errors import KernelError, MissingFeature
 from ..base.uapi import Status
 from ..net.control import MAC_ADDR_SET, Class, command
-from ..net.control_queue import ControlArea, ControlOptions, DeviceControl
+from ..net.control_queue import ControlOptions, DeviceControl, NetControlArea
 from ..net.features import Feature, ring_bits
 from ..virtqueue.layout import ring_layout
-from .procedure.base import FEATURES_SET, OWN_ASID, READY, RUNNING, Memories, Target
+from .procedure.attached import Memories
+from .target import FEATURES_SET, OWN_ASID, READY, RUNNING, Target
 
 _RING = 16
-_SETTABLE = Feature.MAC | Feature.CTRL_VQ | Feature.CTRL_MAC_ADDR
+SETTABLE = Feature.MAC | Feature.CTRL_VQ | Feature.CTRL_MAC_ADDR
+"""With these a guest can set the address, and so can we."""
 
 
 def restore_address(target: Target, memories: Memories, mac: bytes, deadline: float) -> bool:
@@ -29,14 +31,14 @@ def restore_address(target: Target, memories: Memories, mac: bytes, deadline: fl
     kernel refuses.
     """
     c, groups = target.chardev, target.groups
-    if _SETTABLE not in target.features or groups.control_index is None or groups.control is None:
+    if SETTABLE not in target.features or groups.control_index is None or groups.control is None:
         return False
     if c.get_config(0, 6) == mac:
         return False
     layout = ring_layout(target.fitting(groups.control_index, _RING), ring_bits(target.features))
-    size = ControlArea(layout, 0, 0).size
+    size = NetControlArea(layout, 0, 0).size
     own = memories.own
-    area = ControlArea(layout, own.hva + own.size - size, memories.holes.allocate(size))
+    area = NetControlArea(layout, own.hva + own.size - size, memories.holes.allocate(size))
     control = DeviceControl(area, ControlOptions(deadline, ring_bits(target.features)), c.trace)
     try:
         _start(target, groups.control_index, groups.control, control)

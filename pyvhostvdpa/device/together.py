@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Doing the same to several devices at once, a thread each: while a guest stands still none waits for another.
+"""Doing the same to several devices at once, a thread each: while a guest is paused none waits for another.
 
 The kernel serializes the calls of one device only, and calls are made without
 the GIL, so that what devices take is taken side by side.
@@ -48,7 +48,7 @@ def _in_threads(actions: Sequence[Callable[[], None]]) -> None:
         try:
             thread.start()
         except RuntimeError:
-            # no thread to be had: one after the other is slower, and stops or starts every device all the same
+            # no thread available: one after the other is slower, but still stops or starts every device
             action()
         else:
             started.append(thread)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 from ..base.errors import MissingFeature
+from ..base.eventfds import open_eventfds
 from ..memory.guest import PAGE_SIZE, GuestMemory
 from ..virtqueue.layout import GuestQueue, SplitLayout
 
@@ -24,7 +25,7 @@ class GuestArena:
         """Bytes in all, taken or not."""
         return self._end - self.start
 
-    def take(self, size: int, at: int | None = None) -> int:
+    def allocate(self, size: int, at: int | None = None) -> int:
         """Return the GPA of ``size`` bytes on a page, behind what was taken and not below ``at``."""
         start = max(self._next, -(-(at or 0) // PAGE_SIZE) * PAGE_SIZE)
         end = start + -(-size // PAGE_SIZE) * PAGE_SIZE
@@ -37,18 +38,17 @@ class GuestArena:
 def place_queue(arena: GuestArena, index: int, num: int) -> GuestQueue:
     """Give a virtqueue its rings and eventfds as a guest's driver would."""
     layout = SplitLayout(num)
-    desc = arena.take(layout.size)
+    desc = arena.allocate(layout.size)
     return queue_at(index, num, desc, desc + layout.avail_offset, desc + layout.driver_area)
 
 
 def queue_at(index: int, num: int, desc: int, avail: int, used: int) -> GuestQueue:
     """Return a virtqueue that lies at these GPAs, with eventfds of its own."""
-    return GuestQueue(
-        index=index,
-        num=num,
-        desc=desc,
-        avail=avail,
-        used=used,
-        kick=os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
-        call=os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
-    )
+    kick, call = open_eventfds(2)
+    return GuestQueue(index=index, num=num, desc=desc, avail=avail, used=used, kick=kick, call=call)
+
+
+def close_queue(queue: GuestQueue) -> None:
+    """Close the eventfds of a queue that has its own."""
+    os.close(queue.kick)
+    os.close(queue.call)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -13,6 +14,12 @@ T = TypeVar("T")
 
 _SECTION = struct.Struct("<HHI")
 _LENGTH = struct.Struct("<I")
+
+
+@functools.cache
+def _fields(layout: str) -> struct.Struct:
+    """Return the struct of a layout; a program has few of them, and making one takes longer than using it."""
+    return struct.Struct("<" + layout)
 
 
 class Writer:
@@ -28,6 +35,12 @@ class Writer:
     def blob(self, data: bytes) -> None:
         """Add bytes behind their length."""
         self._out += _LENGTH.pack(len(data)) + data
+
+    def optional(self, data: bytes | None) -> None:
+        """Add bytes behind their length, or mark them absent."""
+        self.put("B", data is not None)
+        if data is not None:
+            self.blob(data)
 
     def text(self, text: str) -> None:
         """Add UTF-8 text behind its length."""
@@ -49,7 +62,7 @@ class Writer:
 
 
 class Reader:
-    """Takes values from bytes that nobody vouches for; :class:`StreamCorrupt` for what cannot be.
+    """Takes values from untrusted bytes; :class:`StreamCorrupt` for impossible values.
 
     ``data`` is one whole section; ``kind`` and ``version`` are what it has to be. With ``oldest`` an earlier version
     is read as well; :attr:`version` is the one that was found.
@@ -84,7 +97,7 @@ class Reader:
 
     def get(self, layout: str) -> Any:
         """Return the value of one :mod:`struct` code, or a tuple for several."""
-        fields = struct.Struct("<" + layout)
+        fields = _fields(layout)
         values = fields.unpack(self._take(fields.size))
         return values if len(values) > 1 else values[0]
 
@@ -103,6 +116,10 @@ class Reader:
         """Return at most ``limit`` bytes."""
         return self._take(self.number("I", f"length of {name}", limit))
 
+    def optional(self, name: str, limit: int) -> bytes | None:
+        """Return at most ``limit`` bytes, None if absent."""
+        return self.blob(name, limit) if self.flag(name) else None
+
     def text(self, name: str, limit: int) -> str:
         """Return at most ``limit`` bytes of UTF-8, printable ones."""
         try:
@@ -110,7 +127,7 @@ class Reader:
         except UnicodeDecodeError as e:
             raise self.bad(f"{name} is not UTF-8") from e
         if not text.isprintable():
-            # it is shown on somebody's terminal
+            # it is shown on a user's terminal
             raise self.bad(f"{name} has characters that cannot be shown")
         return text
 

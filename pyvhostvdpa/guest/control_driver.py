@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import os
 import time
+from contextlib import ExitStack
 from typing import Any, Self
 
 from .._cdefs import ffi, lib
@@ -13,11 +13,10 @@ from ..net.control import ERR
 from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import Feature, ring_bits
 from ..virtqueue.layout import GuestQueue, indices, map_queue
-from .arena import GuestArena, place_queue
+from .arena import GuestArena, close_queue, place_queue
 from .nic_state import (
     DESCRIPTOR,
     MAX_INDEX,
-    BadState,
     ControlDriverState,
     Extent,
     check_memory,
@@ -27,6 +26,7 @@ from .nic_state import (
     queue_at_rest,
     queue_of,
 )
+from .shape import BadState
 
 CONTROL_RING = 64
 """Descriptors of the control queue where the device takes as many."""
@@ -35,7 +35,7 @@ ANSWER_SECONDS = 3 * DEFAULT_DEADLINE
 _BUFFER = 1 << 16
 _TABLES = 1 << 12
 TABLES_AT = _BUFFER - _TABLES
-"""Where in the buffer indirect tables begin, behind the longest command that a device of ours takes."""
+"""Where in the buffer indirect tables begin, behind the longest command that this package's device takes."""
 _MIN_RING = 2
 """Descriptors that a command takes."""
 
@@ -56,13 +56,17 @@ class ControlDriver:
     @classmethod
     def place(cls, memory: GuestMemory, arena: GuestArena, index: int, num: int = CONTROL_RING) -> Self:
         """Set a control queue of ``num`` descriptors, at least 2, up as a driver does that starts."""
-        driver = cls(memory, place_queue(arena, index, num), arena.take(_BUFFER), arena.take(1))
-        lib.ctrl_driver_start(driver._driver)
+        with ExitStack() as unless_made:
+            queue = place_queue(arena, index, num)
+            unless_made.callback(close_queue, queue)
+            driver = cls(memory, queue, arena.allocate(_BUFFER), arena.allocate(1))
+            lib.ctrl_driver_start(driver._driver)
+            unless_made.pop_all()
         return driver
 
     @classmethod
     def restore(cls, memory: GuestMemory, state: ControlDriverState, features: Feature) -> Self:
-        """Go on where a driver was whose rings are in ``memory``; :class:`BadState` if they cannot be."""
+        """Resume a driver whose rings are in ``memory``; :class:`BadState` if they cannot be there."""
         check_driver(memory, state, features)
         driver = cls(memory, queue_of(state.ring), state.command, state.answer)
         driver._load(state)
@@ -70,9 +74,9 @@ class ControlDriver:
         return driver
 
     def load(self, state: ControlDriverState) -> None:
-        """Take over what a driver knows that :func:`check_driver` has found right; :class:`BadState` if elsewhere."""
+        """Load a driver's state that :func:`check_driver` accepted; :class:`BadState` if at another place."""
         if (state.ring, state.command, state.answer) != (place_of(self.queue), self._command, self._answer):
-            raise BadState("control queue: it is not where it was said to be")
+            raise BadState("control queue: it is not at its announced address")
         self._load(state)
 
     def _load(self, state: ControlDriverState) -> None:
@@ -80,11 +84,21 @@ class ControlDriver:
         d.avail_idx, d.used_idx, d.open = state.avail_idx, state.used_idx, state.open
 
     def state(self) -> ControlDriverState:
-        """Return what this driver knows; nobody may be sending."""
+        """Return what this driver knows; no thread may be sending."""
         d = self._driver
         return ControlDriverState(
             place_of(self.queue), self._command, self._answer, int(d.avail_idx), int(d.used_idx), int(d.open)
         )
+
+    def indices(self) -> tuple[int, int, int]:
+        """Return what changes of :meth:`state`: avail and used index, commands that are open."""
+        d = self._driver
+        return d.avail_idx, d.used_idx, d.open
+
+    @property
+    def c(self) -> Any:
+        """Its ``struct ctrl_driver``."""
+        return self._driver
 
     def use_ring_features(self, memory: GuestMemory, features: Feature) -> None:
         """Use the ring as negotiated: indirect tables, notifications by index."""
@@ -95,9 +109,9 @@ class ControlDriver:
             self._driver.tables = ffi.cast("struct vring_desc *", memory.hva(at, _TABLES))
 
     def send(self, data: bytes, seconds: float = ANSWER_SECONDS) -> int:
-        """Send a command and return its answer; TimeoutError if there is none within ``seconds``.
+        """Send a command and return its answer; TimeoutError without one within ``seconds``.
 
-        A driver must not give up before the device's own deadline has passed: a
+        A driver must not time out before the device's own deadline has passed: a
         slow device answers late. TimeoutError too if the ring is full of
         commands without an answer, ValueError for a command longer than the
         buffer.
@@ -115,12 +129,11 @@ class ControlDriver:
 
     def close(self) -> None:
         """Close the eventfds."""
-        os.close(self.queue.kick)
-        os.close(self.queue.call)
+        close_queue(self.queue)
 
 
 def check_driver(memory: GuestMemory, state: ControlDriverState, features: Feature) -> None:
-    """Raise :class:`BadState` unless a driver with these ring features can go on from this state."""
+    """Raise :class:`BadState` unless a driver with these ring features can resume from this state."""
     ring, name = state.ring, "control queue:"
     if Feature.CTRL_VQ not in features:
         raise BadState(f"{name} its driver has state, but {Feature.CTRL_VQ.name} was not negotiated")
@@ -133,6 +146,12 @@ def check_driver(memory: GuestMemory, state: ControlDriverState, features: Featu
         raise BadState(f"{name} command {state.command:#x} is not aligned to {DESCRIPTOR} bytes")
     for field, gpa, size in driver_extents(state):
         check_memory(memory, field, gpa, size)
+    check_indices(memory, state)
+
+
+def check_indices(memory: GuestMemory, state: ControlDriverState) -> None:
+    """Raise :class:`BadState` unless the indices of a driver that is right otherwise fit each other and its ring."""
+    ring, name = state.ring, "control queue:"
     between = (state.avail_idx - state.used_idx) & MAX_INDEX
     if max(state.avail_idx, state.used_idx) > MAX_INDEX or between != state.open or 2 * state.open > ring.num:
         raise BadState(f"{name} avail_idx {state.avail_idx}, used_idx {state.used_idx}, open {state.open}")

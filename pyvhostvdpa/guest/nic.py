@@ -1,38 +1,40 @@
 # SPDX-License-Identifier: MIT
 """The guest's NIC: a virtio-net driver in guest memory, one RX/TX pair each.
 
-It does what a driver does and no more: it does not know whether its rings
-are shadowed, nor which device it is on.
+It does what a driver does and no more: once it is set up, it does not know
+whether its rings are shadowed, nor which device it is on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import os
 import struct
+import threading
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
 
 from .._cdefs import ffi, lib
 from ..device.net import VdpaNetDevice
+from ..device.shadowing import USED
 from ..memory.guest import GuestMemory
 from ..net.control import ControlModel
 from ..net.features import Feature, offered_to_guest, ring_bits
 from ..net.guest_config import GuestConfig
 from ..virtqueue.layout import GuestQueue, map_queue
-from .arena import GuestArena, place_queue
+from .arena import GuestArena, close_queue, place_queue
 from .control_driver import CONTROL_RING, ControlDriver, check_driver, driver_extents
 from .nic_state import (
     MAX_INDEX,
     MAX_TIME,
     SEEN_BYTES,
-    BadState,
     Extent,
     NicState,
     PairState,
-    check_apart,
+    check_disjoint,
     check_memory,
     check_model,
     check_place,
@@ -40,10 +42,14 @@ from .nic_state import (
     place_of,
     queue_of,
 )
+from .protocol import FrameCounts, Window
+from .shape import BadState
 
-BUFFER_SIZE = 2048
+FRAME_BUFFER = 2048
 """Bytes per frame buffer, virtio_net_hdr included."""
-MIN_FRAME, MAX_FRAME = 60, BUFFER_SIZE - 12
+_HEADER, _HASH_HEADER = 12, 20
+"""Bytes of virtio_net_hdr: with VERSION_1, and with HASH_REPORT (virtio 1.3, 5.1.6)."""
+MIN_FRAME, MAX_FRAME = 60, FRAME_BUFFER - _HASH_HEADER
 
 _BROADCAST = b"\xff" * 6
 _SOURCE = b"\x52\x54\x91\x76\x64\x01"
@@ -58,15 +64,8 @@ _COPIED = (
     *("duplicated", "corrupted", "reordered", "highest", "ring_errors", "last_rx"),
 )
 """What the C structure and :class:`PairState` have alike."""
-
-
-class Window(enum.IntEnum):
-    """Times whose longest gap is always known, however many longer ones there are elsewhere."""
-
-    SWITCH = 0
-    """The switch of the device to shadow virtqueues."""
-    START = 1
-    """The start in passthrough that ends a migration: on the destination, or again on the source."""
+_FIXED = ("tx_descs", "frame_size", "window", "flow")
+"""Of these, what does not change while the driver runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,9 @@ class NicOptions:
 
     ``chained`` sends each frame as two descriptors, header and frame, as
     drivers without ``VIRTIO_F_ANY_LAYOUT`` do; with ``INDIRECT_DESC`` they
-    are in a table. ``control_index`` is the control queue's index, None for
+    are in a table. ``rx_relayed`` says that a device may be shadowed with its
+    receive queues relayed and its transmit queues not, see
+    :func:`window_of`. ``control_index`` is the control queue's index, None for
     a NIC without; ``control_ring`` is how many descriptors that queue has.
     """
 
@@ -86,6 +87,7 @@ class NicOptions:
     features: Feature = Feature.VERSION_1
     control_index: int | None = None
     control_ring: int = CONTROL_RING
+    rx_relayed: bool = False
 
     @classmethod
     def fitting(cls, device: VdpaNetDevice, pairs: int = 1, ring_size: int = 256, frame_size: int = 256) -> Self:
@@ -98,42 +100,32 @@ class NicOptions:
             features=device.features,
             control_index=index,
             control_ring=CONTROL_RING if index is None else min(CONTROL_RING, device.largest_ring([index])),
+            rx_relayed=device.shadow == USED,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class FrameCounts:
-    """Every frame accounted for. ``lost`` is final once nothing is in flight any more."""
+def window_of(ring_size: int, rx_relayed: bool) -> int:
+    """Return how many frames a pair may have in flight so that its device has a receive buffer for each.
 
-    sent: int
-    received: int
-    lost: int
-    duplicated: int
-    corrupted: int
-    reordered: int
-
-    def to_dict(self) -> dict[str, int]:
-        """Return the counts for JSON."""
-        return {
-            "sent": self.sent,
-            "received": self.received,
-            "lost": self.lost,
-            "duplicated": self.duplicated,
-            "corrupted": self.corrupted,
-            "reordered": self.reordered,
-        }
+    A guest with ``n`` in flight needs ``n`` buffers in passthrough. Through a relay, buffers that it posts again reach
+    the device late: it needs twice as many where both queues are relayed, three times as many where only the receive
+    queue is (``rx_relayed``). tests/unit/test_backpressure_model.py tries all orders.
+    """
+    return max(ring_size // (3 if rx_relayed else 2), 1)
 
 
 class NicPair:
     """RX queue ``2 * number``, TX queue ``2 * number + 1``, and their traffic.
 
-    ``window`` is the most frames in flight; it stays below the RX buffers
-    posted, so that a device which drops for want of a buffer has no reason to.
+    ``window`` is the most frames in flight (:func:`window_of`), so that a
+    device which drops for want of a buffer has no reason to.
     """
 
     def __init__(self, memory: GuestMemory, rx: GuestQueue, tx: GuestQueue) -> None:
         self.rx, self.tx = rx, tx
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.thread: threading.Thread | None = None
+        """What drives it, if anything ever did: one thread at a time (:class:`~pyvhostvdpa.guest.traffic.Cpus`)."""
         self._memory = memory
         self._tx_free = ffi.new("uint16_t[]", tx.num)
         p: Any = ffi.new("struct nic_pair *")
@@ -141,7 +133,7 @@ class NicPair:
         for ring, queue in ((p.rx, rx), (p.tx, tx)):
             map_queue(ring, queue, memory)
         p.tx_free = self._tx_free
-        p.buffer_size = BUFFER_SIZE
+        p.buffer_size = FRAME_BUFFER
         p.rx_kick, p.rx_call, p.tx_kick, p.tx_call = rx.kick, rx.call, tx.kick, tx.call
         p.wake = self.wake
         p.sending = 1
@@ -152,70 +144,77 @@ class NicPair:
         ring_size, frame_size = options.ring_size, options.frame_size
         if not MIN_FRAME <= frame_size <= MAX_FRAME:
             raise ValueError(f"frame size {frame_size} is not within {MIN_FRAME}..{MAX_FRAME}")
-        pair = cls(memory, place_queue(arena, 2 * number, ring_size), place_queue(arena, 2 * number + 1, ring_size))
-        buffers = ring_size * BUFFER_SIZE
+        rx, tx = 2 * number, 2 * number + 1
+        pair = cls._open(memory, lambda: place_queue(arena, rx, ring_size), lambda: place_queue(arena, tx, ring_size))
+        try:
+            pair._place(arena, number, options)
+        except BaseException:
+            pair.close()
+            raise
+        return pair
+
+    @classmethod
+    def _open(cls, memory: GuestMemory, rx: Callable[[], GuestQueue], tx: Callable[[], GuestQueue]) -> Self:
+        """Open all descriptors of a pair, or none."""
+        with ExitStack() as unless_made:
+            queues = []
+            for make in (rx, tx):
+                queues.append(make())
+                unless_made.callback(close_queue, queues[-1])
+            pair = cls(memory, *queues)
+            unless_made.pop_all()
+        return pair
+
+    def _place(self, arena: GuestArena, number: int, options: NicOptions) -> None:
+        buffers = options.ring_size * FRAME_BUFFER
         # spread out, so that traffic proves the map's middle and end
         spread = arena.size // 2 // options.pairs
-        rx_gpa = arena.take(buffers, at=arena.start + spread * (options.pairs + number))
-        tx_gpa = arena.take(buffers)
-        p = pair.c
+        rx_gpa = arena.allocate(buffers, at=arena.start + spread * (options.pairs + number))
+        tx_gpa = arena.allocate(buffers)
+        p = self.c
         p.tx_descs = 2 if options.chained else 1
         table = 0
         if Feature.INDIRECT_DESC in options.features:
             # one slot of the ring, two descriptors in its table
             p.tx_descs = 1
-            table = arena.take(TABLE_SIZE * ring_size)
-        pair._point(rx_gpa, tx_gpa, table, options.features)
-        p.frame_size = frame_size
-        p.window = max(ring_size // 2, 1)
+            table = arena.allocate(TABLE_SIZE * options.ring_size)
+        self._point(rx_gpa, tx_gpa, table, options.features)
+        p.frame_size = options.frame_size
+        p.window = window_of(options.ring_size, options.rx_relayed)
         p.flow = number + 1
         p.dst, p.src = list(_BROADCAST), list(_SOURCE)
         lib.nic_start(p)
-        return pair
 
     def _point(self, rx_gpa: int, tx_gpa: int, table: int, features: Feature) -> None:
         p, memory = self.c, self._memory
         p.features = ring_bits(features)
+        p.header = _HASH_HEADER if Feature.HASH_REPORT in features else _HEADER
         p.rx_gpa, p.tx_gpa = rx_gpa, tx_gpa
-        p.rx_hva = ffi.cast("uint8_t *", memory.hva(rx_gpa, self.rx.num * BUFFER_SIZE))
-        p.tx_hva = ffi.cast("uint8_t *", memory.hva(tx_gpa, self.tx.num * BUFFER_SIZE))
+        p.rx_hva = ffi.cast("uint8_t *", memory.hva(rx_gpa, self.rx.num * FRAME_BUFFER))
+        p.tx_hva = ffi.cast("uint8_t *", memory.hva(tx_gpa, self.tx.num * FRAME_BUFFER))
         if Feature.INDIRECT_DESC in features:
             p.tx_table_gpa = table
             p.tx_tables = ffi.cast("struct vring_desc *", memory.hva(table, TABLE_SIZE * self.tx.num))
 
     @classmethod
     def restore(cls, memory: GuestMemory, state: PairState, features: Feature) -> Self:
-        """Go on where a driver was whose state :func:`check_nic` has found right."""
-        pair = cls(memory, queue_of(state.rx), queue_of(state.tx))
+        """Resume a driver from a state that :func:`check_nic` accepted."""
+        pair = cls._open(memory, lambda: queue_of(state.rx), lambda: queue_of(state.tx))
         pair._load(state, features)
         return pair
 
     def outline(self) -> PairState:
         """Return where this pair's driver has everything, and nothing of what it does: it may run."""
-        p = self.c
-        still = {"tx_descs", "frame_size", "window", "flow"}
-        return PairState(
-            rx=place_of(self.rx),
-            tx=place_of(self.tx),
-            rx_gpa=int(p.rx_gpa),
-            tx_gpa=int(p.tx_gpa),
-            tx_table_gpa=int(p.tx_table_gpa),
-            dst=bytes(p.dst),
-            src=bytes(p.src),
-            sending=False,
-            tx_free=(),
-            seen=bytes(SEEN_BYTES),
-            gaps=(),
-            **{name: int(getattr(p, name)) if name in still else 0 for name in _COPIED},
-        )
+        moving: dict[str, Any] = {name: 0 for name in _COPIED if name not in _FIXED}
+        return dataclasses.replace(self.state(), sending=False, tx_free=(), seen=bytes(SEEN_BYTES), gaps=(), **moving)
 
     def load(self, state: PairState, features: Feature) -> None:
-        """Take over what the driver of an :meth:`outline` knows, once :func:`check_nic` has found it right.
+        """Load the state of the driver of an :meth:`outline`, once :func:`check_nic` accepted it.
 
         Raises :class:`BadState` if it is not that driver.
         """
         if (state.rx, state.tx) != (place_of(self.rx), place_of(self.tx)):
-            raise BadState(f"pair of flow {state.flow}: its rings are not where they were said to be")
+            raise BadState(f"pair of flow {state.flow}: its rings are not at their announced addresses")
         self._load(state, features)
 
     def _load(self, state: PairState, features: Feature) -> None:
@@ -250,17 +249,6 @@ class NicPair:
             gaps=tuple(self.gaps()),
             **{name: int(getattr(p, name)) for name in _COPIED},
         )
-
-    def shift_clock(self, ns: int) -> None:
-        """Move every time of the account by any ``ns``: the clock goes on at another host's count.
-
-        Raises nothing: the other host's clock comes with GO, when it is too late to refuse it.
-        """
-        p = self.c
-        p.last_rx = _shifted(p.last_rx, ns) if p.last_rx else 0
-        for gap in p.gaps:
-            if gap.end:
-                gap.begin, gap.end = _shifted(gap.begin, ns), _shifted(gap.end, ns)
 
     @property
     def queues(self) -> tuple[GuestQueue, GuestQueue]:
@@ -297,18 +285,20 @@ class NicPair:
         return (longest.end - longest.begin) / 1e6 if longest.end else None
 
     def close(self) -> None:
-        """Close the eventfds."""
-        for fd in (self.rx.kick, self.rx.call, self.tx.kick, self.tx.call, self.wake):
-            os.close(fd)
+        """End the thread that drives the pair, and close the eventfds.
 
-
-def _shifted(time: int, ns: int) -> int:
-    """Return a time on another clock; what no clock can show becomes the nearest time that one can."""
-    return max(-MAX_TIME, min(MAX_TIME, time + ns))
+        The thread is waited for: until it has left, it may look at the eventfds and at guest memory.
+        """
+        lib.nics_end(ffi.new("struct nic_pair *[]", [self.c]), 1)
+        if self.thread is not None and self.thread.ident is not None:
+            self.thread.join()
+        close_queue(self.rx)
+        close_queue(self.tx)
+        os.close(self.wake)
 
 
 def check_nic(memory: GuestMemory, state: NicState) -> list[Extent]:
-    """Raise :class:`BadState` unless a driver can go on from this state: it reaches guest memory and nothing else.
+    """Raise :class:`BadState` unless a driver can resume from this state: it reaches guest memory and nothing else.
 
     The message names the field. Returns the guest memory that the driver uses.
     """
@@ -327,7 +317,7 @@ def check_nic(memory: GuestMemory, state: NicState) -> list[Extent]:
         check_driver(memory, state.control, features)
         check_model(state.model, features, len(state.pairs))
         extents += driver_extents(state.control)
-    check_apart(extents)
+    check_disjoint(extents)
     return extents
 
 
@@ -335,8 +325,8 @@ def _pair_extents(number: int, state: PairState, features: Feature) -> list[Exte
     extents = [
         *extents_of(state.rx),
         *extents_of(state.tx),
-        (f"pair {number}: rx_gpa", state.rx_gpa, state.rx.num * BUFFER_SIZE),
-        (f"pair {number}: tx_gpa", state.tx_gpa, state.tx.num * BUFFER_SIZE),
+        (f"pair {number}: rx_gpa", state.rx_gpa, state.rx.num * FRAME_BUFFER),
+        (f"pair {number}: tx_gpa", state.tx_gpa, state.tx.num * FRAME_BUFFER),
     ]
     if Feature.INDIRECT_DESC in features:
         extents.append((f"pair {number}: tx_table_gpa", state.tx_table_gpa, state.tx.num * TABLE_SIZE))
@@ -354,7 +344,7 @@ def _check_pair(memory: GuestMemory, number: int, state: PairState, features: Fe
     if not MIN_FRAME <= state.frame_size <= MAX_FRAME:
         raise BadState(f"{name} frame_size {state.frame_size} is not within {MIN_FRAME}..{MAX_FRAME}")
     if state.window > lib.NIC_WINDOW:
-        raise BadState(f"{name} window {state.window}, at most {lib.NIC_WINDOW} frames are told apart")
+        raise BadState(f"{name} window {state.window}, at most {lib.NIC_WINDOW} frames can be distinguished")
     _check_slots(name, state, features)
     _check_counters(name, state)
 
@@ -368,7 +358,7 @@ def _check_slots(name: str, state: PairState, features: Feature) -> None:
     received = (state.rx_avail - state.rx_used) & MAX_INDEX
     sent = (state.tx_avail - state.tx_used) & MAX_INDEX
     if received > state.rx.num:
-        raise BadState(f"{name} rx_avail {state.rx_avail}, rx_used {state.rx_used}: more than a ring apart")
+        raise BadState(f"{name} rx_avail {state.rx_avail}, rx_used {state.rx_used}: they differ by more than the ring")
     if len(free) + sent > num // step:
         raise BadState(
             f"{name} tx_avail {state.tx_avail}, tx_used {state.tx_used}, tx_free {len(free)}: "
@@ -400,17 +390,23 @@ class GuestNic:
         self.features = options.features
         self.pairs: list[NicPair] = []
         self.control: ControlDriver | None = None
-        arena = arena or GuestArena(memory)
-        if options.control_index is not None:
-            self.control = ControlDriver.place(memory, arena, options.control_index, options.control_ring)
-            self.control.use_ring_features(memory, options.features)
-        for number in range(options.pairs):
-            self.pairs.append(NicPair.place(memory, arena, number, options))
         self.config = GuestConfig(offered_to_guest(options.features))
+        try:
+            self._place(options, arena or GuestArena(memory))
+        except BaseException:
+            self.close()
+            raise
+
+    def _place(self, options: NicOptions, arena: GuestArena) -> None:
+        if options.control_index is not None:
+            self.control = ControlDriver.place(self.memory, arena, options.control_index, options.control_ring)
+            self.control.use_ring_features(self.memory, options.features)
+        for number in range(options.pairs):
+            self.pairs.append(NicPair.place(self.memory, arena, number, options))
 
     @classmethod
     def restore(cls, memory: GuestMemory, state: NicState) -> Self:
-        """Go on where a NIC was whose rings and buffers are in ``memory``; :class:`BadState` if they cannot be."""
+        """Resume a NIC whose rings and buffers are in ``memory``; :class:`BadState` if they cannot be there."""
         check_nic(memory, state)
         nic = cls.__new__(cls)
         nic.memory, nic.features = memory, Feature(state.features)
@@ -433,11 +429,11 @@ class GuestNic:
         return NicState(int(self.features), tuple(pair.outline() for pair in self.pairs), control, model)
 
     def load(self, state: NicState) -> None:
-        """Take over what the driver knows that was restored from its :meth:`outline`; :class:`BadState` if another."""
+        """Load the state of the driver that this is the :meth:`outline` of; :class:`BadState` for another driver's."""
         if state.features != int(self.features) or len(state.pairs) != len(self.pairs):
-            raise BadState("it is not the NIC that was told of before")
+            raise BadState("it is not the announced NIC")
         if (state.control is None) != (self.control is None):
-            raise BadState("its control queue is not what was told of before")
+            raise BadState("its control queue is not as announced")
         for pair, told in zip(self.pairs, state.pairs, strict=True):
             pair.load(told, self.features)
         if self.control is not None and state.control is not None:
@@ -459,8 +455,7 @@ class GuestNic:
 
     def counts(self) -> FrameCounts:
         """Return the sum over all pairs."""
-        each = [pair.counts() for pair in self.pairs]
-        return FrameCounts(*(sum(getattr(c, field) for c in each) for field in FrameCounts.__slots__))
+        return FrameCounts.total(pair.counts() for pair in self.pairs)
 
     def close(self) -> None:
         """Close what the NIC opened; the memory is its owner's."""

@@ -7,7 +7,8 @@ driver runs in this process, so it moves as state of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +18,7 @@ from ..net.control_queue import BUFFER_SIZE
 from ..net.features import Feature
 from ..virtqueue.layout import GuestQueue, SplitLayout
 from .arena import queue_at
+from .shape import BadState
 
 MAX_INDEX = 0xFFFF
 DESCRIPTOR = 16
@@ -27,11 +29,7 @@ MAX_TIME = 1 << 61
 """Nanoseconds, before or after a clock's start: two such times can be subtracted in 64 bits."""
 
 Extent = tuple[str, int, int]
-"""Guest memory that a driver uses: the field that says so, GPA, bytes."""
-
-
-class BadState(ValueError):
-    """State that no driver of this package can have."""
+"""Guest memory that a driver uses: the field that names it, GPA, bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +96,7 @@ class ControlDriverState:
 
 @dataclass(frozen=True, slots=True)
 class NicState:
-    """A NIC as its driver knows it; ``model`` is what its control queue has set, None without one."""
+    """A NIC as its driver knows it; ``model`` is the state set through its control queue, None without one."""
 
     features: int
     pairs: tuple[PairState, ...]
@@ -155,11 +153,17 @@ def extents_of(place: RingPlace) -> list[Extent]:
     ]
 
 
-def check_apart(extents: Iterable[Extent]) -> None:
+def check_disjoint(extents: Iterable[Extent]) -> None:
     """Raise :class:`BadState` if two of them overlap: a driver that writes one would change the other."""
     for (field, gpa, size), (other, at, _) in pairwise(sorted(extents, key=lambda each: each[1])):
         if gpa + size > at:
             raise BadState(f"{field} {gpa:#x}+{size:#x} and {other} {at:#x} overlap")
+
+
+def check_disjoint_from(extents: Sequence[Extent], one: Extent) -> None:
+    """Raise :class:`BadState` if one overlaps any of others, which are in order of address and disjoint."""
+    at = bisect_left(extents, one[1], key=lambda each: each[1])
+    check_disjoint([*extents[max(0, at - 1) : at + 1], one])
 
 
 def check_model(model: ControlModel, features: Feature, pairs: int) -> None:

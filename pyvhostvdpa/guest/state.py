@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What moves beside memory, and its format: shape of the guest, then state of the guest and of each device.
+"""What moves of the synthetic guest beside memory, and its format: state of the guest, then of each device.
 
 ``vhost-vdpa help migration`` documents every field. A section is a head of 8
 bytes (kind, version, length of the rest) and fields without padding. A
@@ -9,128 +9,30 @@ decoder takes nothing for granted: it raises
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
-from ..memory.guest import PAGE_SIZE
-from ..net.config import MAX_CONFIG
 from ..net.control import MAX_VLAN, RSS_KEY_MAX, ControlModel, Rx
 from ..net.features import Feature
 from ..virtqueue.layout import MAX_NUM
 from .codec import Reader, Writer
-from .nic_state import SEEN_BYTES, BadState, ControlDriverState, NicState, PairState, RingPlace
+from .nic_state import SEEN_BYTES, ControlDriverState, NicState, PairState, RingPlace
+from .shape import MAX_PAIRS, BadState, DeviceShape
 
 VERSION = 1
 """Of every section. One that is not known is refused: there is no guessing at a guest's state."""
-SHAPE_VERSION = 2
-"""Of the SHAPE section: 2 has each device's configuration space at its end. Version 1 is read as well, without it."""
-SHAPE, GUEST, DEVICE = 1, 2, 3
+GUEST, DEVICE = 2, 3
 """Kinds of sections."""
 
-ID_BYTES = 16
-MAX_DEVICES = 64
-MAX_PAIRS = 128
-_MAX_REGIONS = 512
-_MAX_TEXT = 256
 _MAX_GAPS = 64
 _MAX_TABLE = 64
 _MAX_RSS = 8 + 2 * 128 * 256 + RSS_KEY_MAX
-_NONE = 0xFFFF
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceShape:
-    """What a destination's device must be like: features, pairs, ring size; ``control_index`` None without one.
-
-    ``config`` is the configuration space as the guest's driver knows it, None if that is unknown. It belongs to the
-    device below and not to the guest's state, so two shapes are equal without it.
-    """
-
-    features: int
-    pairs: int
-    ring_size: int
-    control_index: int | None
-    config: bytes | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class GuestShape:
-    """What a guest needs of a destination, told before anything moves.
-
-    ``id`` names this migration on both sides, ``source`` is for people:
-    host and devices. ``memory`` is (GPA, bytes) of each region.
-    """
-
-    id: bytes
-    source: str
-    memory: tuple[tuple[int, int], ...]
-    devices: tuple[DeviceShape, ...]
-    hashed: bool
-
-    def encode(self) -> bytes:
-        """Return the section."""
-        w = Writer()
-        w.put(f"{ID_BYTES}s", self.id)
-        w.text(self.source)
-        w.put("I", PAGE_SIZE)
-        w.each(self.memory, lambda region: w.put("QQ", *region))
-        w.each(self.devices, lambda d: _put_shape(w, d))
-        w.put("B", self.hashed)
-        for device in self.devices:
-            _put_optional(w, device.config)
-        return w.section(SHAPE, SHAPE_VERSION)
-
-    @classmethod
-    def decode(cls, data: bytes) -> GuestShape:
-        """Return the shape in a section."""
-        r = Reader(data, SHAPE, SHAPE_VERSION, "shape of the guest", oldest=1)
-        number, source = r.get(f"{ID_BYTES}s"), r.text("source", _MAX_TEXT)
-        page = r.get("I")
-        if page != PAGE_SIZE:
-            raise r.bad(f"pages of {page} bytes, this side has {PAGE_SIZE}")
-        shape = cls(
-            id=number,
-            source=source,
-            memory=r.each("memory regions", _MAX_REGIONS, lambda: r.get("QQ")),
-            devices=r.each("devices", MAX_DEVICES, lambda: _get_shape(r)),
-            hashed=r.flag("hashed"),
-        )
-        _check_memory(r, shape.memory)
-        if not shape.devices:
-            raise r.bad("no device")
-        if r.version > 1:
-            devices = [replace(d, config=_get_optional(r, "configuration space", MAX_CONFIG)) for d in shape.devices]
-            shape = replace(shape, devices=tuple(devices))
-        r.end()
-        return shape
-
-
-def _put_shape(w: Writer, d: DeviceShape) -> None:
-    w.put("QIIH", d.features, d.pairs, d.ring_size, _NONE if d.control_index is None else d.control_index)
-
-
-def _get_shape(r: Reader) -> DeviceShape:
-    features, pairs, ring_size, control = r.get("QIIH")
-    if not 1 <= pairs <= MAX_PAIRS or not 1 <= ring_size <= MAX_NUM or ring_size & (ring_size - 1):
-        raise r.bad(f"a device with {pairs} pairs of rings of {ring_size}")
-    return DeviceShape(features, pairs, ring_size, None if control == _NONE else control)
-
-
-def _check_memory(r: Reader, regions: tuple[tuple[int, int], ...]) -> None:
-    end = 0
-    for gpa, size in regions:
-        if gpa % PAGE_SIZE or size % PAGE_SIZE or not size or gpa < end or gpa + size > 1 << 56:
-            raise r.bad(f"memory region {gpa:#x}+{size:#x}")
-        end = gpa + size
-    if not regions:
-        raise r.bad("no memory")
 
 
 @dataclass(frozen=True, slots=True)
 class GuestState:
     """The guest apart from its devices. ``clock`` is CLOCK_MONOTONIC, ns, as it stopped; the writer's fields
-    are :class:`pyvhostvdpa.guest.synthetic.GuestWriter`'s, 0 pages without one.
+    are :class:`pyvhostvdpa.guest.writer.GuestWriter`'s, 0 pages without one.
     """
 
     clock: int
@@ -159,7 +61,7 @@ class QueueState:
     """A data queue as its device left it: the indices of its rings, and the heads between them, oldest first.
 
     ``heads`` are the descriptors in flight, which the device had, and then
-    those it had not taken. All are in guest memory too: a destination
+    those it had not yet taken. All are in guest memory too: a destination
     compares before it starts.
     """
 
@@ -178,7 +80,7 @@ class DeviceState:
 
     @property
     def shape(self) -> DeviceShape:
-        """What a device must be like to go on from this state; BadState without a pair."""
+        """What a device must be like to resume from this state; BadState without a pair."""
         rings = [place.num for pair in self.nic.pairs for place in (pair.rx, pair.tx)]
         if not rings:
             raise BadState("pairs: a NIC has at least one")
@@ -196,7 +98,7 @@ class DeviceState:
             _put_driver(w, self.nic.control)
         w.put("B", self.nic.model is not None)
         if self.nic.model is not None:
-            _put_model(w, self.nic.model)
+            put_model(w, self.nic.model)
         return w.section(DEVICE, VERSION)
 
     @classmethod
@@ -208,30 +110,12 @@ class DeviceState:
             features=r.get("Q"),
             pairs=r.each("pairs", MAX_PAIRS, lambda: _get_pair(r)),
             control=_get_driver(r) if r.flag("control driver") else None,
-            model=_get_model(r) if r.flag("control model") else None,
+            model=get_model(r) if r.flag("control model") else None,
         )
         if not nic.pairs:
             raise r.bad("pairs: a NIC has at least one")
         r.end()
         return cls(queues, nic)
-
-
-def check_shapes(found: Sequence[DeviceShape], promised: Sequence[DeviceShape]) -> None:
-    """Raise BadState naming the field if devices are not like those of a SHAPE section."""
-    if len(found) != len(promised):
-        raise BadState(f"{len(found)} devices, the SHAPE section has {len(promised)}")
-    for number, (device, shape) in enumerate(zip(found, promised, strict=True)):
-        for name in (each.name for each in fields(DeviceShape) if each.compare):
-            here, there = getattr(device, name), getattr(shape, name)
-            if here != there:
-                raise BadState(
-                    f"device {number} does not match the SHAPE section: {name} {_shown(here)} here, "
-                    f"{_shown(there)} there"
-                )
-
-
-def _shown(value: int | None) -> str:
-    return "none" if value is None else hex(value) if value > MAX_NUM else str(value)
 
 
 def _put_queue(w: Writer, q: QueueState) -> None:
@@ -297,33 +181,25 @@ def _get_driver(r: Reader) -> ControlDriverState:
     return ControlDriverState(_get_place(r), *r.get("QQHHH"))
 
 
-def _put_optional(w: Writer, data: bytes | None) -> None:
-    w.put("B", data is not None)
-    if data is not None:
-        w.blob(data)
-
-
-def _get_optional(r: Reader, name: str, limit: int) -> bytes | None:
-    return r.blob(name, limit) if r.flag(name) else None
-
-
-def _put_model(w: Writer, m: ControlModel) -> None:
+def put_model(w: Writer, m: ControlModel) -> None:
+    """Add what a control queue has set."""
     w.put("Q", int(m.features))
-    _put_optional(w, m.mac)
+    w.optional(m.mac)
     for table in (m.unicast, m.multicast):
         w.each(table, lambda mac: w.put("6s", mac))
     w.put("BB", m.unicast_overflow, m.multicast_overflow)
     w.put("B", sum(1 << mode for mode in Rx if m.rx[mode]))
     w.each(sorted(m.vlans), lambda vlan: w.put("H", vlan))
     w.put("H", m.pairs)
-    _put_optional(w, None if m.offloads is None else m.offloads.to_bytes(8, "little"))
-    _put_optional(w, m.rss)
-    _put_optional(w, m.hash_config)
+    w.optional(None if m.offloads is None else m.offloads.to_bytes(8, "little"))
+    w.optional(m.rss)
+    w.optional(m.hash_config)
     w.put("B", m.announce)
 
 
-def _get_model(r: Reader) -> ControlModel:
-    features, mac = Feature(r.get("Q")), _get_optional(r, "MAC", 6)
+def get_model(r: Reader) -> ControlModel:
+    """Take what :func:`put_model` added; StreamCorrupt for what cannot have been set."""
+    features, mac = Feature(r.get("Q")), r.optional("MAC", 6)
     if mac is not None and len(mac) != 6:
         raise r.bad(f"a MAC of {len(mac)} bytes")
     unicast = list(r.each("unicast addresses", _MAX_TABLE, lambda: bytes(r.get("6s"))))
@@ -334,7 +210,7 @@ def _get_model(r: Reader) -> ControlModel:
     if any(a >= b for a, b in pairwise(vlans)):
         raise r.bad("VLANs that are not in order")
     pairs = r.number("H", "pairs in use", MAX_PAIRS)
-    offloads = _get_optional(r, "offloads", 8)
+    offloads = r.optional("offloads", 8)
     if offloads is not None and len(offloads) != 8:
         raise r.bad(f"offloads of {len(offloads)} bytes")
     return ControlModel(
@@ -348,7 +224,7 @@ def _get_model(r: Reader) -> ControlModel:
         vlans=set(vlans),
         pairs=pairs,
         offloads=None if offloads is None else int.from_bytes(offloads, "little"),
-        rss=_get_optional(r, "RSS", _MAX_RSS),
-        hash_config=_get_optional(r, "hash configuration", _MAX_RSS),
+        rss=r.optional("RSS", _MAX_RSS),
+        hash_config=r.optional("hash configuration", _MAX_RSS),
         announce=r.flag("announce"),
     )

@@ -2,47 +2,50 @@
 """The guest that moves: memory, a NIC on each device with traffic, a CPU that writes memory.
 
 It does not know which device it is on, and of a migration it only sees that
-it stood still for a moment.
+it was paused for a moment.
 """
 
 from __future__ import annotations
 
-import copy
-import os
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from .._cdefs import ffi, lib
-from ..base.errors import MigrationFailed, MissingFeature, StreamCorrupt
-from ..device.net import VdpaNetDevice
-from ..memory.guest import DEFAULT_GPA, PAGE_SIZE, GuestMemory, ProgressCallback
+from ..base.errors import MigrationFailed, MigrationRefused, MissingFeature, StreamCorrupt
+from ..device.net import State, VdpaNetDevice
+from ..memory.guest import DEFAULT_GPA, PAGE_SIZE, GuestMemory
+from ..memory.mapped import ProgressCallback
 from ..net.config import MAX_CONFIG
 from ..net.control import ANNOUNCE_ACK, OK, VQ_PAIRS_SET, Class, ControlModel, command
-from ..net.control_queue import GuestControl
-from ..virtqueue.layout import GuestQueue, map_queue
+from ..net.control_queue import NetGuestControl
+from ..net.guest_config import GuestConfig
+from ..virtqueue.layout import GuestQueue
 from .arena import GuestArena
+from .coherence import check_guest, check_writer, queue_state
 from .control_driver import ANSWER_SECONDS, ControlDriver
-from .nic import FrameCounts, GuestNic, NicOptions, Window, check_nic
-from .nic_state import MAX_INDEX, BadState, Extent, check_apart, check_memory, queue_at_rest
-from .state import DeviceShape, DeviceState, GuestState, QueueState, check_shapes
+from .nic import MAX_FRAME, MIN_FRAME, GuestNic, NicOptions
+from .nic_state import Extent, check_disjoint_from
+from .protocol import DeviceSection, FrameCounts, GuestKind, Section, TrafficGuest, Window
+from .rest import DeviceRest, NicRest, RestSections
+from .shape import SYNTHETIC, BadState, DeviceShape
+from .state import DeviceState, GuestState, QueueState
 from .traffic import Traffic
+from .writer import MAX_RATE, GuestWriter
 
-_SLICE_NS = 200_000_000
 _WRITER_SHARE = 4
 """The guest's CPU writes the last quarter of memory; NICs have the rest."""
-MAX_WRITER_RATE = 1 << 32
-"""Pages a second: more than memory takes, and what is owed of them in a slice still fits 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class GuestOptions:
-    """What guest to start. ``memory`` in bytes, ``write_rate`` in bytes a second that its CPU writes, whole pages.
+    """What guest to start.
 
-    ``ring_size`` is the most: a driver takes what its device's queues can have.
+    ``memory`` is its RAM in bytes, ``pairs`` the queue pairs of the NIC on
+    each device, ``ring_size`` the descriptors of each data queue at most (a
+    driver takes what its device's queues can have), ``frame_size`` the bytes
+    of each frame that it sends to itself, 60 to 2028. ``write_rate`` in bytes
+    per second is what its CPU writes, in whole pages; 0 for no CPU.
     """
 
     memory: int = 1 << 30
@@ -51,61 +54,43 @@ class GuestOptions:
     frame_size: int = 256
     write_rate: int = 0
 
+    def check(self) -> None:
+        """Check the options against what a NIC can do; opens and allocates nothing.
 
-class GuestWriter:
-    """A CPU that writes ``pages`` pages from ``gpa`` on in turn, ``rate`` of them a second.
+        Raises :class:`~pyvhostvdpa.MigrationRefused` if it cannot send frames
+        of that size.
+        """
+        if not MIN_FRAME <= self.frame_size <= MAX_FRAME:
+            raise MigrationRefused(f"frames of {self.frame_size} bytes: {MIN_FRAME} to {MAX_FRAME}")
 
-    What a page holds follows from the number of the write, so
-    :meth:`bad_pages` can tell at any time whether memory is what it should be.
-    """
+    def create(
+        self, devices: Sequence[VdpaNetDevice], progress: ProgressCallback = lambda done: None
+    ) -> SyntheticGuest:
+        """Return the guest for ``devices``, in that order, not running; its memory is allocated.
 
-    def __init__(self, memory: GuestMemory, gpa: int, pages: int, rate: int, written: int = 0) -> None:
-        self.gpa = gpa
-        c: Any = ffi.new("struct guest_writer *")
-        c.area = ffi.cast("uint8_t *", memory.hva(gpa, pages * PAGE_SIZE))
-        c.pages, c.rate, c.written = pages, rate, written
-        c.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.c = c
-        self._thread: threading.Thread | None = None
-
-    def run(self) -> None:
-        """Let it write."""
-        if self._thread is None:
-            self.c.stop = 0
-            self._thread = threading.Thread(target=self._serve, name="guest-cpu", daemon=True)
-            self._thread.start()
-
-    def _serve(self) -> None:
-        while not self.c.stop:
-            lib.guest_writer_run(self.c, time.monotonic_ns() + _SLICE_NS)
-
-    def pause(self) -> None:
-        """Stop it between two pages. Twice is no error."""
-        self.c.stop = 1
-        os.eventfd_write(self.c.wake, 1)
-        if self._thread is not None and self._thread.ident is not None:
-            self._thread.join()
-        self._thread = None
-
-    def bad_pages(self) -> int:
-        """Count the pages that do not hold what was written there last; it must be paused."""
-        return int(lib.guest_writer_check(self.c))
-
-    def close(self) -> None:
-        """Close what it opened."""
-        self.pause()
-        os.close(self.c.wake)
+        ``progress`` is called with the bytes allocated since its last call.
+        Raises :class:`~pyvhostvdpa.MissingFeature` if the machine lacks the
+        memory, or if the memory is too small for the rings and buffers.
+        """
+        return SyntheticGuest.create(devices, self, progress)
 
 
-class SyntheticGuest:
-    """A guest with one NIC a device, in the order of the devices."""
+class SyntheticGuest(TrafficGuest):
+    """A guest with one NIC per device, in the order of the devices."""
+
+    kind = SYNTHETIC
+    can_pause = True
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         self.nics: list[GuestNic] = []
-        self.controls: list[GuestControl | None] = []
+        self.controls: list[NetGuestControl | None] = []
         self.traffic: list[Traffic] = []
         self.writer: GuestWriter | None = None
+        self._rests: list[NicRest] = []
+        """Of each NIC, since its outline is known."""
+        self._extents: list[Extent] = []
+        """What its NICs use of its memory, by address, if that was an outline's."""
         self._answer_seconds = ANSWER_SECONDS
 
     @classmethod
@@ -113,7 +98,8 @@ class SyntheticGuest:
         cls, devices: Sequence[VdpaNetDevice], options: GuestOptions, progress: ProgressCallback = lambda done: None
     ) -> SyntheticGuest:
         """Start a guest for these devices, its memory new, its drivers ready to be started."""
-        guest = cls(GuestMemory([(DEFAULT_GPA, options.memory)], progress))
+        private = all(device.iotlb.limits.private for device in devices)
+        guest = cls(GuestMemory([(DEFAULT_GPA, options.memory)], progress, private))
         try:
             guest._set_up(devices, options)
         except BaseException:
@@ -130,7 +116,7 @@ class SyntheticGuest:
             nic = NicOptions.fitting(device, options.pairs, options.ring_size, options.frame_size)
             self.add(GuestNic(self.memory, nic, arena), ControlModel(device.features, mac=device.mac))
         if share:
-            rate = min(max(1, options.write_rate // PAGE_SIZE), MAX_WRITER_RATE)
+            rate = min(max(1, options.write_rate // PAGE_SIZE), MAX_RATE)
             self.writer = GuestWriter(self.memory, region.end - share, share // PAGE_SIZE, rate)
 
     def add(self, nic: GuestNic, model: ControlModel | None) -> None:
@@ -138,17 +124,32 @@ class SyntheticGuest:
         self.nics.append(nic)
         self.traffic.append(Traffic(nic))
         with_control = nic.control is not None and model is not None
-        self.controls.append(GuestControl(nic.control.queue, model) if with_control else None)  # type: ignore[union-attr,arg-type]
+        self.controls.append(NetGuestControl(nic.control.queue, model) if with_control else None)  # type: ignore[union-attr,arg-type]
+
+    @classmethod
+    def decode_guest(cls, data: bytes) -> GuestState:
+        """Return the state of the guest in a section; see :class:`~pyvhostvdpa.guest.protocol.GuestKind`."""
+        return GuestState.decode(data)
+
+    @classmethod
+    def decode_device(cls, data: bytes) -> DeviceState:
+        """Return the state of a device in a section; see :class:`~pyvhostvdpa.guest.protocol.GuestKind`."""
+        return DeviceState.decode(data)
+
+    @classmethod
+    def decode_rest(cls, data: bytes) -> DeviceRest:
+        """Return the rest of a device's state; see :class:`~pyvhostvdpa.guest.protocol.GuestKind`."""
+        return DeviceRest.decode(data)
 
     @classmethod
     def restore(
         cls,
         memory: GuestMemory,
-        state: GuestState,
-        devices: Sequence[DeviceState],
+        guest: Section,
+        devices: Sequence[DeviceSection],
         shapes: Sequence[DeviceShape] | None = None,
     ) -> SyntheticGuest:
-        """Return the guest whose memory this is, which it takes over.
+        """Return the guest of this memory, which it then owns.
 
         Raises :class:`~pyvhostvdpa.StreamCorrupt` naming the field if memory
         and state are not of one guest, if a driver would reach beyond its
@@ -157,44 +158,77 @@ class SyntheticGuest:
         descriptors. The memory stays its owner's then. Everything is checked
         here, so that nothing is left to be refused when the guest starts.
         """
-        _check(memory, state, devices, shapes)
-        guest = cls(memory)
+        state, states = _own(guest, devices)
+        extents = check_guest(memory, state, states, shapes)
+        restored = cls(memory)
         try:
-            for device in devices:
-                guest.add(GuestNic.restore(memory, device.nic), device.nic.model)
-            guest._load_writer(state)
+            for device in states:
+                restored.add(GuestNic.restore(memory, device.nic), device.nic.model)
+            restored._load_writer(state)
         except OSError as e:
-            guest.let_go()
+            restored.detach()
             raise _no_eventfds(e) from e
         except BaseException:
-            guest.let_go()
+            restored.detach()
             raise
-        return guest
+        restored._extents = sorted(extents, key=_address)
+        return restored
 
     @classmethod
     def expect(
-        cls, memory: GuestMemory, devices: Sequence[DeviceState], shapes: Sequence[DeviceShape] | None = None
+        cls, memory: GuestMemory, outline: Sequence[DeviceSection], shapes: Sequence[DeviceShape] | None = None
     ) -> SyntheticGuest:
-        """Return the guest that is to come into this memory, which it takes over, from its :meth:`outline`.
+        """Return the guest that will come into this memory, which it then owns, from its :meth:`outline`.
 
         It cannot run before it was given its state (:meth:`load`). Raises
         what :meth:`restore` raises; memory must be as it was allocated, all zeros.
         """
-        return cls.restore(memory, _NO_STATE, devices, shapes)
+        expected = cls.restore(memory, _NO_STATE, outline, shapes)
+        expected._make_rests()
+        for traffic in expected.traffic:
+            traffic.make_ready()
+        return expected
 
-    def load(
-        self, state: GuestState, devices: Sequence[DeviceState], shapes: Sequence[DeviceShape] | None = None
-    ) -> None:
+    def _make_rests(self) -> None:
+        self._rests = [
+            NicRest(nic, None if control is None else control.model)
+            for nic, control in zip(self.nics, self.controls, strict=True)
+        ]
+
+    def load(self, guest: Section, devices: Sequence[Section], shapes: Sequence[DeviceShape] | None = None) -> None:
         """Give a guest that was expected its state; its memory must be there. Checks and raises as :meth:`restore`."""
-        _check(self.memory, state, devices, shapes)
+        rests = [device for device in devices if isinstance(device, DeviceRest)]
+        if rests and len(rests) == len(devices):
+            self._load_rests(guest, rests)
+            return
+        state, states = _own(guest, devices)
+        check_guest(self.memory, state, states, shapes)
         try:
-            if len(devices) != len(self.nics):
-                raise BadState(f"{len(devices)} devices, {len(self.nics)} were told of before")
-            for number, device in enumerate(devices):
+            if len(states) != len(self.nics):
+                raise BadState(f"{len(states)} devices, its outline had {len(self.nics)}")
+            for number, device in enumerate(states):
                 self._load_device(number, device)
         except BadState as e:
             raise StreamCorrupt(f"state of the guest: {e}") from e
         self._load_writer(state)
+
+    def _load_rests(self, guest: Section, rests: Sequence[DeviceRest]) -> None:
+        assert isinstance(guest, GuestState), guest
+        what = "state of the guest"
+        try:
+            if len(rests) != len(self._rests):
+                raise BadState(f"{len(rests)} devices, its outline had {len(self._rests)}")
+            for number, (nic, rest) in enumerate(zip(self._rests, rests, strict=True)):
+                what = f"state of device {number}"
+                nic.check(self.memory, rest)
+            what = "state of the guest"
+            if guest.writer_pages:
+                check_disjoint_from(self._extents, check_writer(self.memory, guest))
+        except BadState as e:
+            raise StreamCorrupt(f"{what}: {e}") from e
+        for nic, rest in zip(self._rests, rests, strict=True):
+            nic.apply(rest)
+        self._load_writer(guest)
 
     def _load_device(self, number: int, device: DeviceState) -> None:
         nic, control = self.nics[number], self.controls[number]
@@ -206,6 +240,10 @@ class SyntheticGuest:
     def _load_writer(self, state: GuestState) -> None:
         if not state.writer_pages:
             return
+        # a state may be loaded again
+        before, self.writer = self.writer, None
+        if before is not None:
+            before.close()
         try:
             self.writer = GuestWriter(
                 self.memory, state.writer_gpa, state.writer_pages, state.writer_rate, state.writer_written
@@ -215,17 +253,31 @@ class SyntheticGuest:
 
     # -- running ---------------------------------------------------------------
 
-    def stand_by(self, number: int, device: VdpaNetDevice) -> str:
-        """Let a device stand ready for this guest's NIC of that number; how far it got, in words."""
-        device.guest_config = self.nics[number].config
-        return device.stand_by(self.nics[number].queues, self.controls[number])
+    def queues(self, number: int) -> Sequence[GuestQueue]:
+        """Return the data queues of the NIC of that number, by index."""
+        return self.nics[number].queues
 
-    def start(self, number: int, device: VdpaNetDevice) -> None:
-        """Start a device in passthrough with this guest's NIC of that number."""
-        # a driver must not give up before the device's own deadline has passed
+    def control(self, number: int) -> NetGuestControl | None:
+        """Return the control queue of the NIC of that number, None without one."""
+        return self.controls[number]
+
+    def config(self, number: int) -> GuestConfig:
+        """Return what the driver of the NIC of that number sees beside its queues."""
+        return self.nics[number].config
+
+    def stand_by(self, number: int, device: VdpaNetDevice) -> str:
+        """Put a device on standby for this guest's NIC of that number; how far it got, in words."""
+        self._be_patient(device)
+        return super().stand_by(number, device)
+
+    def start(self, number: int, device: VdpaNetDevice, mode: State = State.PASSTHROUGH) -> None:
+        """Start a device with this guest's NIC of that number."""
+        self._be_patient(device)
+        super().start(number, device, mode)
+
+    def _be_patient(self, device: VdpaNetDevice) -> None:
+        # a driver must not time out before the device's own deadline has passed
         self._answer_seconds = max(self._answer_seconds, 3 * device.control_deadline)
-        device.guest_config = self.nics[number].config
-        device.start_passthrough(self.nics[number].queues, self.controls[number])
 
     def use_pairs(self, number: int, path: str) -> None:
         """Do what a driver does once its device runs: take all its queues into use."""
@@ -236,7 +288,7 @@ class SyntheticGuest:
                 raise MigrationFailed(f"{path} refused to use {len(nic.pairs)} queue pairs")
 
     def announce(self) -> None:
-        """Ask the guest to tell its networks where it is, and do what its driver does then: here is none to tell."""
+        """Ask the guest to announce itself on its networks, and do what its driver does then: none exists here."""
         for nic in self.nics:
             nic.config.announce()
             if nic.control is not None and nic.config.asks_to_announce:
@@ -251,6 +303,11 @@ class SyntheticGuest:
                 hint="for a device that is only slow: vhost-vdpa migrate, send and receive take --control-deadline",
             ) from e
 
+    @property
+    def running(self) -> bool:
+        """Whether its NICs have traffic."""
+        return all(traffic.running for traffic in self.traffic)
+
     def run(self) -> None:
         """Let the guest's CPUs run."""
         for traffic in self.traffic:
@@ -259,12 +316,12 @@ class SyntheticGuest:
             self.writer.run()
 
     def pause(self) -> None:
-        """Stop the guest where it is. Twice is no error."""
-        # all CPUs are told before the first is waited for
+        """Stop the guest where it is. Idempotent."""
+        # all CPUs get the request before the first is waited for
         for traffic in self.traffic:
-            traffic.tell_to_pause()
+            traffic.request_pause()
         for traffic in self.traffic:
-            traffic.pause()
+            traffic.wait_until_paused()
         if self.writer is not None:
             self.writer.pause()
 
@@ -277,18 +334,24 @@ class SyntheticGuest:
         return arrived
 
     def counts(self) -> FrameCounts:
-        """Return the account of all frames."""
-        each = [nic.counts() for nic in self.nics]
-        return FrameCounts(*(sum(getattr(c, field) for c in each) for field in FrameCounts.__slots__))
+        """Return the counts of all frames."""
+        return FrameCounts.total(nic.counts() for nic in self.nics)
+
+    def bad_pages(self) -> int:
+        """Count the pages that do not hold what the guest's CPU wrote there last; it must be paused."""
+        return self.writer.bad_pages() if self.writer is not None else 0
 
     @contextmanager
     def watching(self, window: Window, number: int | None = None) -> Iterator[None]:
         """Take the block's time as a window of one device's NIC, or of all; see :meth:`window_gap`."""
         chosen = self.traffic if number is None else [self.traffic[number]]
-        with ExitStack() as stack:
-            for traffic in chosen:
-                stack.enter_context(traffic.watching(window))
+        for traffic in chosen:
+            traffic.begin_window(window)
+        try:
             yield
+        finally:
+            for traffic in chosen:
+                traffic.end_window(window)
 
     def window_gap(self, window: Window) -> float | None:
         """Return the longest time without a frame that touches a window, in ms, of the worst NIC.
@@ -326,22 +389,45 @@ class SyntheticGuest:
 
     def state(self) -> tuple[GuestState, list[DeviceState]]:
         """Return everything but memory; the guest must be paused and its devices stopped."""
+        devices = [
+            DeviceState(
+                tuple(queue_state(queue, self.memory) for queue in nic.queues),
+                nic.state(control.model if control is not None else None),
+            )
+            for nic, control in zip(self.nics, self.controls, strict=True)
+        ]
+        return self._own_state(), devices
+
+    def rest(self) -> tuple[GuestState, Sequence[Section]]:
+        """Return what its outline lacked; see :meth:`~pyvhostvdpa.guest.protocol.Guest.rest`."""
+        return self._own_state(), [nic.get() for nic in self._rests]
+
+    def sections(self) -> RestSections | None:
+        """Return its rest for C; see :meth:`~pyvhostvdpa.guest.protocol.Guest.sections`."""
+        if not self._rests or any(rest.changed for rest in self._rests):
+            return None
+        used = [(gpa, size) for _, gpa, size in self._extents]
+        return RestSections(self.memory, self._rests, self.writer, used, self._load_writer)
+
+    def rehearse(self, arriving: bool) -> None:
+        """Go through :meth:`rest`, or :meth:`load`; see :meth:`~pyvhostvdpa.guest.protocol.Guest.rehearse`."""
+        own, rests = self.rest()
+        state = GuestState.decode(own.encode())
+        decoded = [DeviceRest.decode(rest.encode()) for rest in rests]
+        if arriving:
+            # its own rest: it is afterwards as it was
+            self.load(state, decoded)
+            self.shift_clock(0)
+
+    def _own_state(self) -> GuestState:
         writer = self.writer
-        own = GuestState(
+        return GuestState(
             clock=time.monotonic_ns(),
             writer_gpa=writer.gpa if writer else 0,
             writer_pages=int(writer.c.pages) if writer else 0,
             writer_rate=int(writer.c.rate) if writer else 0,
             writer_written=int(writer.c.written) if writer else 0,
         )
-        devices = [
-            DeviceState(
-                tuple(_queue_state(queue, self.memory) for queue in nic.queues),
-                nic.state(control.model if control is not None else None),
-            )
-            for nic, control in zip(self.nics, self.controls, strict=True)
-        ]
-        return own, devices
 
     def outline(self) -> list[DeviceState]:
         """Return what can be known of each device's NIC before the guest is stopped: it may run.
@@ -349,19 +435,20 @@ class SyntheticGuest:
         Where its rings and buffers are, and what its control queue has set
         so far; of its rings nothing.
         """
+        self._make_rests()
         return [
             DeviceState(
                 tuple(QueueState(queue.index, 0, 0, ()) for queue in nic.queues),
-                nic.outline(copy.deepcopy(control.model) if control is not None else None),
+                # the guest may set something meanwhile: only the part that was sent counts as known
+                nic.outline(rest.known),
             )
-            for nic, control in zip(self.nics, self.controls, strict=True)
+            for nic, rest in zip(self.nics, self._rests, strict=True)
         ]
 
     def shift_clock(self, ns: int) -> None:
         """Move the times that the guest remembers to another host's clock, by any ``ns``; raises nothing."""
-        for nic in self.nics:
-            for pair in nic.pairs:
-                pair.shift_clock(ns)
+        for traffic in self.traffic:
+            traffic.shift_clock(ns)
 
     def forget_clock(self) -> None:
         """Count no gap for the time that the guest stood in a file."""
@@ -369,9 +456,12 @@ class SyntheticGuest:
             for pair in nic.pairs:
                 pair.c.last_rx = 0
 
-    def let_go(self) -> None:
-        """End the guest, but not its memory. Twice is no error."""
+    def detach(self) -> None:
+        """End the guest, but not its memory. Idempotent."""
         self.pause()
+        self._rests.clear()
+        for traffic in self.traffic:
+            traffic.end()
         for nic in self.nics:
             nic.close()
         self.nics.clear()
@@ -382,13 +472,23 @@ class SyntheticGuest:
             self.writer = None
 
     def close(self) -> None:
-        """End the guest and its memory; its devices must have let go. Twice is no error."""
-        self.let_go()
+        """End the guest and its memory; its devices must have released it. Idempotent."""
+        self.detach()
         self.memory.close()
 
 
+KINDS: Mapping[str, GuestKind[SyntheticGuest]] = {SYNTHETIC: SyntheticGuest}
+"""What a side knows that runs synthetic guests only."""
+
 _NO_STATE = GuestState(clock=0, writer_gpa=0, writer_pages=0, writer_rate=0, writer_written=0)
 """Of a guest of which only the outline is known."""
+
+
+def _own(guest: Section, devices: Sequence[Section]) -> tuple[GuestState, list[DeviceState]]:
+    """Return what :meth:`SyntheticGuest.decode_guest` and ``decode_device`` returned, as what it is."""
+    assert isinstance(guest, GuestState), guest
+    assert all(isinstance(device, DeviceState) for device in devices), devices
+    return guest, [device for device in devices if isinstance(device, DeviceState)]
 
 
 def _no_eventfds(error: OSError) -> MissingFeature:
@@ -401,74 +501,5 @@ def _bounded(config: bytes | None) -> bytes | None:
     return None if config is None else config[:MAX_CONFIG]
 
 
-def _queue_state(queue: GuestQueue, memory: GuestMemory) -> QueueState:
-    ring, heads = ffi.new("struct vring *"), ffi.new("uint16_t[]", queue.num)
-    map_queue(ring, queue, memory)
-    avail, used = ffi.new("uint16_t *"), ffi.new("uint16_t *")
-    lib.vring_indices(ring, avail, used)
-    count: int = lib.vring_open_heads(ring, heads)
-    if count < 0:
-        raise MissingFeature(f"virtqueue {queue.index}: avail {avail[0]} and used {used[0]} are more than a ring apart")
-    return QueueState(queue.index, int(used[0]), int(avail[0]), tuple(ffi.unpack(heads, count)))
-
-
-def _check(
-    memory: GuestMemory, state: GuestState, devices: Sequence[DeviceState], shapes: Sequence[DeviceShape] | None
-) -> None:
-    """Raise :class:`~pyvhostvdpa.StreamCorrupt` unless this is the state of a guest in ``memory``."""
-    what = "state of the guest"
-    extents: list[Extent] = []
-    try:
-        if shapes is not None:
-            check_shapes([device.shape for device in devices], shapes)
-        for number, device in enumerate(devices):
-            what = f"state of device {number}"
-            extents += check_nic(memory, device.nic)
-            _compare(device, memory)
-        what = "state of the guest"
-        if state.writer_pages:
-            extents.append(_check_writer(memory, state))
-        check_apart(extents)
-    except BadState as e:
-        raise StreamCorrupt(f"{what}: {e}") from e
-
-
-def _check_writer(memory: GuestMemory, state: GuestState) -> Extent:
-    area = ("writer_gpa", state.writer_gpa, state.writer_pages * PAGE_SIZE)
-    check_memory(memory, *area)
-    if state.writer_gpa % PAGE_SIZE:
-        raise BadState(f"writer_gpa {state.writer_gpa:#x} is not the start of a page")
-    if state.writer_rate > MAX_WRITER_RATE:
-        raise BadState(f"writer_rate {state.writer_rate} pages per second, at most {MAX_WRITER_RATE} are possible")
-    return area
-
-
-def _compare(device: DeviceState, memory: GuestMemory) -> None:
-    """Raise if rings in memory and what was said of them differ."""
-    places = [place for pair in device.nic.pairs for place in (pair.rx, pair.tx)]
-    if [queue.index for queue in device.queues] != [place.index for place in places]:
-        raise BadState("queues: they are not those of its NIC")
-    for told, place in zip(device.queues, places, strict=True):
-        try:
-            found = _queue_state(queue_at_rest(place), memory)
-        except MissingFeature as e:
-            raise BadState(str(e)) from e
-        if found != told:
-            differs = "" if found.heads == told.heads else " and other heads"
-            raise BadState(
-                f"virtqueue {place.index} has used {found.used}, avail {found.avail} in memory; "
-                f"the source left used {told.used}, avail {told.avail}{differs}"
-            )
-    for pair, rx, tx in zip(device.nic.pairs, device.queues[::2], device.queues[1::2], strict=True):
-        _compare_driver("rx", rx, pair.rx_avail, pair.rx_used)
-        _compare_driver("tx", tx, pair.tx_avail, pair.tx_used)
-
-
-def _compare_driver(side: str, ring: QueueState, avail: int, used: int) -> None:
-    """Raise unless a driver with these indices has published what it has added, and its device used no more."""
-    done, added = (ring.used - used) & MAX_INDEX, (avail - used) & MAX_INDEX
-    if avail != ring.avail or done > added:
-        raise BadState(
-            f"virtqueue {ring.index} has used {ring.used}, avail {ring.avail}; "
-            f"its driver has {side}_used {used}, {side}_avail {avail}"
-        )
+def _address(extent: Extent) -> int:
+    return extent[1]

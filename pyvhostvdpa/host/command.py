@@ -11,42 +11,60 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _CHUNK = 1 << 16
+_SIGKILL, _SIGPIPE = 9, 13
+"""Of every architecture (include/uapi/asm-generic/signal.h). To load :mod:`signal` takes as long as a program."""
 
 
 def outcome(argv: Sequence[str], timeout: float) -> tuple[int, str, str]:
     """Run a program; its exit status, and what it wrote to standard output and standard error.
 
     Raises FileNotFoundError without such a program, and TimeoutError after
-    ``timeout`` seconds: the program is killed then, and not waited for, since
-    in a lock of the kernel not even a kill ends it.
+    ``timeout`` seconds: the program is killed then, and a thread waits for its end, since in a lock of
+    the kernel not even a kill ends it.
     """
-    import signal  # noqa: PLC0415
-
-    pipes = []
+    reads: list[int] = []
+    writes: list[int] = []
     try:
-        pipes = [os.pipe()]
-        pipes.append(os.pipe())
+        for _ in range(2):
+            read, write = os.pipe()
+            reads.append(read)
+            writes.append(write)
         pid = os.posix_spawnp(
             argv[0],
             list(argv),
             os.environ,
-            file_actions=[(os.POSIX_SPAWN_DUP2, write, fd) for fd, (_, write) in enumerate(pipes, 1)],
-            setsigdef=[signal.SIGPIPE],
+            file_actions=[(os.POSIX_SPAWN_DUP2, write, fd) for fd, write in enumerate(writes, 1)],
+            setsigdef=[_SIGPIPE],
         )
-        for _, write in pipes:
-            os.close(write)
-        pipes = [(read, -1) for read, _ in pipes]
         try:
-            texts = _read([read for read, _ in pipes], time.monotonic() + timeout)
+            _close(writes)
+            texts = _read(reads, time.monotonic() + timeout)
         except BaseException:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, _SIGKILL)
+            _bury(pid)
             raise
         _, status = os.waitpid(pid, 0)
     finally:
-        for fd in (fd for pair in pipes for fd in pair if fd >= 0):
-            os.close(fd)
+        _close(writes)
+        _close(reads)
     said, complained = (text.decode(errors="replace") for text in texts)
     return os.waitstatus_to_exitcode(status), said, complained
+
+
+def _close(fds: list[int]) -> None:
+    """Close descriptors. Each is forgotten before: if Ctrl-C comes in between, it must not be closed twice."""
+    while fds:
+        os.close(fds.pop())
+
+
+def _bury(pid: int) -> None:
+    """Leave no zombie of a child that was killed, whenever it ends."""
+    import contextlib  # noqa: PLC0415
+    import threading  # noqa: PLC0415
+
+    with contextlib.suppress(RuntimeError):
+        # none can be had: the zombie goes with this process
+        threading.Thread(target=os.waitpid, args=(pid, 0), name=f"end of {pid}", daemon=True).start()
 
 
 def _read(fds: Sequence[int], deadline: float) -> list[bytes]:

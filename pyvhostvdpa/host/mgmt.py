@@ -2,7 +2,7 @@
 """What can be learnt about vDPA devices without opening them.
 
 sysfs for names, drivers and nodes; iproute2's ``vdpa`` for what netlink
-tells; ``/proc`` for who holds a node. Opening a node resets its device, so
+shows; ``/proc`` for the holders of a node. Opening a node resets its device, so
 nothing here does.
 """
 
@@ -12,8 +12,8 @@ import errno
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from ..base import sysfs
 from ..base.errors import DeviceBusy, ManagementFailed, MissingFeature, NotVhostVdpa
 from ..base.record import Record
 from .command import outcome
@@ -49,7 +49,7 @@ __all__ = [
     "wait_for_chardev",
 ]
 
-SYSFS_DEVICES = Path("/sys/bus/vdpa/devices")
+SYSFS_DEVICES = "/sys/bus/vdpa/devices"
 _VDPA_TIMEOUT = 10.0
 CHANGE_SECONDS = 60.0
 """Seconds that making or deleting a device may take: hardware sets its queues and flows up by firmware commands."""
@@ -58,9 +58,9 @@ _CHARDEV_POLL = 0.01
 
 
 class VdpaDevice(Record):
-    """One device on the vdpa bus. What is not known is None, and ``unknown`` says why, "" if netlink answered.
+    """One device on the vdpa bus. What is not known is ``None``, and ``unknown`` says why, "" if netlink answered.
 
-    ``holders_known`` tells whether every process could be looked at; without it there may be more than ``holders``.
+    ``holders_known`` is whether every process could be looked at; without it there may be more than ``holders``.
     """
 
     name: str
@@ -114,34 +114,43 @@ def _tool() -> str:
 
 
 def vdpa_json(*arguments: str) -> dict[str, Any]:
-    """Run ``vdpa -j ARGUMENTS`` and return what it printed; {} if it cannot tell, see :func:`ask`."""
+    """Run ``vdpa -j ARGUMENTS`` and return what it printed; {} if it failed, see :func:`ask`."""
     return ask(*arguments)[0]
 
 
 def ask(*arguments: str) -> tuple[dict[str, Any], str]:
     """Run ``vdpa -j ARGUMENTS``; return what it printed, and why it printed nothing: "" if it answered."""
-    import json  # noqa: PLC0415
-
     try:
         status, said, complained = _run(["-j", *arguments])
-        parsed = json.loads(said or "{}")
+        parsed = _parsed(said)
     except FileNotFoundError:
         return {}, "there is no 'vdpa' command (apt-get install iproute2)"
     except PermissionError as e:
         return {}, f"'vdpa' cannot be run ({e.strerror})"
     except TimeoutError:
         return {}, f"'vdpa' did not answer within {_VDPA_TIMEOUT:g} s"
-    except json.JSONDecodeError:
+    except ValueError:
         return {}, "'vdpa' answered with something else than JSON"
     if not status and isinstance(parsed, dict):
         return parsed, ""
     words = " ".join((complained or said).split())
-    why = "only the first network namespace sees vDPA's netlink"
+    why = "the kernel has no vdpa yet (modprobe vdpa)"
+    if os.path.isdir(SYSFS_DEVICES):
+        why = "only the first network namespace sees vDPA's netlink"
     return {}, f"'vdpa' failed ({words or f'status {status}'}); {why}"
 
 
+def _parsed(said: str) -> Any:
+    if not said:
+        return {}
+    # where netlink does not answer there is nothing to parse, and to load this takes longer than to ask
+    import json  # noqa: PLC0415
+
+    return json.loads(said)
+
+
 def net_config(name: str) -> dict[str, Any]:
-    """Return a net device's configuration as netlink tells it, {} if it does not."""
+    """Return a net device's configuration as netlink shows it, {} if it does not."""
     config = vdpa_json("dev", "config", "show", name).get("config", {}).get(name, {})
     # iproute2 prints keys such as "link " with a trailing blank
     return {key.strip(): value for key, value in config.items()} if isinstance(config, dict) else {}
@@ -149,7 +158,7 @@ def net_config(name: str) -> dict[str, Any]:
 
 _REFUSALS = {
     "Operation not permitted": "run as root: it takes CAP_NET_ADMIN in the first network namespace",
-    "Operation not supported": "vdpa mgmtdev show tells which attributes and features a management device takes",
+    "Operation not supported": "vdpa mgmtdev show lists the attributes and features that a management device takes",
     "No such device": "vdpa mgmtdev show lists the management devices",
     "File exists": "vhost-vdpa list shows the names that are taken",
     "Invalid argument": "an attribute needs its feature in device_features as well",
@@ -210,7 +219,7 @@ def delete_device(name: str, can_be_opened: Callable[[str], bool], seconds: floa
 
     Raises :class:`~pyvhostvdpa.DeviceBusy`, :class:`~pyvhostvdpa.ManagementFailed`.
     """
-    chardev = _chardev((SYSFS_DEVICES / name).resolve())
+    chardev = _chardev(name)
     held = openers().get(number_of(name) or 0, ())
     if chardev is not None and (held or not can_be_opened(chardev)):
         raise busy(
@@ -222,7 +231,7 @@ def delete_device(name: str, can_be_opened: Callable[[str], bool], seconds: floa
 
 
 def holders(chardev: str | os.PathLike[str]) -> tuple[Holder, ...]:
-    """Return the processes that have ``chardev`` open, this one included, as far as this user may see."""
+    """Return the processes that have ``chardev`` open, this one included, if this user may see them."""
     number = device_number(chardev)
     return openers().get(number, ()) if number is not None else ()
 
@@ -241,17 +250,25 @@ def busy(chardev: str | os.PathLike[str], hint: str = "", held: Sequence[Holder]
     )
 
 
-def _chardev(device: Path) -> str | None:
-    for entry in device.glob("vhost-vdpa-*"):
-        return f"/dev/{entry.name}"
+def _node(name: str) -> str | None:
+    """Return the folder of a device's chardev in sysfs, None without one."""
+    device = os.path.realpath(f"{SYSFS_DEVICES}/{name}")
+    for entry in sysfs.entries(device):
+        if entry.startswith("vhost-vdpa-"):
+            return f"{device}/{entry}"
     return None
+
+
+def _chardev(name: str) -> str | None:
+    node = _node(name)
+    return None if node is None else f"/dev/{os.path.basename(node)}"
 
 
 def wait_for_chardev(name: str, seconds: float = 10.0) -> str:
     """Return the chardev of a device that was just made; MissingFeature if it has none within ``seconds``."""
     deadline = time.monotonic() + seconds
     while True:
-        chardev = _chardev((SYSFS_DEVICES / name).resolve())
+        chardev = _chardev(name)
         if chardev is not None and os.path.exists(chardev):
             return chardev
         if time.monotonic() > deadline:
@@ -260,29 +277,33 @@ def wait_for_chardev(name: str, seconds: float = 10.0) -> str:
 
 
 def list_devices() -> list[VdpaDevice]:
-    """Return the devices of the vdpa bus, by name."""
-    if not SYSFS_DEVICES.is_dir():
+    """Return the devices of the vdpa bus, by name; opens none.
+
+    They are read from sysfs, iproute2's ``vdpa dev show`` and ``/proc``. What
+    one of these does not report is ``None`` or empty, with the reason beside it.
+    """
+    names = sysfs.entries(SYSFS_DEVICES)
+    if not names:
         return []
     waiting = stuck()
     shown, why = ({}, f"'vdpa' would wait for {waiting[0]}") if waiting else ask("dev", "show")
     open_now = openers()
     known = shown.get("dev", {})
-    return [_device(entry, known, why, open_now) for entry in sorted(SYSFS_DEVICES.iterdir())]
+    return [_device(name, known, why, open_now) for name in names]
 
 
-def _device(entry: Path, known: dict[str, Any], why: str, open_now: dict[int, tuple[Holder, ...]]) -> VdpaDevice:
-    driver = entry / "driver"
-    shown = known.get(entry.name, {})
-    config = net_config(entry.name) if shown.get("type") == "network" else {}
+def _device(name: str, known: dict[str, Any], why: str, open_now: dict[int, tuple[Holder, ...]]) -> VdpaDevice:
+    shown = known.get(name, {})
+    config = net_config(name) if shown.get("type") == "network" else {}
     link = config.get("link")
     return VdpaDevice(
-        name=entry.name,
-        chardev=_chardev(entry.resolve()),
-        driver=driver.resolve().name if driver.exists() else None,
+        name=name,
+        chardev=_chardev(name),
+        driver=sysfs.target(f"{SYSFS_DEVICES}/{name}/driver"),
         mgmtdev=shown.get("mgmtdev"),
         virtio_id={"network": 1, "block": 2}.get(shown.get("type", "")),
         mac=config.get("mac"),
-        holders=open_now.get(number_of(entry.name) or 0, ()),
+        holders=open_now.get(number_of(name) or 0, ()),
         link_up=None if link is None else link == "up",
         unknown="" if shown else why or "netlink does not list it",
         holders_known=sees_all(),
@@ -291,13 +312,12 @@ def _device(entry: Path, known: dict[str, Any], why: str, open_now: dict[int, tu
 
 def number_of(name: str) -> int | None:
     """Return the number of a device's chardev as sysfs has it: the node may be missing here, or have another name."""
-    for entry in (SYSFS_DEVICES / name).resolve().glob("vhost-vdpa-*"):
-        try:
-            major, minor = (entry / "dev").read_text().split(":")
-        except OSError:
-            return None
-        return os.makedev(int(major), int(minor))
-    return None
+    node = _node(name)
+    number = sysfs.read(f"{node}/dev") if node else None
+    if number is None:
+        return None
+    major, minor = number.split(":")
+    return os.makedev(int(major), int(minor))
 
 
 def select(devices: Sequence[VdpaDevice], device: str | os.PathLike[str]) -> list[VdpaDevice]:
@@ -311,11 +331,10 @@ def select(devices: Sequence[VdpaDevice], device: str | os.PathLike[str]) -> lis
         number = device_number(text)
         at = [d for d in devices if d.chardev == text or (number is not None and number == number_of(d.name))]
         if not at and name_of(text) is None:
-            raise NotVhostVdpa(
-                f"{text}: not a vhost-vdpa character device", hint="vhost-vdpa list shows the devices of this machine"
-            )
+            what = "not a vhost-vdpa character device" if os.path.lexists(text) else "No such file or directory"
+            raise NotVhostVdpa(f"{text}: {what}", hint="vhost-vdpa list shows the devices of this machine")
         return at
-    found = [d for d in devices if text in (d.name, Path(d.chardev).name if d.chardev else d.name)]
+    found = [d for d in devices if text in (d.name, os.path.basename(d.chardev) if d.chardev else d.name)]
     if len(found) > 1:
         words = " or ".join(f"{d.name} ({d.chardev or f'no chardev, driver {d.driver}'})" for d in found)
         paths = ", ".join(d.chardev for d in found if d.chardev)
@@ -326,7 +345,7 @@ def select(devices: Sequence[VdpaDevice], device: str | os.PathLike[str]) -> lis
 def chardev_of(device: str | os.PathLike[str] | None) -> str:
     """Return the chardev that ``device`` means: a path, a vDPA name, or None for the only one there is.
 
-    Raises :class:`~pyvhostvdpa.MissingFeature` telling what there is instead, or that a name means two devices.
+    Raises :class:`~pyvhostvdpa.MissingFeature` naming the existing ones, or if a name means two devices.
     """
     if device is not None and os.sep in os.fspath(device):
         return os.fspath(device)
@@ -334,11 +353,12 @@ def chardev_of(device: str | os.PathLike[str] | None) -> str:
     nodes = [d.chardev for d in (known if device is None else select(known, device)) if d.chardev]
     if len(nodes) == 1:
         return nodes[0]
-    if device is not None and not known:
+    if device is not None and not known and os.path.exists(device):
         return os.fspath(device)
-    there = ", ".join(f"{d.name} ({d.chardev or f'no chardev, driver {d.driver}'})" for d in known) or "none"
-    what = f"no vDPA device {os.fspath(device)} with a chardev" if device else "which device?"
-    raise MissingFeature(f"{what}; this machine has: {there}", hint="vhost-vdpa doctor" if not nodes else "name one")
+    there = ", ".join(f"{d.name} ({d.chardev or f'no chardev, driver {d.driver}'})" for d in known)
+    has = f"this machine has: {there}" if there else "this machine has none"
+    what = f"no vDPA device {os.fspath(device)} with a chardev" if device else "which device? None was named"
+    raise MissingFeature(f"{what}; {has}", hint="vhost-vdpa doctor" if not nodes else "name one")
 
 
 def vdpa_name(device: str | os.PathLike[str]) -> str:
@@ -355,8 +375,8 @@ def name_of(chardev: str | os.PathLike[str]) -> str | None:
     number = device_number(chardev)
     if number is None:
         return None
-    node = Path(f"/sys/dev/char/{os.major(number)}:{os.minor(number)}").resolve()
-    return node.parent.name if node.name.startswith("vhost-vdpa-") else None
+    folder, node = os.path.split(os.path.realpath(f"/sys/dev/char/{os.major(number)}:{os.minor(number)}"))
+    return os.path.basename(folder) if node.startswith("vhost-vdpa-") else None
 
 
 _EACH_QUEUE = """tool=$1 name=$2; shift 2
@@ -364,7 +384,7 @@ for queue; do printf '\n%s ' "$queue"; "$tool" -j dev vstats show "$name" qidx "
 
 
 def vendor_statistics(chardev: str | os.PathLike[str], queues: Sequence[int]) -> dict[int, dict[str, int]]:
-    """Return the vendor statistics of queues by their names, as far as the parent has any and may be asked now.
+    """Return the vendor statistics of queues by their names, if the parent has any and may be asked now.
 
     The kernel answers for one queue at a time
     (drivers/vdpa/vdpa.c:vdpa_nl_cmd_dev_stats_get_doit), and so does iproute2's

@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: MIT
 """The driver that made a device, its parent: which one it is, and whether it pins memory.
 
-No ioctl tells. sysfs names the driver of hardware, netlink that of simulated devices, and in a container, without
+No ioctl returns it. sysfs names the driver of hardware, netlink that of simulated devices, and in a container, without
 root or without iproute2 neither may answer: then the parent is unknown, which is an answer of its own.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from ..base import sysfs
 from ..base.errors import MissingFeature
 from ..base.record import Record
+from .drivers import DRIVERS
 from .mgmt import SYSFS_DEVICES, ask, name_of
 from .processes import sees_all, stuck, vduse_daemon
+
+_SIMULATED = "vdpa_hwsim"
+"""The project's own driver."""
 
 
 class Parent(Record):
     """What is known of the driver that made a device.
 
-    ``module`` is None if it is unknown, and ``why`` says why. ``pinned`` tells whether it works on pinned pages; no
-    ioctl tells, so it follows from the driver: vdpa_sim has a parameter for it (``use_va``), VDUSE never pins, every
-    other parent does; None for an unknown one. ``max_iotlb_entries`` is how many entries an address space may hold,
+    ``module`` is ``None`` if unknown, and ``why`` says why. ``pinned`` is whether it works on pinned pages; no
+    ioctl returns it: it follows from the driver. vdpa_sim has a parameter for it (``use_va``), VDUSE never pins, every
+    other parent does; None for an unknown one. ``max_iotlb_entries`` is the limit of entries per address space,
     the smaller of vhost_vdpa's and the parent's parameter, None where the kernel has none.
     """
 
@@ -29,6 +33,11 @@ class Parent(Record):
     pinned: bool | None
     max_iotlb_entries: int | None
     why: str = ""
+
+    @property
+    def pins_for_certain(self) -> bool:
+        """Whether it is a driver whose source is known to pin, so that it may be given private memory."""
+        return bool(self.pinned) and (self.module in DRIVERS or self.module == _SIMULATED)
 
     @property
     def memory(self) -> str:
@@ -39,15 +48,16 @@ class Parent(Record):
 
 
 def _module(name: str) -> tuple[str | None, str]:
-    """Return the parent's kernel module, and why it is unknown if it is None.
+    """Return the parent's kernel module, and why if it is unknown.
 
     Simulated devices have no driver in sysfs, so netlink is asked then.
     """
-    device = (SYSFS_DEVICES / name).resolve()
-    for link in (device.parent / "driver" / "module", device.parent / "module"):
-        if link.exists():
-            return link.resolve().name, ""
-    if "vduse" in device.parts:
+    device = os.path.realpath(f"{SYSFS_DEVICES}/{name}")
+    parent = os.path.dirname(device)
+    for link in (f"{parent}/driver/module", f"{parent}/module"):
+        if module := sysfs.target(link):
+            return module, ""
+    if "/vduse/" in device:
         return "vduse", ""
     if waiting := stuck():
         return None, f"'vdpa' would wait for {waiting[0]}"
@@ -60,10 +70,7 @@ def _module(name: str) -> tuple[str | None, str]:
 
 
 def _parameter(module: str, name: str) -> str | None:
-    try:
-        return Path(f"/sys/module/{module}/parameters/{name}").read_text().strip()
-    except OSError:
-        return None
+    return sysfs.read(f"/sys/module/{module}/parameters/{name}")
 
 
 def _pins(module: str | None) -> tuple[bool | None, str]:
@@ -76,7 +83,7 @@ def _pins(module: str | None) -> tuple[bool | None, str]:
 
 
 def parent_of(chardev: str | os.PathLike[str]) -> Parent:
-    """Return what sysfs and netlink tell of a chardev's parent driver."""
+    """Return what sysfs and netlink show of a chardev's parent driver."""
     name = name_of(chardev)
     module, why = _module(name) if name else (None, "sysfs does not know the device behind this node")
     pinned, no_parameter = _pins(module)

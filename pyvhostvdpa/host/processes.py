@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What ``/proc`` tells of vDPA devices: which process has one open, waits for one, or serves one.
+"""What ``/proc`` shows of vDPA devices: which process has one open, waits for one, or serves one.
 
 A descriptor counts by the number of the device behind it. Names prove nothing: a container runtime calls a node what
 it likes, and a device that is being deleted has no node any more.
@@ -11,11 +11,15 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
+from ..base import sysfs
 from ..base.record import Record
 
-_PROC = Path("/proc")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ..base.sysfs import StrPath
+
+_PROC = "/proc"
 _SECOND_LOOK = 0.05
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC
 """Its inode (include/linux/proc_ns.h:PROC_PID_INIT_INO)."""
@@ -55,7 +59,7 @@ class _Stat(Record):
     began: int
 
 
-def _processes(proc: Path) -> Iterator[str]:
+def _processes(proc: StrPath) -> Iterator[str]:
     """Yield the processes' folders. There may be thousands, with many files each: strings are what costs least."""
     return (f"{proc}/{pid}" for pid in os.listdir(proc) if pid.isdigit())
 
@@ -98,19 +102,16 @@ def _parsed(stat_line: bytes) -> _Stat | None:
 
 
 def device_number(path: str | os.PathLike[str]) -> int | None:
-    """Return the number of the device behind a node, None if there is none."""
+    """Return the number of the device behind a node, None without one."""
     try:
         return os.stat(path).st_rdev
     except OSError:
         return None
 
 
-def _majors(proc: Path) -> frozenset[int]:
+def _majors(proc: StrPath) -> frozenset[int]:
     """Return the major numbers that the kernel gave to vhost-vdpa."""
-    try:
-        lines = (proc / "devices").read_text().partition("Block devices:")[0].splitlines()
-    except OSError:
-        return frozenset()
+    lines = (sysfs.read(f"{os.fspath(proc)}/devices") or "").partition("Block devices:")[0].splitlines()
     numbered = (line.split(maxsplit=1) for line in lines)
     return frozenset(int(words[0]) for words in numbered if len(words) == 2 and words[1] == "vhost-vdpa")
 
@@ -128,19 +129,19 @@ def _opened(descriptor: str, majors: frozenset[int]) -> int | None:
     return info.st_rdev if device or "/vhost-vdpa-" in target else None
 
 
-def sees_all(proc: Path = _PROC) -> bool:
-    """Tell whether every process of this machine can be seen from here: by root, outside of a PID namespace.
+def sees_all(proc: StrPath = _PROC) -> bool:
+    """Return whether every process of this machine can be seen from here: by root, outside of a PID namespace.
 
-    Elsewhere "no holder" means that none is visible.
+    Otherwise "no holder" means that no holder is visible.
     """
     try:
-        return os.geteuid() == 0 and (proc / "self/ns/pid").stat().st_ino == _FIRST_PID_NAMESPACE
+        return os.geteuid() == 0 and os.stat(f"{os.fspath(proc)}/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE
     except OSError:
         return False
 
 
-def openers(proc: Path = _PROC) -> dict[int, tuple[Holder, ...]]:
-    """Return the processes that have a vhost-vdpa device open, by device number, as far as this user may see.
+def openers(proc: StrPath = _PROC) -> dict[int, tuple[Holder, ...]]:
+    """Return the processes that have a vhost-vdpa device open, by device number, if this user may see them.
 
     This process counts like any other. A device that is being deleted is among them: its node is gone, its number is
     not. ``proc`` is where procfs is mounted.
@@ -174,12 +175,12 @@ def _removes_a_parent(process: str) -> bool:
     return removing and any(parent in word for word in words[1:] for parent in _PARENTS)
 
 
-def stuck(proc: Path = _PROC) -> tuple[Holder, ...]:
+def stuck(proc: StrPath = _PROC) -> tuple[Holder, ...]:
     """Return the processes that sleep uninterruptibly in vDPA's management, the one that the others wait for first.
 
     A deletion (``vdpa dev del``) or the removal of a parent driver (``rmmod``) waits until the device is closed, with a
     lock that every ``vdpa`` command needs (drivers/vhost/vdpa.c:vhost_vdpa_remove, drivers/vdpa/vdpa.c). The first is
-    the one that began first. Looked at twice: any process sleeps like that for a moment now and then.
+    the one that began first. Looked at twice: any process occasionally sleeps like that for a moment.
     """
     found = sorted(waiting for process in _processes(proc) if (waiting := _waits(process)))
     if not found:
@@ -188,8 +189,8 @@ def stuck(proc: Path = _PROC) -> tuple[Holder, ...]:
     return tuple(Holder(pid, name) for _, pid, name in found if _waits(f"{proc}/{pid}"))
 
 
-def vduse_daemon(name: str, proc: Path = _PROC) -> Daemon | None:
-    """Return the process that serves a VDUSE device; None if there is none that this user may see."""
+def vduse_daemon(name: str, proc: StrPath = _PROC) -> Daemon | None:
+    """Return the process that serves a VDUSE device; None without one that this user may see."""
     wanted = f"/dev/vduse/{name}"
     for process in _processes(proc):
         for descriptor in _descriptors(process):

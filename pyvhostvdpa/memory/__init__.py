@@ -3,8 +3,9 @@
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .guest import DEFAULT_GPA, FileMemory, FileRegion, GuestMemory, SharedMemory
+    from .guest import DEFAULT_GPA, FileRegion, GuestMemory
     from .log import SharedLog
+    from .mapped import FileMemory, SharedMemory
 else:
 
     def __getattr__(name):

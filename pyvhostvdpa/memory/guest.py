@@ -1,18 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Guest memory, addresses, and where in the device's address space things go.
-
-Everything a device may touch is a shared memfd: parents that translate to
-user addresses silently skip private memory
-(drivers/vhost/vdpa.c:vhost_vdpa_va_map). It is physically contiguous where
-the kernel can give that, because a pinning parent needs one IOTLB entry per
-contiguous run and kernels limit the entries.
-"""
+"""Guest memory: which regions it has, what the C loops know of them, and which pages were written."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import resource
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,17 +13,13 @@ from typing import Any, NewType, Self
 
 from .._cdefs import ffi, lib
 from ..base.closing import Closing
-from ..base.errors import DeviceClosed, MapRejected, MissingFeature
+from ..base.errors import MissingFeature
 from . import pinned
 from .available import from_pool
-from .pinned import pinned_bytes
+from .mapped import FileMemory, Hva, MappedMemory, PrivateMemory, ProgressCallback, SharedMemory
 
 Gpa = NewType("Gpa", int)
 """Guest physical address."""
-Hva = NewType("Hva", int)
-"""Address in this process."""
-Iova = NewType("Iova", int)
-"""Address as the device sees it, in one address space."""
 
 PAGE_SIZE = pinned.PAGE_SIZE
 GUEST_PAGE: int = lib.GUEST_PAGE
@@ -42,180 +29,12 @@ DEFAULT_GPA = Gpa(1 << 30)
 """Where the synthetic guest's RAM starts. Not 0: some devices take IOVA 0 for no address."""
 
 
-ProgressCallback = Callable[[int], None]
-
-_POPULATE_STEP = 64 << 20
-_ENTRIES = 1 << 15
-"""Pages of which the frame numbers are read at a time: 256 KiB."""
-
-
-class MappedMemory(Closing):
-    """``size`` bytes mapped into this process; what they are mapped of is for those who derive from it."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._address: Any = ffi.NULL
-
-    def _map_file(self, name: str, flags: int, align: int) -> None:
-        """Map a memfd; ``flags`` choose its pages."""
-        fd = os.memfd_create(name, os.MFD_CLOEXEC | flags)
-        try:
-            os.ftruncate(fd, self.size)
-            self._map(align, fd)
-        finally:
-            os.close(fd)
-
-    def _map(self, align: int, fd: int = -1) -> None:
-        """Map a file, or private memory without one."""
-        error = ffi.new("int *")
-        self._address = lib.map_memory(fd, 0, self.size, align, error)
-        if self._address == ffi.NULL:
-            raise MissingFeature(f"cannot map {self.size} bytes of memory: {os.strerror(error[0])}")
-
-    def _check_populated(self, failed: int) -> None:
-        if failed:
-            raise MissingFeature(
-                f"cannot allocate {self.size} bytes of memory: {os.strerror(failed)}",
-                hint="use a smaller guest, or free memory",
-            )
-
-    @property
-    def buffer(self) -> memoryview:
-        """The memory's bytes. Rings are not to be touched through it."""
-        return memoryview(ffi.buffer(ffi.cast("char *", self.hva), self.size))
-
-    @property
-    def hva(self) -> Hva:
-        """Where the memory starts in this process."""
-        if self._address == ffi.NULL:
-            raise DeviceClosed("memory used after close()")
-        return Hva(int(ffi.cast("uintptr_t", self._address)))
-
-    def populate(self, progress: ProgressCallback = lambda done: None) -> None:
-        """Allocate every page now; :class:`MissingFeature` if the machine has not that much memory."""
-        start = ffi.cast("uint8_t *", self.hva)
-        for done in range(0, self.size, _POPULATE_STEP):
-            step = min(_POPULATE_STEP, self.size - done)
-            self._check_populated(lib.populate(start + done, step))
-            progress(step)
-
-    def runs(self, offset: int = 0, size: int | None = None) -> int:
-        """Return the physically contiguous runs of all or a part, 0 if this process may not know (needs root)."""
-        return physical_runs(self.hva + offset, self.size - offset if size is None else size)
-
-    def close(self) -> None:
-        """Unmap. Whoever gave it to a device has to unmap it there first. Twice is no error."""
-        if self._address != ffi.NULL:
-            address, self._address = self._address, ffi.NULL
-            lib.unmap_memory(address, self.size)
-
-
-class SharedMemory(MappedMemory):
-    """A memfd mapped into this process, populated, 2 MiB aligned.
-
-    ``size`` in bytes is rounded up to a page; ``progress`` is called with
-    the bytes of each step that was allocated. Raises :class:`MissingFeature`
-    if the machine has not that much memory.
-    """
-
-    def __init__(self, name: str, size: int, progress: ProgressCallback = lambda done: None) -> None:
-        super().__init__(-(-size // PAGE_SIZE) * PAGE_SIZE)
-        # the pool needs a flag; memory that becomes contiguous on advice needs none
-        self._map_file(name, os.MFD_HUGETLB if from_pool(self.size) else 0, HUGE_PAGE)
-        lib.advise_huge(self._address, self.size)
-        try:
-            self.populate(progress)
-        except BaseException:
-            self.close()
-            raise
-
-
-class FileMemory(MappedMemory):
-    """``size`` bytes of a memory file from ``offset`` on, mapped shared: a memfd handed over by another process.
-
-    The descriptor stays the caller's and may be closed afterwards. Pages that
-    nobody has touched are not allocated before :meth:`populate`. Raises :class:`MissingFeature`
-    if the file is not memory (tmpfs, memfd or hugetlbfs), is shorter than
-    that, or cannot be mapped; ValueError if ``offset`` or ``size`` are not
-    whole pages. A file that its owner can shrink ends this process with
-    SIGBUS when it does: see :attr:`sealed`.
-    """
-
-    def __init__(self, fd: int, offset: int, size: int) -> None:
-        super().__init__(size)
-        if size <= 0 or offset < 0 or size % PAGE_SIZE or offset % PAGE_SIZE:
-            raise ValueError(f"{size:#x} bytes at offset {offset:#x} are not whole pages of {PAGE_SIZE} bytes")
-        kind = lib.is_memory_file(fd)
-        if kind <= 0:
-            why = os.strerror(-kind) if kind else "it is neither tmpfs nor hugetlbfs"
-            raise MissingFeature(
-                f"descriptor {fd} cannot be guest memory: {why}",
-                hint="share a memfd, or a file in /dev/shm or in hugetlbfs",
-            )
-        status = os.fstat(fd)
-        if offset + size > status.st_size:
-            raise MissingFeature(
-                f"descriptor {fd} has {status.st_size:#x} bytes; guest memory would reach to {offset + size:#x}"
-            )
-        self.sealed = _cannot_shrink(fd)
-        """Whether the kernel keeps the file from becoming shorter."""
-        # hugetlbfs maps whole pages of its own size only, and other files get huge pages only where
-        # the address is as far from the start of one as the offset is
-        page = max(status.st_blksize, HUGE_PAGE)
-        self._skip = offset % page
-        self._mapped = -(-(self._skip + size) // page) * page
-        error = ffi.new("int *")
-        self._address = lib.map_memory(fd, offset - self._skip, self._mapped, page, error)
-        if self._address == ffi.NULL:
-            raise MissingFeature(f"cannot map {size:#x} bytes of descriptor {fd}: {os.strerror(error[0])}")
-        # for pages that are allocated from here on; EINVAL where the file has huge pages of its own
-        lib.advise_huge(self._address, self._mapped)
-
-    @property
-    def hva(self) -> Hva:
-        """Where the memory starts in this process."""
-        return Hva(super().hva + self._skip)
-
-    def close(self) -> None:
-        """Unmap; see :meth:`MappedMemory.close`."""
-        if self._address != ffi.NULL:
-            address, self._address = self._address, ffi.NULL
-            lib.unmap_memory(address, self._mapped)
-
-
-def _cannot_shrink(fd: int) -> bool:
-    try:
-        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
-    except OSError:
-        # EINVAL: a file that cannot be sealed
-        return False
-
-
 def check_available(size: int, copies: int = 1) -> None:
-    """Raise :class:`MissingFeature` if ``size`` bytes are not to be had now, ``copies`` times; the limit is named.
+    """Raise :class:`MissingFeature` if ``size`` bytes are unavailable now, ``copies`` times; the limit is named.
 
     The machine's memory, cgroups and the pool of huge pages count (:mod:`pyvhostvdpa.memory.available`).
     """
     from_pool(size, copies)
-
-
-def physical_runs(hva: int, size: int) -> int:
-    """Count physically contiguous runs of populated memory; 0 if the frame numbers are hidden.
-
-    Takes a buffer of some size, whatever ``size`` is.
-    """
-    first, last = hva // PAGE_SIZE, -(-(hva + size) // PAGE_SIZE)
-    runs = 0
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        for at in range(first, last, _ENTRIES):
-            # the last page of the part before is looked at again: a run may go on behind it
-            begin = max(first, at - 1)
-            entries = os.pread(pagemap.fileno(), (min(at + _ENTRIES, last) - begin) * 8, begin * 8)
-            found: int = lib.pagemap_runs(ffi.cast("uint64_t *", ffi.from_buffer(entries)), len(entries) // 8)
-            if not found:
-                return 0
-            runs += found - (begin < at)
-    return runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +74,11 @@ def bitmap_words(size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FileRegion:
-    """A piece of guest memory in a file of another process: ``size`` bytes at ``offset`` of ``fd``, from ``gpa`` on."""
+    """A piece of guest memory in a file of another process: ``size`` bytes at ``offset`` of ``fd``, from ``gpa`` on.
+
+    ``fd`` is a memory file (memfd, tmpfs or hugetlbfs), as vhost-user's
+    SET_MEM_TABLE passes it.
+    """
 
     gpa: int
     size: int
@@ -263,13 +86,16 @@ class FileRegion:
     offset: int = 0
 
 
-def _check_layout(layout: Sequence[tuple[int, int]]) -> None:
-    """Raise ValueError if regions (GPA, bytes), sorted and in whole pages, cannot be guest memory."""
-    if not layout:
-        raise ValueError("guest memory has no regions")
+def _check_sizes(layout: Sequence[tuple[int, int]]) -> None:
+    """Raise ValueError if a region (GPA, bytes) is not one of at least a byte within 64 bits."""
     for gpa, size in layout:
         if size <= 0 or gpa < 0 or gpa + size >= 1 << 64:
-            raise ValueError(f"{size:#x} bytes at {gpa:#x} cannot be guest memory")
+            raise ValueError(f"{size} bytes at {gpa:#x} cannot be guest memory")
+
+
+def _check_layout(layout: Sequence[tuple[int, int]]) -> None:
+    """Raise ValueError if regions (GPA, bytes), sorted and in whole pages, cannot be guest memory."""
+    _check_sizes(layout)
     for (gpa, size), (following, _) in pairwise(layout):
         if gpa + size > following:
             raise ValueError(f"guest memory regions overlap at {following:#x}")
@@ -278,61 +104,159 @@ def _check_layout(layout: Sequence[tuple[int, int]]) -> None:
             raise ValueError(f"guest memory at {gpa:#x} does not start on a page of {PAGE_SIZE} bytes")
 
 
+def _map_each(pieces: Iterable[tuple[Gpa, Callable[[], MappedMemory]]]) -> list[Region]:
+    """Map every region, or no region if one cannot be mapped."""
+    mapped: list[Region] = []
+    try:
+        for gpa, make in pieces:
+            mapped.append(Region(gpa, make()))
+    except BaseException:
+        for region in mapped:
+            region.memory.close()
+        raise
+    return mapped
+
+
+def _new_log(region: Region) -> Any:
+    return ffi.new("uint64_t[]", bitmap_words(region.size))
+
+
+def _ram(size: int, progress: ProgressCallback, private: bool) -> MappedMemory:
+    if private and not from_pool(size, private=True):
+        return PrivateMemory(size, progress)
+    return SharedMemory("guest-ram", size, progress)
+
+
 class GuestMemory(Closing):
     """The guest's RAM: regions by GPA, mapped here, described for the C loops.
 
     ``layout`` is (GPA, bytes) of each region, in any order and from GPA 0 on;
-    sizes are rounded up to pages. Raises ValueError if there is none, if one
-    does not start on a page, or if regions overlap; :class:`MissingFeature`
-    if the machine has not that much memory.
+    sizes are rounded up to pages. ``progress`` is called while pages are
+    allocated, with the bytes allocated since its last call. ``private`` if all
+    devices that get it are known to pin memory
+    (:attr:`~pyvhostvdpa.chardev.iotlb.Limits.private`): finding the pages that
+    were written takes a small part of the time then (:class:`PrivateMemory`).
+    Raises ValueError if there is no region, if one does not start on a page,
+    or if regions overlap; :class:`~pyvhostvdpa.MissingFeature` if the machine
+    does not have that much memory.
     """
 
-    def __init__(self, layout: Sequence[tuple[Gpa, int]], progress: ProgressCallback = lambda done: None) -> None:
-        ordered = [(gpa, -(-size // PAGE_SIZE) * PAGE_SIZE) for gpa, size in sorted(layout)]
+    def __init__(
+        self,
+        layout: Sequence[tuple[Gpa, int]],
+        progress: ProgressCallback = lambda done: None,
+        private: bool = False,
+    ) -> None:
+        given = sorted(layout)
+        if not given:
+            raise ValueError("guest memory has no regions")
+        _check_sizes(given)
+        ordered = [(gpa, -(-size // PAGE_SIZE) * PAGE_SIZE) for gpa, size in given]
         _check_layout(ordered)
         check_available(sum(size for _, size in ordered))
-        self._take((gpa, partial(SharedMemory, "guest-ram", size, progress)) for gpa, size in ordered)
+        self._begin()
+        self.private = private
+        self.include(_map_each((gpa, partial(_ram, size, progress, private)) for gpa, size in ordered))
+
+    private = False
+    """Whether it may be given to devices only that pin memory."""
+
+    def _begin(self) -> None:
+        self.regions: list[Region] = []
+        """By GPA; another list once regions come or go."""
+        self.changing = threading.Lock()
+        """Held while regions come or go; a thread that goes through the dirty log meanwhile holds it too."""
+        self.devices = 0
+        """To how many devices it is attached."""
+        self._dirty: list[Any] = []
+        self._marking = False
+        self._translations: weakref.WeakSet[Translation] = weakref.WeakSet()
+        self.c_map = ffi.new("struct memory_map *")
+        self._describe()
 
     @classmethod
     def from_files(cls, regions: Iterable[FileRegion], populate: bool = True) -> Self:
-        """Map guest memory that another process shares; see :class:`FileMemory` for what is raised beside ValueError.
+        """Return guest memory that another process shares, mapped here.
 
-        The descriptors stay the caller's. Closing unmaps here and nowhere else.
-        With ``populate`` every page is allocated, as a device that pins pages
-        does anyway: only then is it known beforehand how many entries of the
-        device's IOTLB a map takes. A device that works on user addresses does
-        not need it.
+        ``regions`` are its pieces; their descriptors stay the caller's.
+        Closing unmaps here and nowhere else. With ``populate`` every page is
+        allocated, as a device that pins pages does anyway
+        (drivers/vhost/vdpa.c:vhost_vdpa_pa_map): only then is it known
+        in advance how many entries of the device's IOTLB a map takes. A device
+        that works on user addresses does not need it. Raises ValueError for
+        regions that overlap or do not start on a page, and
+        :class:`~pyvhostvdpa.MissingFeature` as :class:`FileMemory` does.
         """
-        ordered = sorted(regions, key=lambda each: each.gpa)
-        _check_layout([(each.gpa, each.size) for each in ordered])
-        memory = cls.__new__(cls)
-        memory._take((Gpa(each.gpa), partial(FileMemory, each.fd, each.offset, each.size)) for each in ordered)
-        if populate:
-            try:
-                for region in memory.regions:
-                    region.memory.populate()
-            except BaseException:
-                memory.close()
-                raise
+        memory = cls.empty()
+        memory.include(memory.map_files(regions, populate))
+        if not memory.regions:
+            raise ValueError("guest memory has no regions")
         return memory
 
-    def _take(self, pieces: Iterable[tuple[Gpa, Callable[[], MappedMemory]]]) -> None:
-        """Map every region and describe it for the C loops."""
-        self.regions: list[Region] = []
-        self._dirty: list[Any] = []
-        self._translations: weakref.WeakSet[Translation] = weakref.WeakSet()
-        try:
-            for gpa, make in pieces:
-                self.regions.append(Region(gpa, make()))
-        except BaseException:
-            self.close()
-            raise
-        self._c_regions = ffi.new("struct memory_region[]", len(self.regions))
-        self.c_map = ffi.new("struct memory_map *", {"count": len(self.regions), "regions": self._c_regions})
-        for slot, region in zip(self._c_regions, self.regions, strict=True):
+    @classmethod
+    def empty(cls) -> Self:
+        """Return guest memory that has no regions yet: :meth:`VdpaNetDevice.add_memory` is for what comes later."""
+        memory = cls.__new__(cls)
+        memory._begin()
+        return memory
+
+    def map_files(self, regions: Iterable[FileRegion], populate: bool = True) -> list[Region]:
+        """Map more ``regions`` that another process shares, not as guest memory yet: :meth:`include` makes them that.
+
+        With ``populate`` every page is allocated. Raises what
+        :meth:`from_files` does, also for regions that overlap existing ones.
+        """
+        ordered = sorted(regions, key=lambda each: each.gpa)
+        there = [(region.gpa, region.size) for region in self.regions]
+        _check_layout(sorted([*there, *((each.gpa, each.size) for each in ordered)]))
+        mapped = _map_each((Gpa(each.gpa), partial(FileMemory, each.fd, each.offset, each.size)) for each in ordered)
+        if populate:
+            try:
+                for region in mapped:
+                    region.memory.populate()
+            except BaseException:
+                for region in mapped:
+                    region.memory.close()
+                raise
+        return mapped
+
+    def include(self, regions: Iterable[Region]) -> None:
+        """Make ``regions`` part of guest memory, which closes them in the end. No C loop may be using the map.
+
+        Raises :class:`~pyvhostvdpa.MissingFeature` while a device has guest
+        memory translated.
+        """
+        self._change([*self.regions, *regions])
+
+    def exclude(self, regions: Iterable[Region]) -> None:
+        """Remove ``regions`` from guest memory; the caller closes them. No C loop may be using the map.
+
+        Raises :class:`~pyvhostvdpa.MissingFeature` as :meth:`include` does.
+        """
+        gone = {region.gpa for region in regions}
+        self._change([region for region in self.regions if region.gpa not in gone])
+
+    def _change(self, regions: list[Region]) -> None:
+        if self._translations:
+            raise MissingFeature("regions of guest memory cannot come or go while a device has it translated")
+        with self.changing:
+            logs = {region.gpa: bits for region, bits in zip(self.regions, self._dirty, strict=False)}
+            self.regions = sorted(regions, key=lambda region: region.gpa)
+            if self._dirty or self._marking:
+                self._dirty = [logs[r.gpa] if r.gpa in logs else _new_log(r) for r in self.regions]
+            self._describe()
+
+    def _describe(self) -> None:
+        """Describe the regions to the C loops. A search reads a first region, also in an empty list."""
+        slots = ffi.new("struct memory_region[]", max(len(self.regions), 1))
+        for slot, region in zip(slots, self.regions, strict=False):
             slot.gpa = slot.iova = region.gpa
             slot.size = region.size
             slot.hva = ffi.cast("uint8_t *", region.memory.hva)
+        self._c_regions = slots
+        self.c_map.count, self.c_map.regions = len(self.regions), slots
+        if self._marking:
+            self._share_dirty_log(slots)
 
     @property
     def size(self) -> int:
@@ -340,16 +264,25 @@ class GuestMemory(Closing):
         return sum(region.size for region in self.regions)
 
     def hva(self, gpa: int, size: int = 1) -> Hva:
-        """Return where ``size`` bytes at ``gpa`` are mapped; ValueError if they are not one piece of guest memory."""
+        """Return the address in this process at which ``size`` bytes at ``gpa`` are mapped.
+
+        Raises ValueError if they are not one piece of guest memory.
+        """
         pointer = lib.memory_hva(self.c_map, gpa, size)
         if pointer == ffi.NULL:
             raise ValueError(f"{gpa:#x}+{size:#x} is not guest memory")
         return Hva(int(ffi.cast("uintptr_t", pointer)))
 
+    @property
+    def lost(self) -> int:
+        """Bytes that were accessed here after their owner had made the file shorter: they were read as zeros."""
+        return sum(region.memory.lost for region in self.regions)
+
     def start_dirty_log(self) -> None:
         """Mark from now on which pages (:data:`GUEST_PAGE`) a device wrote through shadow virtqueues."""
         if not self._dirty:
-            self._dirty = [ffi.new("uint64_t[]", bitmap_words(region.size)) for region in self.regions]
+            self._dirty = [_new_log(region) for region in self.regions]
+        self._marking = True
         for bits in self._dirty:
             ffi.memmove(bits, bytes(ffi.sizeof(bits)), ffi.sizeof(bits))
         self._share_dirty_log(self._c_regions)
@@ -358,13 +291,14 @@ class GuestMemory(Closing):
 
     def stop_dirty_log(self) -> None:
         """Mark no more. Relays may run: the log's memory stays."""
+        self._marking = False
         for slots in (self._c_regions, *(translation.c_regions for translation in self._translations)):
             for slot in slots:
                 slot.dirty = ffi.NULL
 
     @property
     def dirty_log(self) -> list[Any]:
-        """The bitmaps since :meth:`start_dirty_log`, one a region, for the C loops that empty them; none before."""
+        """The bitmaps since :meth:`start_dirty_log`, one per region, for the C loops that empty them; none before."""
         return self._dirty
 
     def _share_dirty_log(self, slots: Any) -> None:
@@ -376,6 +310,11 @@ class GuestMemory(Closing):
         translation = Translation(self.c_map, iovas)
         self._translations.add(translation)
         return translation
+
+    def mark_all(self) -> None:
+        """Mark every page in the dirty log: what the device writes is unknown. Nothing without a log."""
+        for region in self.regions:
+            lib.memory_mark(self.c_map, region.gpa, region.size)
 
     def dirty_pages(self) -> list[Gpa]:
         """Return the pages marked since :meth:`start_dirty_log`, by address."""
@@ -392,57 +331,3 @@ class GuestMemory(Closing):
         """Unmap all regions."""
         for region in self.regions:
             region.memory.close()
-
-
-class IovaAllocator:
-    """First fit in the holes of one address space.
-
-    ``first`` and ``last`` are the device's IOVA range, both inclusive;
-    ``taken`` the ranges (start, size) that are not to be given out. Page 0 never is.
-    """
-
-    def __init__(self, first: int, last: int, taken: Iterable[tuple[int, int]] = ()) -> None:
-        self._first = max(-(-first // PAGE_SIZE) * PAGE_SIZE, PAGE_SIZE)
-        self._last = last
-        self._reserved = tuple(taken)
-        self._given: dict[int, int] = {}
-
-    def allocate(self, size: int) -> Iova:
-        """Return a free page-aligned range of ``size`` bytes, rounded up to pages; MapRejected if there is none."""
-        need = -(-size // PAGE_SIZE) * PAGE_SIZE
-        at = self._first
-        for start, length in sorted((*self._reserved, *self._given.items())):
-            if start >= at + need:
-                break
-            at = max(at, -(-(start + length) // PAGE_SIZE) * PAGE_SIZE)
-        if at + need - 1 > self._last:
-            raise MapRejected(f"no hole of {need:#x} bytes in the device's IOVA range up to {self._last:#x}")
-        self._given[at] = need
-        return Iova(at)
-
-    def free(self, iova: int) -> None:
-        """Give a range back by its start."""
-        del self._given[iova]
-
-
-def allow_pinning(size: int) -> str:
-    """Make room for ``size`` more pinned bytes under RLIMIT_MEMLOCK.
-
-    vhost-vdpa compares with the limit alone, CAP_IPC_LOCK does not help
-    (drivers/vhost/vdpa.c:vhost_vdpa_pa_map). Returns what was changed, "" if
-    nothing had to be; raises :class:`MapRejected` if it may not be changed.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    need = pinned_bytes() + size
-    if soft == resource.RLIM_INFINITY or need <= soft:
-        return ""
-    try:
-        raised = hard if hard == resource.RLIM_INFINITY else max(hard, need)
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (need, raised))
-    except (ValueError, OSError) as e:
-        raise MapRejected(
-            f"RLIMIT_MEMLOCK is {soft >> 10} KiB; pinning this takes {need >> 10} KiB in all "
-            "(each address space and each device counts anew, root is not exempt)",
-            hint="ulimit -l unlimited, or LimitMEMLOCK=infinity in the service unit",
-        ) from e
-    return f"RLIMIT_MEMLOCK raised from {soft >> 10} KiB to {need >> 10} KiB"

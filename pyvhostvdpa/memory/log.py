@@ -13,13 +13,19 @@ from typing import Any
 
 from .._cdefs import ffi, lib
 from ..base.closing import Closing
-from ..base.errors import KernelError, MissingFeature
-from .guest import GUEST_PAGE, PAGE_SIZE, GuestMemory, bitmap_words
+from ..base.errors import DeviceClosed, KernelError, MissingFeature
+from .guest import GUEST_PAGE, GuestMemory, bitmap_words
+from .mapped import FileMapping
 
 
 def log_size(memory: GuestMemory) -> int:
     """Return the bytes that a bitmap needs to have a bit for each page of ``memory``."""
-    return (memory.regions[-1].end - 1) // GUEST_PAGE // 8 + 1
+    return bytes_up_to(memory.regions[-1].end) if memory.regions else 0
+
+
+def bytes_up_to(end: int) -> int:
+    """Return the bytes that a bitmap needs to have a bit for each page below ``end``."""
+    return (end - 1) // GUEST_PAGE // 8 + 1
 
 
 class SharedLog(Closing):
@@ -33,15 +39,15 @@ class SharedLog(Closing):
     reader, so no :class:`~pyvhostvdpa.migration.dirty.DirtyTracker` beside it.
 
     ``fd`` is a memory file, which stays the caller's, ``offset`` and ``size``
-    the bytes of the bitmap in it. Raises :class:`MissingFeature` if it is not
-    memory, is shorter than that, is too small for ``memory``, or cannot be
-    mapped.
+    the bytes of the bitmap in it, as vhost-user's SET_LOG_BASE passes them: a
+    bit for each 4 KiB of guest-physical address. Raises
+    :class:`~pyvhostvdpa.MissingFeature` if it is not memory, is shorter than
+    that, is too small for ``memory``, or cannot be mapped.
     """
 
     def __init__(self, memory: GuestMemory, fd: int, size: int, offset: int = 0) -> None:
         self.size = size
         self._memory = memory
-        self._address: Any = ffi.NULL
         kind = lib.is_memory_file(fd)
         if kind <= 0:
             why = os.strerror(-kind) if kind else "it is neither tmpfs nor hugetlbfs"
@@ -52,42 +58,50 @@ class SharedLog(Closing):
                 f"a dirty bitmap of {size:#x} bytes at offset {offset:#x} of a file of {have:#x} bytes does not do: "
                 f"this guest memory needs {need:#x} bytes"
             )
-        self._skip = offset % PAGE_SIZE
-        error = ffi.new("int *")
-        address = lib.map_memory(fd, offset - self._skip, self._mapped, PAGE_SIZE, error)
-        if address == ffi.NULL:
-            raise MissingFeature(f"cannot map a dirty bitmap of {size:#x} bytes: {os.strerror(error[0])}")
-        self._address = address
-        _check(lib.pages_barrier_prepare())
-        self._taken = [ffi.new("uint64_t[]", bitmap_words(region.size)) for region in memory.regions]
-
-    @property
-    def _mapped(self) -> int:
-        return -(-(self._skip + self.size) // PAGE_SIZE) * PAGE_SIZE
+        self._mapping = FileMapping(fd, offset, size, os.fstat(fd).st_blksize)
+        self._taken: list[Any] = []
+        try:
+            _check(lib.pages_barrier_prepare())
+            with memory.changing:
+                self._room()
+        except BaseException:
+            self._mapping.close()
+            raise
 
     def publish(self) -> int:
-        """Move what was marked since the last time into the other process's bitmap; the number of pages.
+        """Move the pages marked since the last time into the other process's bitmap; return how many.
 
-        Pages are moved while relays go on marking. Does nothing before
-        :meth:`GuestMemory.start_dirty_log`.
+        Relays may mark pages meanwhile. Does nothing before
+        :meth:`GuestMemory.start_dirty_log`. Raises
+        :class:`~pyvhostvdpa.DeviceClosed` after :meth:`close`, and
+        :class:`~pyvhostvdpa.KernelError` if ``membarrier`` fails.
         """
-        for bits, log in zip(self._taken, self._memory.dirty_log, strict=False):
-            ffi.memmove(bits, bytes(ffi.sizeof(bits)), ffi.sizeof(bits))
-            lib.pages_take(bits, log, len(bits))
-        # whoever found its page marked has written it by now, so that the other side reads what was written
-        _check(lib.pages_barrier())
-        moved = 0
-        for region, bits in zip(self._memory.regions, self._taken, strict=True):
-            lib.pages_publish(bits, len(bits), region.gpa // GUEST_PAGE, self._address + self._skip, self.size)
-            moved += lib.pages_count(bits, len(bits))
-            ffi.memmove(bits, bytes(ffi.sizeof(bits)), ffi.sizeof(bits))
+        if self._mapping.start == ffi.NULL:
+            raise DeviceClosed("dirty bitmap used after close()")
+        with self._memory.changing:
+            taken = self._room()
+            for bits, log in zip(taken, self._memory.dirty_log, strict=False):
+                ffi.memmove(bits, bytes(ffi.sizeof(bits)), ffi.sizeof(bits))
+                lib.pages_drain(bits, ffi.NULL, log, len(bits))
+            # a thread that found its page marked has written it by now, so that the other side reads what was written
+            _check(lib.pages_barrier())
+            moved = 0
+            for region, bits in zip(self._memory.regions, taken, strict=True):
+                lib.pages_publish(bits, len(bits), region.gpa // GUEST_PAGE, self._mapping.address, self.size)
+                moved += lib.pages_count(bits, len(bits))
+                ffi.memmove(bits, bytes(ffi.sizeof(bits)), ffi.sizeof(bits))
         return moved
+
+    def _room(self) -> list[Any]:
+        """Return a bitmap for each region that there is now; regions may have come or gone since the last time."""
+        sizes = [bitmap_words(region.size) for region in self._memory.regions]
+        if [len(bits) for bits in self._taken] != sizes:
+            self._taken = [ffi.new("uint64_t[]", size) for size in sizes]
+        return self._taken
 
     def close(self) -> None:
         """Unmap the bitmap. Not one bit is set in it afterwards. Idempotent."""
-        if self._address != ffi.NULL:
-            address, self._address = self._address, ffi.NULL
-            lib.unmap_memory(address, self._mapped)
+        self._mapping.close()
 
 
 def _check(error: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..base.closing import Closing
 from ..base.errors import MigrationCancelled
+from ..base.eventfds import close_all
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -35,7 +36,7 @@ def _hearing(first: Callable[[], None], keep: Callable[[], bool] = lambda: False
     """Call ``first`` on SIGINT and SIGTERM; a second one has its former effect, unless ``keep`` says otherwise.
 
     Only the main thread may handle signals. In another one the block runs
-    without, and whoever owns the main thread decides what a signal does.
+    without, and the owner of the main thread decides what a signal does.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -59,7 +60,7 @@ def _hearing(first: Callable[[], None], keep: Callable[[], bool] = lambda: False
     try:
         for number in _SIGNALS:
             handler = signal.getsignal(number)
-            # None is one that was not set from Python, and could not be set again
+            # without a handler (None) it was not set from Python, and could not be set again
             if handler is not None:
                 before[number] = handler
                 signal.signal(number, hear)
@@ -76,12 +77,21 @@ def ending_early() -> Iterator[threading.Event]:
         yield wanted
 
 
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Let SIGINT and SIGTERM do nothing inside the block, however many come. It opens nothing."""
+    with _hearing(lambda: None, lambda: True):
+        yield
+
+
 class Cancel(Closing):
     """An eventfd, readable once the user cancelled."""
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._too_late = False
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
 
     def fileno(self) -> int:
         """Return the descriptor, for :attr:`pyvhostvdpa.migration.stream.Channel.cancel`."""
@@ -107,7 +117,8 @@ class Cancel(Closing):
 
     def check(self) -> None:
         """Raise :class:`~pyvhostvdpa.MigrationCancelled` if the user cancelled."""
-        check_cancelled(self._fd)
+        if self._poll.poll(0):
+            raise MigrationCancelled("cancelled")
 
     def too_late(self) -> None:
         """From now on signals only set it, the second one too: the guest is being handed over, or was."""
@@ -125,7 +136,6 @@ class Cancel(Closing):
             yield
 
     def close(self) -> None:
-        """Close the eventfd. Twice is no error."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Close the eventfd. Idempotent."""
+        fd, self._fd = self._fd, -1
+        close_all([fd])

@@ -7,7 +7,7 @@ one key: ``phase``, ``tell`` or ``log`` with words; in the end ``result`` with
 the report as its schema ``pyvhostvdpa/receive/1`` has it, or ``error`` with
 ``message`` and ``hint``. Exit status: 0 with a result, 1 with an error.
 
-Whoever started it may be gone: what it cannot write it does without.
+The process that started it may be gone: lines that it cannot write are dropped.
 """
 
 from __future__ import annotations
@@ -20,29 +20,45 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..base.closing import Closing
 from ..base.errors import VhostVdpaError
+from ..guest.synthetic import KINDS
 from ..trace import records
 from ..trace.recorder import Trace
 from .common import words_of
 from .endpoint import Inherited
+from .later import Later
 from .order import Order
 from .session import Receiving
 
 
-class Lines:
+class Lines(Closing):
     """JSON lines on a descriptor; one that cannot be written is left out."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._later = Later()
 
     def write(self, kind: str, content: Any) -> None:
         """Write a line, in one piece: several threads may."""
+        self._later.flush()
+        self._write(kind, content)
+
+    def write_later(self, kind: str, content: Any) -> None:
+        """The same a moment later: no guest stays paused for it."""
+        self._later(lambda: self._write(kind, content))
+
+    def close(self) -> None:
+        """Write what waits. Idempotent."""
+        self._later.close()
+
+    def _write(self, kind: str, content: Any) -> None:
         data = memoryview(json.dumps({kind: content}).encode() + b"\n")
         try:
             while data:
                 data = data[os.write(self._fd, data) :]
         except OSError:
-            # the reader is gone, and nobody else would read it
+            # the reader is gone, and there is no other
             return
 
 
@@ -59,17 +75,17 @@ def main(argument: str) -> int:
     """Carry out an order and return the exit status."""
     # a group of its own keeps Ctrl-C away; what comes is the starter's word to end early, heard where that is possible
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    lines = Lines(sys.stdout.fileno())
-    logging.basicConfig(handlers=[_LogLines(lines)], level=logging.INFO)
-    order = Order.decode(argument)
-    trace = Trace(order.limit)
-    try:
-        lines.write("result", _receive(order, trace, lines))
-        status = 0
-    except Exception as e:
-        lines.write("error", {"message": words_of(e), "hint": e.hint if isinstance(e, VhostVdpaError) else ""})
-        status = 1
-    _record(order, trace, lines)
+    with Lines(sys.stdout.fileno()) as lines:
+        logging.basicConfig(handlers=[_LogLines(lines)], level=logging.INFO)
+        order = Order.decode(argument)
+        trace = Trace(order.limit)
+        try:
+            lines.write("result", _receive(order, trace, lines))
+            status = 0
+        except Exception as e:
+            lines.write("error", {"message": words_of(e), "hint": e.hint if isinstance(e, VhostVdpaError) else ""})
+            status = 1
+        _record(order, trace, lines)
     return status
 
 
@@ -78,12 +94,13 @@ def _receive(order: Order, trace: Trace, lines: Lines) -> dict[str, Any]:
         order.paths,
         order.seconds,
         Path(order.folder),
-        lambda phase: lines.write("phase", phase),
-        lambda text: lines.write("tell", text),
+        lambda phase: lines.write_later("phase", phase),
+        lambda text: lines.write_later("tell", text),
         trace,
         order.control_deadline,
         order.drain,
         order.procedure,
+        kinds=KINDS,
     )
     with Inherited(order.fd) as stream:
         return receiving.receive(stream).to_dict()

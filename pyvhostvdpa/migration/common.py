@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from ..base.errors import VhostVdpaError
-from ..guest.state import GuestShape
+from ..guest.shape import GuestShape
 from ..memory.guest import GuestMemory
 from .pages import memory_hash
 
@@ -66,13 +66,13 @@ def harmless(callback: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def warn(text: str) -> None:
-    """Log a warning; where it cannot be written nobody is harmed."""
+    """Log a warning; a failure to write it is ignored."""
     with suppress(Exception):
         log.warning("%s", text)
 
 
 def attempt(action: Callable[[], T], what: str, tell: ReportCallback) -> T | None:
-    """Return what ``action`` returns; None if it fails, which is told as "``what``: why"."""
+    """Return what ``action`` returns; None if it fails, which is reported as "``what``: why"."""
     try:
         return action()
     except Exception as e:

@@ -18,7 +18,7 @@ class Convergence:
     fruitless: int = 0
 
     def estimate(self, left: PageSet, bandwidth: float | None) -> float | None:
-        """Return the seconds that sending ``left`` takes at ``bandwidth`` bytes a second; None if that is not known."""
+        """Return the seconds that sending ``left`` takes at ``bandwidth`` bytes per second; None if unknown."""
         count = left.bytes
         if not count:
             return 0.0
@@ -27,7 +27,7 @@ class Convergence:
     def words(self, left: PageSet, bandwidth: float | None, measured: bool) -> str:
         """Return for people how long sending ``left`` takes.
 
-        ``measured`` tells that ``bandwidth`` comes from rounds of pages with
+        ``measured`` is whether ``bandwidth`` comes from rounds of pages with
         content. Without such a round it is only a lower limit: most of the
         time went into finding pages of zeros, and an estimate by it was 50
         times too long.
@@ -38,12 +38,12 @@ class Convergence:
         return f"{duration(seconds)} to send" if measured or not seconds else f"at most {duration(seconds)} to send"
 
     def done(self, left: PageSet, bandwidth: float | None) -> bool:
-        """Tell whether what is left can be sent within the downtime, so that the guest may be stopped."""
+        """Return whether the remaining pages can be sent within the downtime, so that the guest may be stopped."""
         seconds = self.estimate(left, bandwidth)
         return seconds is not None and seconds <= self.downtime
 
-    def gave_up(self, left: PageSet) -> bool:
-        """Note what a round left; tell whether ``patience`` rounds in a row left no less than the best before them."""
+    def diverges(self, left: PageSet) -> bool:
+        """Note the rest of a round; return whether ``patience`` rounds in a row left no less than the best before."""
         count = left.bytes
         if self.best is None or count < self.best:
             self.best, self.fruitless = count, 0

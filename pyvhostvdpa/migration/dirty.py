@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Which guest pages were written since they were sent.
 
-Two sources, because neither sees everything. Shadow virtqueues mark what the
-device was lent to write (its DMA goes past the page tables of this process);
+Two sources, because neither sees everything. Shadow virtqueues mark the
+buffers that the device may write (its DMA goes past the page tables of this process);
 the kernel remembers what went through those page tables: the guest's CPU and
 the device model. A device in passthrough is seen by neither: start the
 tracker when all devices are in shadow mode.
@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from .._cdefs import ffi, lib
 from ..base.errors import MissingFeature, VhostVdpaError
+from ..base.eventfds import close_all
 from ..device.together import together
 from ..memory.guest import GUEST_PAGE, PAGE_SIZE, Gpa, GuestMemory, Region, bitmap_words
 
@@ -33,6 +34,8 @@ _SCAN_ALIGN = 64 * GUEST_PAGE
 """Bytes of memory that a word of a bitmap stands for."""
 _SCAN_MIN = 1 << 30
 """Bytes that are worth a thread of their own: asking takes half a millisecond."""
+_SCAN_HUGE_MIN = 64 << 30
+"""The same of private memory."""
 
 
 class PageSet:
@@ -109,7 +112,7 @@ def _bit(offset: int) -> int:
 
 
 class Interface(Enum):
-    """How the kernel tells which pages were written."""
+    """How the kernel reports which pages were written."""
 
     PAGEMAP_SCAN = "PAGEMAP_SCAN"
     """ioctl on /proc/self/pagemap over memory that a userfaultfd write-protects without a listener (WP_ASYNC)."""
@@ -127,7 +130,7 @@ def probe_interface() -> Interface:
     if _soft_dirty_works():
         return Interface.SOFT_DIRTY
     raise MissingFeature(
-        "this kernel does not tell which pages of guest memory were written: userfaultfd with WP_ASYNC "
+        "this kernel does not report which pages of guest memory were written: userfaultfd with WP_ASYNC "
         f"({os.strerror(-uffd) if uffd < 0 else 'there, but PAGEMAP_SCAN is not'}), and no soft-dirty bits",
         hint="a kernel with CONFIG_PTE_MARKER_UFFD_WP and PAGEMAP_SCAN, or with CONFIG_MEM_SOFT_DIRTY; "
         "in a container, allow userfaultfd in its seccomp profile",
@@ -145,7 +148,7 @@ def _scans() -> bool:
 
 
 def _soft_dirty_works() -> bool:
-    """Tell whether a page is not soft-dirty after clearing and is after writing it."""
+    """Return whether a page is not soft-dirty after clearing and is after writing it."""
     page = ffi.new("uint8_t[]", 2 * PAGE_SIZE)
     at = -(-int(ffi.cast("uintptr_t", page)) // PAGE_SIZE) * PAGE_SIZE
     try:
@@ -165,10 +168,10 @@ def _soft_dirty(address: int) -> bool:
 
 
 class DirtyTracker:
-    """What is written to guest memory, from :meth:`start` on, each page told once a :meth:`collect`.
+    """What is written to guest memory, from :meth:`start` on, each page reported once per :meth:`collect`.
 
     ``interface`` is the kernel's best unless given. Raises
-    :class:`MissingFeature` if there is none.
+    :class:`MissingFeature` without one.
     """
 
     def __init__(self, memory: GuestMemory, interface: Interface | None = None) -> None:
@@ -176,6 +179,8 @@ class DirtyTracker:
         self.written_by_devices = PageSet(memory)
         """Of what the last :meth:`collect` returned, the pages that devices were seen to write."""
         self._memory = memory
+        # the C library reads a file for it
+        self._cpus = os.cpu_count() or 1
         self._uffd = -1
         self._pagemap: int | None = None
 
@@ -194,7 +199,7 @@ class DirtyTracker:
         return self._pagemap is not None
 
     def start(self) -> None:
-        """Watch all guest memory from now on. What was written before is not told."""
+        """Watch all guest memory from now on. Earlier writes are not reported."""
         _check("membarrier", lib.pages_barrier_prepare())
         self._pagemap = os.open(_PAGEMAP, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -216,32 +221,46 @@ class DirtyTracker:
 
     def collect(self) -> PageSet:
         """Return what was written since the last time; see :attr:`atomic`."""
+        pages = PageSet(self._memory)
+        self.written_by_devices = PageSet(self._memory)
+        self.drain_into(pages, self.written_by_devices)
+        self.scan_into(pages)
+        return pages
+
+    def drain_into(self, pages: PageSet, by_devices: PageSet) -> None:
+        """Add to ``pages`` and to ``by_devices`` what devices wrote: relays and control queues mark it."""
         if self._pagemap is None:
             raise VhostVdpaError("the dirty tracker was not started")
-        pages = PageSet(self._memory)
-        for bits, log, seen in zip(pages.bits, self._memory.dirty_log, self.written_by_devices.bits, strict=True):
-            lib.pages_take(bits, log, len(bits))
-            ffi.memmove(seen, bits, ffi.sizeof(bits))
+        for bits, log, seen in zip(pages.bits, self._memory.dirty_log, by_devices.bits, strict=True):
+            lib.pages_drain(bits, seen, log, len(bits))
         _check("membarrier", lib.pages_barrier())
+
+    def scan_into(self, pages: PageSet) -> None:
+        """Add to ``pages`` what was written through page tables: by the guest's CPU, and by relays."""
+        if self._pagemap is None:
+            raise VhostVdpaError("the dirty tracker was not started")
         if self.interface is Interface.PAGEMAP_SCAN:
             self._scan(pages)
-            return pages
+            return
         for region, bits in zip(self._memory.regions, pages.bits, strict=True):
             self._read_soft_dirty(region, bits)
         Path(_CLEAR_REFS).write_bytes(_CLEAR_SOFT_DIRTY)
-        return pages
 
     def _scan(self, pages: PageSet) -> None:
         """Ask the kernel for what was written; a large memory in parts, on all CPUs at once."""
-        step = max(_SCAN_MIN, -(-self._memory.size // (os.cpu_count() or 1) // _SCAN_ALIGN) * _SCAN_ALIGN)
-        together(
-            [
-                partial(self._scan_part, region, offset, min(step, region.size - offset), bits)
-                for region, bits in zip(self._memory.regions, pages.bits, strict=True)
-                for offset in range(0, region.size, step)
-            ],
-            at_most=os.cpu_count() or 1,
-        )
+        # of private memory the kernel knows huge pages: a thread takes longer to be made than it has to look
+        least = _SCAN_HUGE_MIN if self._memory.private else _SCAN_MIN
+        if self._memory.size <= least:
+            for region, bits in zip(self._memory.regions, pages.bits, strict=True):
+                self._scan_part(region, 0, region.size, bits)
+            return
+        step = max(least, -(-self._memory.size // self._cpus // _SCAN_ALIGN) * _SCAN_ALIGN)
+        parts = [
+            partial(self._scan_part, region, offset, min(step, region.size - offset), bits)
+            for region, bits in zip(self._memory.regions, pages.bits, strict=True)
+            for offset in range(0, region.size, step)
+        ]
+        together(parts, at_most=self._cpus)
 
     def _scan_part(self, region: Region, offset: int, size: int, bits: Any) -> None:
         # parts begin at a word of the bitmap, so that no two threads write the same one
@@ -258,13 +277,11 @@ class DirtyTracker:
             lib.written_soft_dirty(words, len(words), each, bits, done * each)
 
     def stop(self) -> None:
-        """Watch no more. Twice is no error."""
+        """Watch no more. Idempotent."""
         self._memory.stop_dirty_log()
-        if self._uffd >= 0:
-            os.close(self._uffd)
-        if self._pagemap is not None:
-            os.close(self._pagemap)
+        fds = (self._uffd, -1 if self._pagemap is None else self._pagemap)
         self._uffd, self._pagemap = -1, None
+        close_all(fds)
 
     def __enter__(self) -> Self:
         self.start()
@@ -282,4 +299,4 @@ def _address(region: Region) -> Any:
 
 def _check(what: str, error: int) -> None:
     if error:
-        raise MissingFeature(f"{what}: {os.strerror(error)}: cannot tell which pages of guest memory are written")
+        raise MissingFeature(f"{what}: {os.strerror(error)}: cannot track which pages of guest memory are written")

@@ -2,7 +2,7 @@
 """Where the two sides of a migration meet: a Unix socket, TCP with TLS, or a stream that is open already.
 
 Between hosts both sides show a certificate, and each takes only those of the
-authority it was told. A guest's memory has no business on a wire in plain.
+authority it was given. A guest's memory has no business on a wire in plain.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ START_SECONDS = 120.0
 
 
 class NoPeer(MigrationRefused):
-    """Who connected, or was connected to, is not the other side of a migration."""
+    """The peer does not speak the migration protocol."""
+
+
+class Looked(NoPeer):
+    """The peer closed without a message: it only checked for a listener (:func:`check_listening`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class Address:
             return cls(path=rest)
         if kind == "tcp" and host and port.isdecimal() and 0 < int(port) < 1 << 16:
             return cls(host=host.removeprefix("[").removesuffix("]"), port=int(port))
-        raise MigrationRefused(f"{text!r} is no address", hint=_TEXT)
+        raise MigrationRefused(f"{text!r} is not a valid address", hint=_TEXT)
 
     @property
     def local(self) -> bool:
@@ -105,7 +109,7 @@ def _unusable(why: str) -> MigrationRefused:
 
 
 def check_security(address: Address, tls: Tls | None, plain: bool) -> None:
-    """Raise :class:`~pyvhostvdpa.MigrationRefused` for TCP without TLS, unless that is said to be meant."""
+    """Raise :class:`~pyvhostvdpa.MigrationRefused` for TCP without TLS, unless ``plain`` allows it."""
     if not address.local and tls is None and not plain:
         raise MigrationRefused(
             f"{address} without TLS would show the guest's memory to the network",
@@ -116,8 +120,8 @@ def check_security(address: Address, tls: Tls | None, plain: bool) -> None:
 def _check_peer(sock: socket.socket) -> None:
     """Raise :class:`NoPeer` if the process at the other end of a Unix socket is another user's, and not root's.
 
-    unix(7), SO_PEERCRED: the user as of connect(2) or listen(2). A folder that everybody can write may hold a socket
-    of anybody.
+    unix(7), SO_PEERCRED: the user as of connect(2) or listen(2). A folder that all users can write may hold a socket
+    of any of them.
     """
     if sock.family != socket.AF_UNIX:
         return
@@ -129,18 +133,37 @@ def _check_peer(sock: socket.socket) -> None:
         )
 
 
+def _await_word(sock: socket.socket, cancel: int, deadline: float) -> None:
+    """Wait until the peer has sent something, or for the deadline; :class:`Looked` if it closes before that."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    if cancel >= 0:
+        poll.register(cancel, select.POLLIN)
+    ready = [fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
+    if cancel in ready:
+        raise MigrationCancelled("cancelled")
+    try:
+        closed = bool(ready) and not sock.recv(1, socket.MSG_PEEK)
+    except ConnectionError:
+        closed = True
+    if closed:
+        raise Looked("the other side closed the connection without a word")
+
+
 def _secured(
     sock: socket.socket, tls: Tls | None, server: bool, name: str, cancel: int = -1, deadline: float | None = None
 ) -> socket.socket:
     """Return the socket, with TLS if wanted; closed on a failure, which is :class:`NoPeer` if it is the peer's."""
+    end = time.monotonic() + HANDSHAKE_SECONDS if deadline is None else deadline
     try:
         _check_peer(sock)
+        if server:
+            _await_word(sock, cancel, end)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls is None:
             return sock
-        end = time.monotonic() + HANDSHAKE_SECONDS
-        return _with_tls(sock, tls.context(server), server, name, cancel, end if deadline is None else deadline)
+        return _with_tls(sock, tls.context(server), server, name, cancel, end)
     except OSError as e:
         sock.close()
         raise NoPeer(f"the other side has gone again: {e.strerror or e}") from e
@@ -158,7 +181,7 @@ def _with_tls(
             sock, server_side=server, server_hostname=None if server else name, do_handshake_on_connect=False
         )
     except OSError as e:
-        # who connected has gone again
+        # the peer has gone again
         raise NoPeer(tls_trouble(e)) from e
     with contextlib.ExitStack() as unless_secured:
         unless_secured.callback(secured.close)
@@ -206,8 +229,7 @@ def connect(address: Address, tls: Tls | None = None, cancel: int = -1, stall: f
 def check_listening(address: Address) -> None:
     """Raise :class:`~pyvhostvdpa.MigrationRefused` if nothing listens at an address now.
 
-    Connects and hangs up: the destination sees a peer that brings no guest,
-    and waits for the next one.
+    Connects and hangs up, which the destination takes no notice of.
     """
     _dial(address).close()
 
@@ -218,7 +240,7 @@ def _dial(address: Address) -> socket.socket:
             return socket.create_connection((address.host, address.port), HANDSHAKE_SECONDS)
         sock = socket.socket(socket.AF_UNIX)
         try:
-            # who does not accept may have a full queue
+            # a listener that does not accept may have a full queue
             sock.settimeout(HANDSHAKE_SECONDS)
             sock.connect(address.path)
         except BaseException:
@@ -259,19 +281,19 @@ def _remove_stale(path: str) -> None:
         except ConnectionRefusedError:
             os.unlink(path)
         except OSError:
-            # there is none, or it is something else: binding will tell
+            # no such file, or not a socket: binding will show
             return
 
 
 class Inherited(Closing):
-    """In a listener's place: the one stream, a connected Unix socket, that whoever started this process gave it."""
+    """In a listener's place: the one stream, a connected Unix socket, that the parent process gave it."""
 
     def __init__(self, fd: int) -> None:
         self.address = f"{_INHERITED}:{fd}"
         try:
             self._sock: socket.socket | None = socket.socket(fileno=fd)
         except OSError as e:
-            raise MigrationRefused(f"{self.address} is no stream: {e.strerror or e}") from e
+            raise MigrationRefused(f"{self.address} is not a stream: {e.strerror or e}") from e
 
     @staticmethod
     def parse(text: str) -> int | None:
@@ -280,14 +302,14 @@ class Inherited(Closing):
         return int(rest) if kind == _INHERITED and rest.isdecimal() else None
 
     def accept(self, cancel: int = -1, stall: float = STALL_SECONDS) -> Channel:
-        """Return a greeted channel, once the other side begins; the second time MigrationRefused: there is none."""
+        """Return a greeted channel, once the other side begins; MigrationRefused the second time."""
         sock, self._sock = self._sock, None
         if sock is None:
             raise MigrationRefused(f"{self.address}: the stream that was given has ended")
         return _greeted(Channel(sock, cancel, stall), _NO_HURRY)
 
     def close(self) -> None:
-        """Close the stream if nobody took it. Twice is no error."""
+        """Close the stream unless it was accepted. Idempotent."""
         if self._sock is not None:
             self._sock.close()
             self._sock = None
@@ -307,12 +329,13 @@ class Listener(Closing):
     def __init__(self, address: Address, tls: Tls | None = None) -> None:
         self.address, self._tls = address, tls
         if tls is not None:
-            # bad files are to be told now, not to the first who connects
+            # raise for bad files now, not when the first peer connects
             tls.context(server=True)
         try:
             self._sock = self._bind()
         except OSError as e:
-            raise MigrationRefused(f"cannot listen on {address}: {e.strerror or e}") from e
+            hint = "--listen with a free address that this user may use (ss -tlnx shows those in use)"
+            raise MigrationRefused(f"cannot listen on {address}: {e.strerror or e}", hint=hint) from e
 
     def _bind(self) -> socket.socket:
         if not self.address.local:
@@ -341,7 +364,7 @@ class Listener(Closing):
         return self._sock.fileno()
 
     def accept_socket(self) -> socket.socket:
-        """Return the next connection as it is, for :meth:`admit`; BlockingIOError if there is none yet, OSError."""
+        """Return the next connection as it is, for :meth:`admit`; BlockingIOError without one yet, OSError."""
         self._sock.setblocking(False)
         sock, _ = self._sock.accept()
         return sock
@@ -349,7 +372,7 @@ class Listener(Closing):
     def admit(
         self, sock: socket.socket, cancel: int = -1, stall: float = STALL_SECONDS, deadline: float | None = None
     ) -> Channel:
-        """Return a greeted channel to who connected, with a ``deadline`` (time.monotonic()) for all of its handshake.
+        """Return a greeted channel to the peer, with a ``deadline`` (time.monotonic()) for all of its handshake.
 
         Raises :class:`NoPeer` for a process of another user, or one that
         shows no right certificate or speaks something else; the socket is closed then.

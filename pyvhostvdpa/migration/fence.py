@@ -2,12 +2,12 @@
 """Until when a side may start the guest by itself, once both sides have all of it.
 
 From FINAL to RUNNING either side may be stopped (SIGSTOP, a suspended host)
-while the other finds the stream broken, saves the guest, and somebody starts
-it from that file. A side that wakes up after that must not act on what it
+while the other finds the stream broken and saves the guest, which is then started
+from that file. A side that wakes up after that must not act on what it
 read before it was stopped. So each act has a time, and a file can be claimed
 only after the other side's time has passed:
 
-- the source goes on by itself until ``patience + MARGIN`` after it began to
+- the source resumes by itself only until ``patience + MARGIN`` after it began to
   send FINAL;
 - the destination starts the guest until ``patience + 2 * MARGIN`` after it
   sent READY, and holds its file that long: the source's time began earlier;

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..base.closing import Closing
 from ..base.errors import MigrationRefused
+from ..base.eventfds import close_all
 
 SAVED = ".saved"
 HALF = ".half"
@@ -103,8 +104,8 @@ class Draft(Closing):
             if not self._published:
                 with suppress(OSError):
                     self.path.unlink()
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            close_all([fd])
 
 
 def clean(folder: Path) -> None:
@@ -127,7 +128,7 @@ def _remove_if_abandoned(path: Path) -> None:
         os.close(fd)
 
 
-def check_folder(folder: Path) -> int:
+def check_saved_folder(folder: Path) -> int:
     """Make ``folder``, remove abandoned files, try to write there, and return its free bytes.
 
     Raises :class:`~pyvhostvdpa.MigrationRefused` if no file can be made there, or if other users could exchange it.
@@ -150,7 +151,7 @@ def _check_private(folder: Path) -> None:
     mode = folder.stat().st_mode
     if mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX:
         raise MigrationRefused(
-            f"{folder} can be written by other users, who could exchange a saved guest",
+            f"{folder} can be written by other users: they could exchange a saved guest",
             hint=f"chmod go-w {folder}; vhost-vdpa send and receive take another folder with --state DIR",
         )
 
@@ -244,9 +245,8 @@ class Claim(Closing):
 
     def close(self) -> None:
         """Release the claim. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        close_all([fd])
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from ..base.errors import MigrationEnded, MigrationFailed, VhostVdpaError
-from ..guest.nic import FrameCounts
+from ..guest.protocol import FrameCounts
 from ..guest.synthetic import GuestOptions
 from ..memory.guest import check_available
 from ..trace import gap, records
@@ -36,42 +36,80 @@ from .cancel import Cancel
 from .common import PhaseCallback, ReportCallback, harmless, warn
 from .endpoint import NoPeer, greet_started
 from .order import Order
-from .report import Part, Report, SentReport
+from .report import MigrationReport, Part, SentReport
 from .session import Sending, check_devices
 from .source import SendOptions
 from .stream import Channel
 
 _CHILD = "pyvhostvdpa.migration.child"
+_FOUND_IN = str(Path(__file__).absolute().parents[2])
+_UNSAFE_PATH_OFF = "-P"
+"""For an interpreter that imports nothing from the working directory, which may belong to any user."""
 _END_SECONDS = 30.0
-"""How long a destination that has lost its source, or was told to end, may take."""
+"""How long a destination that has lost its source, or was asked to end, may take."""
 _LAST_WORDS_SECONDS = 5.0
 _LOOK_SECONDS = 0.05
 _REMIND_SECONDS = 1.0
 
 
+def child_argv(order: Order) -> list[str]:
+    """Return the command line of the destination's process."""
+    return [sys.executable, _UNSAFE_PATH_OFF, "-m", _CHILD, order.encode()]
+
+
+def child_environment() -> dict[str, str]:
+    """Return its environment: it imports from where this process does, in the same order, and from nowhere else."""
+    folders = [os.path.abspath(entry) for entry in sys.path if os.path.isabs(entry) or _is_own(entry)]
+    # one with a separator in its name cannot be passed on, and its parts are other folders
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in folders if os.pathsep not in each)}
+
+
+def _is_own(entry: str) -> bool:
+    """Whether an entry of sys.path is the folder that this package was found in.
+
+    Of others that are no absolute path some are no folders either: an editable installation has such a name. The child
+    would look for it in the working directory, and begin with ``sitecustomize``.
+    """
+    return os.path.abspath(entry) == _FOUND_IN
+
+
 @dataclass(frozen=True, slots=True)
-class Options:
-    """How to migrate: the guest, and how it is sent. ``seconds`` of traffic, a third in each part."""
+class MigrationOptions:
+    """How to migrate.
+
+    ``guest`` is the guest that is started on the source, ``send`` how it is
+    sent. ``seconds`` is how long it has traffic in all: a third before the
+    move, a third on shadow virtqueues, a third at the destination.
+    ``procedure`` is forced on both devices; None for the best that each can do.
+    ``shadow`` is how the source's queues are shadowed, one of
+    :data:`pyvhostvdpa.device.shadowing.NAMES`; None for the default.
+    """
 
     guest: GuestOptions = field(default_factory=GuestOptions)
     send: SendOptions = field(default_factory=SendOptions)
     seconds: float = 20.0
     procedure: str | None = None
-    """Forced on both devices; the best that each can do without."""
+    shadow: str | None = None
 
 
 def migrate(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
-    options: Options | None = None,
+    options: MigrationOptions | None = None,
     observer: PhaseCallback = lambda phase: None,
     trace: Trace | None = None,
     tell: ReportCallback = lambda text: None,
-) -> Report:
-    """Migrate a guest with traffic from ``source`` to ``destination``; both are reset in the end.
+) -> MigrationReport:
+    """Migrate a guest with traffic from ``source`` to ``destination``, and return what was measured.
 
-    ``trace`` takes what passed the doors of both, also of a migration that failed; ``tell`` gets the
-    words of both. What ``observer`` and ``tell`` raise is logged.
+    Both are paths of vhost-vdpa chardevs, different ones that no process has
+    open; both are reset in the end. ``options`` are the guest and how it is
+    sent. ``observer`` is called with the name of each phase as it begins,
+    ``tell`` with lines of progress of both sides; what they raise is logged.
+    ``trace`` records the system calls on both devices, also of a migration
+    that failed; its downtimes are DT1 and DT2 of the series "vdpa-net:
+    improve migration downtime through descriptor ASID and persistent IOTLB",
+    as its cover letter defines them.
     SIGINT and SIGTERM cancel it from "connect" on until the guest is given
     away; after that they end the traffic on the destination early, and the
     report is that of a migration. In a thread other than the main one they do
@@ -81,7 +119,7 @@ def migrate(
     :class:`~pyvhostvdpa.MigrationCancelled` (with ``report``) if the
     guest stayed on the source, and whatever opening or mapping raises.
     """
-    options = options or Options()
+    options = options or MigrationOptions()
     check_devices((source, destination))
     check_available(options.guest.memory, copies=2)
     third = options.seconds / 3
@@ -104,6 +142,7 @@ def migrate(
             Trace() if trace is None else trace,
             options.procedure,
             afterwards,
+            options.shadow,
         )
         try:
             sent = sending.run()
@@ -132,7 +171,7 @@ class _Destination:
         self._path, self._seconds, self._options, self._procedure = path, seconds, options, procedure
         self._trace, self._tell = trace, harmless(tell)
         self._has_guest = False
-        """Whether the guest was given to it: then it is not to be ended before its time."""
+        """Whether the guest was given to it: then it must not be ended early."""
         self._silent = False
         """Whether it did not end although it was asked to."""
         self._ended = threading.Event()
@@ -165,9 +204,10 @@ class _Destination:
         )
         if self._trace is not None:
             order = replace(order, records=str(self._records), limit=self._trace.limit)
-        # of a group of its own: Ctrl-C is for the source to act on, which tells it
+        # of a group of its own: Ctrl-C is for the source to act on, which notifies it
         return subprocess.Popen(
-            [sys.executable, "-m", _CHILD, order.encode()],
+            child_argv(order),
+            env=child_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             pass_fds=[fd],
@@ -187,7 +227,7 @@ class _Destination:
             raise NoPeer(f"{e}: {self._end()}", hint=self._error.hint if self._error else e.hint) from e
 
     def _listen(self, lines: IO[str]) -> None:
-        """Take in what it says: of its phases the source tells until the guest is given away."""
+        """Read its lines: the source reports the phases until the guest is given away."""
         try:
             for line in lines:
                 self._hear(line)
@@ -225,7 +265,7 @@ class _Destination:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The report of the guest that ran there; MigrationFailed says what happened to it if there is none."""
+        """The report of the guest that ran there; without one MigrationFailed says what happened to it."""
         if self._result is None:
             error = self._error
             raise MigrationFailed(
@@ -253,7 +293,7 @@ class _Destination:
             try:
                 if isinstance(value, KeyboardInterrupt) or self._near is not None:
                     process.terminate()
-                # a guest that runs there is not ended by what failed here
+                # a guest that runs there is not ended by a failure here
                 lives = self._has_guest and not (self._silent or self._result) and isinstance(value, Exception | None)
                 process.wait(None if lives else _END_SECONDS)
             except BaseException as e:
@@ -277,9 +317,9 @@ class _Destination:
             warn(f"what the destination recorded is missing from the trace: {e}")
 
 
-def _stayed(sent: SentReport) -> Report:
+def _stayed(sent: SentReport) -> MigrationReport:
     """Return the report of a migration whose guest stayed on the source."""
-    return Report(
+    return MigrationReport(
         outcome=sent.outcome,
         sent=sent.sent,
         frames=sent.frames,
@@ -297,13 +337,13 @@ def _stayed(sent: SentReport) -> Report:
     )
 
 
-def _migrated(sent: SentReport, received: dict[str, Any]) -> Report:
+def _migrated(sent: SentReport, received: dict[str, Any]) -> MigrationReport:
     """Return the report of both sides together."""
     parts = {name: Part(part["received"], part["seconds"]) for name, part in received["parts"].items()}
     phases = {name: PhaseCost(**phase) for name, phase in received["phases"].items()}
     both = sent.phases | phases
     first = [name for name in both if name == DEST_PREMAP]
-    return Report(
+    return MigrationReport(
         outcome="migrated",
         sent=sent.sent,
         frames=FrameCounts(**received["frames"]),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the process for the destination of ``migrate`` is told to do.
+"""The order for the destination process of ``migrate``.
 
 Apart from :mod:`pyvhostvdpa.migration.child`, which runs as a program and so must not be imported first.
 """

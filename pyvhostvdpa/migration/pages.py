@@ -15,6 +15,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from .._cdefs import ffi, lib
@@ -28,11 +29,14 @@ PAGES: int = lib.FRAME_PAGES
 ZERO: int = lib.FRAME_ZERO
 
 Moved = Callable[[int, int], None]
-"""Called a few times a second with bytes of guest memory moved so far, and in all."""
+"""Called a few times per second with bytes of guest memory moved so far, and in all."""
 
 _SLICE_NS = 200_000_000
 _HASH_STEP = 64 << 20
 _RATE_ROUNDS = 3
+
+_MOVES = frozenset((lib.MOVE_AGAIN, lib.MOVE_DONE))
+"""What a C loop returns as long as nothing is wrong."""
 
 _FAULTS = {
     lib.FAULT_COUNT: f"its number of runs is not between 1 and {lib.FRAME_RUNS}",
@@ -59,7 +63,7 @@ class PageChannel(Protocol):
 
     @property
     def stall(self) -> float:
-        """Seconds without a byte after which the other side is given up."""
+        """Seconds without a byte after which the other side counts as lost."""
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
@@ -74,24 +78,14 @@ class PageChannel(Protocol):
         """Fill a buffer."""
 
 
-class PageHeader(Protocol):
-    """A frame's header."""
+@dataclass(slots=True)
+class FrameHeader:
+    """The head of a frame."""
 
-    @property
-    def type(self) -> int:
-        """What the frame is."""
-
-    @property
-    def count(self) -> int:
-        """Runs in it."""
-
-    @property
-    def length(self) -> int:
-        """Bytes of payload behind the header."""
-
-    @property
-    def sum(self) -> int:
-        """:func:`stream_sum` of the payload."""
+    type: int
+    count: int
+    length: int
+    sum: int
 
 
 class RoundStatistics(NamedTuple):
@@ -115,12 +109,15 @@ class RoundStatistics(NamedTuple):
 
 def stream_sum(data: Buffer) -> int:
     """Return the checksum of a frame's payload (64 bits; finds corruption, not forgery)."""
+    if isinstance(data, bytes):
+        # without a view of it, which takes longer than a short frame's sum
+        return int(lib.stream_sum(data, len(data)))
     view = ffi.from_buffer("uint8_t[]", data)
     return int(lib.stream_sum(view, len(view)))
 
 
 def memory_hash(memory: GuestMemory, progress: Moved = lambda done, total: None) -> int:
-    """Return a 64-bit hash of where guest memory is and what it holds; only a guest that stands still has one."""
+    """Return a 64-bit hash of where guest memory is and what it holds; only a paused guest has one."""
     done, parts = 0, []
     for region in memory.regions:
         for at in range(0, region.size, _HASH_STEP):
@@ -132,28 +129,23 @@ def memory_hash(memory: GuestMemory, progress: Moved = lambda done, total: None)
     return stream_sum(b"".join(int(part).to_bytes(8, "little") for part in parts))
 
 
-class _Slices:
-    """Runs a C loop in slices, so that Python's signals and callbacks have their turn."""
+def _slice_end() -> int:
+    """Return when a C loop is to return, so that Python's signals and callbacks have their turn."""
+    return time.monotonic_ns() + _SLICE_NS
 
-    def __init__(self, channel: PageChannel) -> None:
-        self.channel = channel
 
-    def deadline(self) -> int:
-        return time.monotonic_ns() + _SLICE_NS
-
-    def ended(self, result: int, error: int) -> None:
-        """Raise what a result of the C loop means, unless it is MOVE_AGAIN or MOVE_DONE."""
-        if result == lib.MOVE_CANCELLED:
-            raise MigrationCancelled("cancelled while guest memory was moving")
-        if result == lib.MOVE_STALLED:
-            raise StreamBroken(f"nothing moved on the stream for {self.channel.stall:g} s")
-        if result == lib.MOVE_BROKEN:
-            why = os.strerror(error) if error else "it was closed by the other side"
-            raise StreamBroken(f"the stream broke while guest memory was moving: {why}")
+def _failed(channel: PageChannel, result: int, error: int) -> Exception:
+    """Return what a result of a C loop means that is neither MOVE_AGAIN nor MOVE_DONE."""
+    if result == lib.MOVE_CANCELLED:
+        return MigrationCancelled("cancelled while guest memory was moving")
+    if result == lib.MOVE_STALLED:
+        return StreamBroken(f"nothing moved on the stream for {channel.stall:g} s")
+    why = os.strerror(error) if error else "it was closed by the other side"
+    return StreamBroken(f"the stream broke while guest memory was moving: {why}")
 
 
 class PageSender:
-    """Sends sets of pages of ``memory``, not faster than ``limit`` bytes a second (None: as fast as it goes)."""
+    """Sends sets of pages of ``memory``, not faster than ``limit`` bytes per second (None: as fast as it goes)."""
 
     def __init__(
         self,
@@ -163,7 +155,6 @@ class PageSender:
         progress: Moved = lambda done, total: None,
     ) -> None:
         self._memory = memory
-        self._slices = _Slices(channel)
         self._channel = channel
         self._progress = progress
         self._frame = mmap.mmap(-1, lib.SENDER_DATA_AT + lib.SENDER_PAGES * GUEST_PAGE)
@@ -179,7 +170,7 @@ class PageSender:
 
     @property
     def limit(self) -> float | None:
-        """Bytes a second on the stream, None without a limit. It may be changed at any time."""
+        """Bytes per second on the stream, None without a limit. It may be changed at any time."""
         return int(self._c.limit) or None
 
     @limit.setter
@@ -191,10 +182,10 @@ class PageSender:
 
     @property
     def bandwidth(self) -> float | None:
-        """Bytes a second of pages with content, over the last rounds; None before any went.
+        """Bytes per second of pages with content, over the last rounds; None before any went.
 
         A page of zeros costs next to nothing, one that the guest has written
-        most likely is none. So the former are not counted, and what it took
+        most likely has content. So the former are not counted, and what it took
         to find them only makes the figure too low: rounds that were mostly
         zeros stand in until there are others. What the socket's buffers
         still hold counts as sent.
@@ -215,8 +206,8 @@ class PageSender:
         """Send a set of pages as they are now.
 
         Raises :class:`MigrationCancelled`, :class:`StreamBroken`, or what
-        ``progress`` raises; the channel then tells whether it is ``torn``.
-        Cancelling waits for the end of a frame unless the stream stands still.
+        ``progress`` raises; the channel's ``torn`` is then set if its stream is.
+        Cancelling waits for the end of a frame unless the stream stalls.
         """
         bits = ffi.new("uint64_t *[]", pages.bits)
         self._c.bits = ffi.cast("uint64_t const **", bits)
@@ -240,17 +231,19 @@ class PageSender:
         return statistics
 
     def _send_raw(self) -> bool:
-        result = lib.pages_send(self._c, self._channel.fileno(), self._slices.deadline())
-        self._slices.ended(result, self._c.error)
+        result = lib.pages_send(self._c, self._channel.fileno(), _slice_end())
+        if result not in _MOVES:
+            raise _failed(self._channel, result, self._c.error)
         return bool(result == lib.MOVE_DONE)
 
     def _send_through_python(self) -> bool:
-        deadline = self._slices.deadline()
+        deadline = _slice_end()
         with memoryview(self._frame) as frame:
             while time.monotonic_ns() < deadline:
                 self._channel.check()
                 result = lib.pages_pause(self._c, deadline)
-                self._slices.ended(result, 0)
+                if result not in _MOVES:
+                    raise _failed(self._channel, result, 0)
                 if result == lib.MOVE_AGAIN:
                     return False
                 if not lib.pages_next(self._c):
@@ -262,18 +255,25 @@ class PageSender:
 
 
 class PageReceiver:
-    """Writes the page frames of a stream to guest memory, each when it was read whole and found right."""
+    """Writes the page frames of a stream to guest memory, each when it was read whole and found right.
 
-    def __init__(self, memory: GuestMemory, channel: PageChannel) -> None:
+    ``fresh`` if memory is all zeros, and has no other writer: of pages that the stream says are zeros only those
+    are looked at that have had content.
+    """
+
+    def __init__(self, memory: GuestMemory, channel: PageChannel, fresh: bool = False) -> None:
         self._memory = memory
         self._channel = channel
-        self._slices = _Slices(channel)
         self._frame = mmap.mmap(-1, lib.RECEIVER_DATA_AT + lib.FRAME_DATA)
         self._c: Any = ffi.new("struct page_receiver *")
         self._c.memory = memory.c_map
         self._c.frame = ffi.from_buffer("uint8_t[]", self._frame)
         self._c.cancel = channel.cancel
         self._c.stall = int(channel.stall * 1e9)
+        self._filled = PageSet(memory)
+        self._each_filled = ffi.new("uint64_t *[]", self._filled.bits)
+        if fresh:
+            self._c.filled = self._each_filled
 
     @property
     def pages(self) -> int:
@@ -290,7 +290,12 @@ class PageReceiver:
         """Bytes of page frames so far, headers included."""
         return int(self._c.bytes)
 
-    def receive(self, header: PageHeader) -> None:
+    @property
+    def written_at(self) -> int:
+        """When the pages of the last frame were in place, CLOCK_MONOTONIC in ns; 0 before."""
+        return int(self._c.written_at)
+
+    def receive(self, header: FrameHeader) -> None:
         """Read the payload behind a PAGES or ZERO header and write it to guest memory.
 
         On a raw channel further page frames that follow without a pause are
@@ -299,34 +304,36 @@ class PageReceiver:
         :class:`StreamBroken` or :class:`MigrationCancelled`.
         """
         if header.type not in (PAGES, ZERO):
-            raise ValueError(f"{header.type:#x} is no frame of pages")
+            raise ValueError(f"{header.type:#x} is not a frame of pages")
         self._c.type, self._c.count = header.type, header.count
         self._c.length, self._c.sum = header.length, header.sum
         self._c.got = lib.FRAME_HEADER
         self._c.moved_at = time.monotonic_ns()
-        self._settle(lib.pages_expect(self._c))
+        if (result := lib.pages_expect(self._c)) not in _MOVES:
+            raise self._refused(result)
         if self._channel.raw:
             result = lib.MOVE_AGAIN
             while result == lib.MOVE_AGAIN:
-                result = lib.pages_receive(self._c, self._channel.fileno(), self._slices.deadline())
-                self._settle(result)
+                result = lib.pages_receive(self._c, self._channel.fileno(), _slice_end())
+                if result not in _MOVES:
+                    raise self._refused(result)
         else:
             self._channel.check()
             begin = self._c.at + lib.FRAME_HEADER
             with memoryview(self._frame) as frame, frame[begin : begin + header.length] as part:
                 self._channel.receive_into(part)
-            self._settle(lib.pages_apply(self._c))
+            if (result := lib.pages_apply(self._c)) not in _MOVES:
+                raise self._refused(result)
 
-    def _settle(self, result: int) -> None:
-        self._slices.ended(result, self._c.error)
+    def _refused(self, result: int) -> Exception:
         if result != lib.MOVE_CORRUPT:
-            return
+            return _failed(self._channel, result, self._c.error)
         fault = int(self._c.fault)
         which = "PAGES" if self._c.type == PAGES else "ZERO"
         where = ""
         if fault in (lib.FAULT_RUN, lib.FAULT_ADDRESS):
             where = f": {int(self._c.wrong.gpa):#x}+{int(self._c.wrong.length):#x}"
-        raise StreamCorrupt(
+        return StreamCorrupt(
             f"a frame of guest memory ({which}, {int(self._c.count)} runs, {int(self._c.length)} bytes) was refused: "
             f"{_FAULTS[fault]}{where}"
         )

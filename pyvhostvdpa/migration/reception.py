@@ -19,9 +19,9 @@ from contextlib import ExitStack, suppress
 
 from ..base.closing import Closing
 from ..base.errors import MigrationCancelled, MigrationRefused, VhostVdpaError
-from ..guest.state import GuestShape
+from ..guest.shape import GuestShape
 from .cancel import Cancel
-from .endpoint import Listener, NoPeer
+from .endpoint import Listener, Looked, NoPeer
 from .stream import STALL_SECONDS, Channel, Frame
 
 ENTRY_SECONDS = 20.0
@@ -37,7 +37,7 @@ ReceiveShape = Callable[[Channel], GuestShape]
 
 
 def _turned_away(channel: Channel, why: str) -> NoPeer:
-    """Tell a peer why it is refused, and return that as an error."""
+    """Send a peer the reason of its refusal, and return that as an error."""
     channel.stall = _AGAIN_SECONDS
     with suppress(VhostVdpaError):
         channel.send_text(Frame.REFUSE, why)
@@ -46,9 +46,9 @@ def _turned_away(channel: Channel, why: str) -> NoPeer:
 
 
 class Reception(Closing):
-    """Accepts connections to ``listener`` and returns the peers that have told their shape, in :meth:`next`.
+    """Accepts connections to ``listener`` and returns the peers that have sent their shape, in :meth:`next`.
 
-    ``receive_shape`` reads SHAPE and raises a :class:`~pyvhostvdpa.MigrationRefused` that it has told the peer.
+    ``receive_shape`` reads SHAPE and raises a :class:`~pyvhostvdpa.MigrationRefused` that it has sent the peer.
     """
 
     def __init__(self, listener: Listener, receive_shape: ReceiveShape, stall: float = STALL_SECONDS) -> None:
@@ -134,6 +134,9 @@ class Reception(Closing):
             self._admit(sock, cancel)
         except MigrationCancelled:
             self._refuse(NoPeer(f"a handshake was ended for another of more than {MAX_HANDSHAKES} at once"))
+        except Looked:
+            # a source does so before it starts its guest: not worth a report
+            pass
         except MigrationRefused as e:
             self._refuse(e)
         except (VhostVdpaError, OSError, MemoryError) as e:

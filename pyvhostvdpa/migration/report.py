@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""What a migration was: frames, downtimes, calls. What was not measured, or cannot be known, is None."""
+"""What a migration was: frames, downtimes, calls. What was not measured, or cannot be known, is ``None``."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,21 +14,21 @@ import psutil
 from ..base.errors import VhostVdpaError
 from ..base.uapi import names
 from ..device.net import VdpaNetDevice
-from ..guest.nic import FrameCounts
+from ..guest.protocol import FrameCounts
 from ..host import mgmt
 from ..host.parents import parent_of
 from ..trace import gap
-from ..trace.downtime import PhaseCost, of_all, total, worst
+from ..trace.downtime import Downtimes, PhaseCost, rounded
 from ..virtqueue.layout import GuestQueue
 from .common import ReportCallback, attempt
-from .source import SendResult
+from .sent import SendResult
 
 SCHEMA = "pyvhostvdpa/migrate/1"
 SENT_SCHEMA = "pyvhostvdpa/send/1"
 RECEIVED_SCHEMA = "pyvhostvdpa/receive/1"
 
 STAYED = "stayed on source"
-"""The outcome of a migration whose guest goes on where it was."""
+"""The outcome of a migration whose guest stays where it was."""
 
 DropCounts = dict[str, dict[str, int] | None]
 """Frames that each device lost, by counter: {} if its parent counts none, None if that is unknown."""
@@ -55,48 +55,9 @@ class Part:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Downtimes:
-    """Milliseconds of both downtimes by device, as the series defines them; None for what was not measured."""
-
-    dt1_ms: dict[str, float | None]
-    dt2_ms: dict[str, float | None]
-
-    @property
-    def dt1(self) -> float | None:
-        """The worst device's switch to shadow virtqueues."""
-        return of_all(worst, self.dt1_ms.values())
-
-    @property
-    def dt2(self) -> float | None:
-        """The sum of the devices' stops on the source."""
-        return of_all(total, self.dt2_ms.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        return {
-            "dt1_ms": {"worst": _rounded(self.dt1), "devices": _by_device(self.dt1_ms)},
-            "dt2_ms": {"sum": _rounded(self.dt2), "devices": _by_device(self.dt2_ms)},
-        }
-
-
-def _by_device(ms: Mapping[str, float | None]) -> list[dict[str, Any]]:
-    return [{"device": device, "ms": _rounded(each)} for device, each in ms.items()]
-
-
-def _rounded(ms: float | None) -> float | None:
-    return None if ms is None else round(ms, 3)
-
-
-@dataclass(frozen=True, slots=True)
-class SentReport:
-    """What sending a guest was. ``outcome`` is "sent" or "stayed on source".
-
-    ``frames`` are counted when it left, or in the end if it stayed;
-    ``bad_pages``, what the guest's CPU found wrong, only in the end.
-    ``gap_back_ms`` is the longest time without a frame as it went back to
-    passthrough. ``warnings`` are sentences on what is wrong or unknown.
-    """
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OfTheSource:
+    """What the side that sends a guest knows of it."""
 
     outcome: str
     sent: SendResult
@@ -111,8 +72,27 @@ class SentReport:
     environment: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SentReport(_OfTheSource):
+    """What sending a guest was.
+
+    ``outcome`` is "sent" or "stayed on source"; ``sent`` has the rounds of the
+    stream. ``frames`` are the guest's frame counts when it left, or in the end if it stayed.
+    ``bad_pages`` are the pages that its CPU found wrong, known only if it stayed. ``parts`` are the
+    frames and seconds of each part of the migration, ``downtimes`` DT1 and DT2
+    in ms by device. ``gap_switch_ms`` and ``gap_back_ms`` are the longest
+    times without a frame at the switch to shadow virtqueues and at the return
+    to passthrough, in ms. ``phases`` are the calls and their cost by phase,
+    ``drops`` the frames that each device lost by its own counters,
+    ``environment`` what a reader needs to place the figures. ``warnings`` are
+    sentences on what is wrong or unknown, ``procedure`` says by device how it
+    was started and stopped. What was not measured is ``None``.
+    ``steps`` are this side's steps of the time in which the guest was paused.
+    """
+
     steps: list[gap.Piece] = field(default_factory=list)
-    """Of the time in which the guest stood still, those of this side."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its JSON schema ``pyvhostvdpa/send/1`` has it."""
@@ -121,25 +101,19 @@ class SentReport:
             "outcome": self.outcome,
             "id": self.sent.id,
             "frames": frames_when(self.outcome, self.frames),
-            "bad_pages": self.bad_pages,
-            "parts": {name: part.to_dict() for name, part in self.parts.items()},
-            **gap.to_dict(gap.join(self.steps)),
+            **_traffic(self, gap.join(self.steps)),
             **self.downtimes.to_dict(),
-            "guest_gap_ms": {"switch": _rounded(self.gap_switch_ms), **_back(self.outcome, self.gap_back_ms)},
+            "guest_gap_ms": {"switch": rounded(self.gap_switch_ms), **_back(self.outcome, self.gap_back_ms)},
             **self.sent.to_dict(),
-            "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
-            "device_drops": self.drops,
-            "procedure": self.procedure,
-            "warnings": self.warnings,
-            "environment": self.environment,
+            **_devices(self),
         }
 
 
 def frames_when(outcome: str, frames: FrameCounts) -> dict[str, int | None]:
     """Return the counts of frames for JSON.
 
-    A guest that left has frames in flight, and nobody here knows which of
-    them it will receive: what it lost is None then.
+    A guest that left has frames in flight, and this side does not know which of
+    them it will receive: its losses are then None.
     """
     if outcome == STAYED:
         return {**frames.to_dict(), "in_flight": 0}
@@ -147,14 +121,24 @@ def frames_when(outcome: str, frames: FrameCounts) -> dict[str, int | None]:
 
 
 def _back(outcome: str, ms: float | None) -> dict[str, float | None]:
-    return {"back": _rounded(ms)} if outcome == STAYED else {}
+    return {"back": rounded(ms)} if outcome == STAYED else {}
 
 
 @dataclass(frozen=True, slots=True)
 class ReceivedReport:
-    """What receiving a guest was. ``frames`` are all since its first start, ``bad_pages`` what its CPU found wrong.
+    """What receiving a guest was.
 
-    ``warnings`` are sentences on what is wrong or unknown.
+    ``id`` names the migration on both sides, ``source`` is where it came
+    from. ``frames`` are the guest's frame counts since its first start,
+    ``bad_pages`` the pages that its CPU found wrong, ``parts`` the frames and
+    seconds here. ``gap_move_ms`` is the longest time without a frame at the
+    move, in ms, None if unknown. ``hash`` is that of its memory, "" unless the
+    source asked for it; ``note`` what its owner should know, or "". ``phases``
+    are the calls and their cost by phase, ``drops`` the frames that each device
+    lost by its own counters, ``environment`` what a reader needs to place the
+    figures. ``warnings`` are sentences on what is wrong or unknown,
+    ``procedure`` says by device how it was started. ``steps`` are this side's
+    steps of the time in which the guest was paused.
     """
 
     id: str
@@ -171,7 +155,6 @@ class ReceivedReport:
     warnings: list[str] = field(default_factory=list)
     procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
     steps: list[gap.Piece] = field(default_factory=list)
-    """Of the time in which the guest stood still, those of this side."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its JSON schema ``pyvhostvdpa/receive/1`` has it."""
@@ -180,46 +163,36 @@ class ReceivedReport:
             "id": self.id,
             "source": self.source,
             "frames": self.frames.to_dict(),
-            "bad_pages": self.bad_pages,
-            "parts": {name: part.to_dict() for name, part in self.parts.items()},
-            **gap.to_dict(gap.join(self.steps)),
+            **_traffic(self, gap.join(self.steps)),
             "stop_to_run_steps_ns": gap.to_numbers(self.steps),
-            "guest_gap_ms": {"move": _rounded(self.gap_move_ms)},
+            "guest_gap_ms": {"move": rounded(self.gap_move_ms)},
             "memory_hash": self.hash or None,
             "note": self.note or None,
-            "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
-            "device_drops": self.drops,
-            "procedure": self.procedure,
-            "warnings": self.warnings,
-            "environment": self.environment,
+            **_devices(self),
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The result of one migration. Times in milliseconds, None for what was not measured.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationReport(_OfTheSource):
+    """The result of one migration.
 
-    ``outcome`` is ``"migrated"`` or ``"stayed on source"``. ``bad_pages`` is
-    what the guest's CPU found wrong in its memory in the end; ``drops`` are
-    the devices' own counters, as far as they have any; ``warnings`` are
-    sentences on what is wrong or unknown; ``procedure`` is by device, "source"
-    and "destination"; ``stopped`` is stop to run, None if the guest stayed.
+    ``outcome`` is "migrated" or "stayed on source"; ``sent`` has the rounds of
+    the stream. ``frames`` are the guest's frame counts in the end.
+    ``bad_pages`` are the pages that its CPU found wrong in the end. ``parts`` are the
+    frames and seconds of each part of the migration, ``downtimes`` DT1 and DT2
+    in ms by device. ``gap_switch_ms`` and ``gap_back_ms`` are the longest
+    times without a frame at the switch to shadow virtqueues and at the return
+    to passthrough, None if it moved, in ms. ``phases`` are the calls and their cost by phase,
+    ``drops`` the frames that each device lost by its own counters,
+    ``environment`` what a reader needs to place the figures. ``warnings`` are
+    sentences on what is wrong or unknown, ``procedure`` says by device how it
+    was started and stopped. What was not measured is ``None``.
+    ``gap_move_ms`` is the longest time without a frame at the move.
+    ``drops`` and ``procedure`` have the keys "source" and "destination".
+    ``stopped`` is stop to run in pieces, None if the guest stayed.
     """
 
-    outcome: str
-    sent: SendResult
-    frames: FrameCounts
-    bad_pages: int | None
-    parts: dict[str, Part]
-    downtimes: Downtimes
-    gap_switch_ms: float | None
     gap_move_ms: float | None
-    gap_back_ms: float | None
-    phases: dict[str, PhaseCost]
-    drops: DropCounts
-    environment: dict[str, Any]
-    warnings: list[str] = field(default_factory=list)
-    procedure: dict[str, dict[str, Any]] = field(default_factory=dict)
     stopped: gap.StopToRun | None = None
 
     @property
@@ -238,22 +211,36 @@ class Report:
             "schema": SCHEMA,
             "outcome": self.outcome,
             "frames": self.frames.to_dict(),
-            "bad_pages": self.bad_pages,
-            "parts": {name: part.to_dict() for name, part in self.parts.items()},
-            **gap.to_dict(self.stopped),
+            **_traffic(self, self.stopped),
             **self.downtimes.to_dict(),
             "guest_gap_ms": {
-                "switch": _rounded(self.gap_switch_ms),
-                "move": _rounded(self.gap_move_ms),
+                "switch": rounded(self.gap_switch_ms),
+                "move": rounded(self.gap_move_ms),
                 **_back(self.outcome, self.gap_back_ms),
             },
             **self.sent.to_dict(),
-            "phases": {name: phase.to_dict() for name, phase in self.phases.items()},
-            "device_drops": self.drops,
-            "procedure": self.procedure,
-            "warnings": self.warnings,
-            "environment": self.environment,
+            **_devices(self),
         }
+
+
+def _traffic(report: SentReport | ReceivedReport | MigrationReport, stopped: gap.StopToRun | None) -> dict[str, Any]:
+    """Return for JSON what the guest's traffic and CPU were, part by part, and how long it was paused."""
+    return {
+        "bad_pages": report.bad_pages,
+        "parts": {name: part.to_dict() for name, part in report.parts.items()},
+        **gap.to_dict(stopped),
+    }
+
+
+def _devices(report: SentReport | ReceivedReport | MigrationReport) -> dict[str, Any]:
+    """Return for JSON what the devices did, and where."""
+    return {
+        "phases": {name: phase.to_dict() for name, phase in report.phases.items()},
+        "device_drops": report.drops,
+        "procedure": report.procedure,
+        "warnings": report.warnings,
+        "environment": report.environment,
+    }
 
 
 _LOSS = ("drop", "overrun", "error", "filtered", "discard", "miss", "lost", "trunc", "too_long", "no_buf")
@@ -261,7 +248,7 @@ _LOSS_WORDS = ("down", "err", "bad", "oversize", "runt")
 
 
 def means_loss(name: str) -> bool:
-    """Tell whether a parent's counter of that name counts frames that did not reach the guest or the wire.
+    """Return whether a parent's counter of that name counts frames that did not reach the guest or the wire.
 
     Parents name their own counters (``vdpa dev vstats show``), so this goes by the words that drivers use.
     """
@@ -270,9 +257,9 @@ def means_loss(name: str) -> bool:
 
 
 class Drops:
-    """Frames that a device lost since this was made, by its parent's own counters, as far as it has any.
+    """Frames that a device lost since this was made, by its parent's own counters, if it has any.
 
-    Asking takes a process of its own, which may fail. That is told, and
+    Asking takes a process of its own, which may fail. That is reported, and
     makes the counters unknown; the guest has nothing to do with it.
     """
 
@@ -305,7 +292,7 @@ class Drops:
 
 def procedures(devices: Sequence[VdpaNetDevice]) -> dict[str, dict[str, Any]]:
     """Return for JSON by which procedure each device was started and stopped, and why not by a better one."""
-    return {device.path: device.procedure.to_dict() for device in devices}
+    return {device.path: {**device.procedure.to_dict(), "shadow": device.shadow} for device in devices}
 
 
 def environment(devices: dict[str, VdpaNetDevice], memory: int) -> dict[str, Any]:

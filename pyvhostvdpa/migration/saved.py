@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A stopped guest in a file: for the side that cannot know whether the guest is its own.
 
-The file holds everything, so the process may end. Whoever starts the guest
+The file holds everything, so the process may end. The process that starts the guest
 from it (``vhost-vdpa receive --take``, ``vhost-vdpa send --resume``) removes
 it: a guest is started once.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import struct
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..base.errors import MigrationFailed, MigrationRefused, StreamCorrupt
-from ..guest.nic_state import BadState
-from ..guest.state import MAX_DEVICES, DeviceState, GuestShape, GuestState, check_shapes
-from ..memory.guest import GuestMemory, ProgressCallback
-from .folder import SAVED, Claim, Draft, check_folder
+from ..guest.protocol import DeviceSection, G, Kinds, Section, kind_of
+from ..guest.shape import MAX_DEVICES, BadState, GuestShape, check_shapes
+from ..memory.guest import GuestMemory
+from ..memory.mapped import ProgressCallback
+from .folder import SAVED, Claim, Draft, check_saved_folder
 from .pages import memory_hash, stream_sum
 from .stream import MAX_CONTROL
 
@@ -42,13 +44,13 @@ class SavedGuest:
     """A guest without its memory."""
 
     shape: GuestShape
-    guest: GuestState
-    devices: tuple[DeviceState, ...]
+    guest: Section
+    devices: tuple[DeviceSection, ...]
 
 
 def check_room(folder: Path, size: int) -> None:
     """Make ``folder`` and raise :class:`~pyvhostvdpa.MigrationRefused` if a guest of ``size`` bytes cannot be saved."""
-    free = check_folder(folder)
+    free = check_saved_folder(folder)
     if free < size:
         raise MigrationRefused(
             f"{folder} has {free >> 20} MiB free; a guest whose stream breaks at the hand-over is saved there, "
@@ -97,26 +99,28 @@ def _write(file: BinaryIO, saved: SavedGuest, memory: GuestMemory) -> None:
     file.truncate()
 
 
-def load(path: Path, progress: ProgressCallback = lambda done: None) -> tuple[SavedGuest, GuestMemory]:
+def load(path: Path, kinds: Kinds[G], progress: ProgressCallback = lambda done: None) -> tuple[SavedGuest, GuestMemory]:
     """Return the guest in a file, and its memory, which is the caller's to close.
 
     Raises :class:`~pyvhostvdpa.MigrationRefused` if there is no such
-    file, :class:`~pyvhostvdpa.StreamCorrupt` if it is none of ours or
+    file or the guest is of none of these ``kinds``, :class:`~pyvhostvdpa.StreamCorrupt` if it is not a saved guest or
     damaged, :class:`~pyvhostvdpa.MissingFeature` without the memory.
-    It claims nothing: who starts the guest uses :func:`load_claimed`.
+    It claims nothing: use :func:`load_claimed` to start the guest.
     """
     try:
         with path.open("rb") as file:
-            return _load(file, path, progress)
+            return _load(file, path, kinds, progress)
     except OSError as e:
         raise MigrationRefused(f"{path}: {e.strerror}", hint=f"ls -l {path.absolute().parent}") from e
 
 
-def load_claimed(claim: Claim, progress: ProgressCallback = lambda done: None) -> tuple[SavedGuest, GuestMemory]:
+def load_claimed(
+    claim: Claim, kinds: Kinds[G], progress: ProgressCallback = lambda done: None
+) -> tuple[SavedGuest, GuestMemory]:
     """Return the guest in a file that this process has claimed; raises what :func:`load` does."""
     try:
         with open(os.dup(claim.fileno()), "rb") as file:
-            return _load(file, claim.path, progress)
+            return _load(file, claim.path, kinds, progress)
     except OSError as e:
         raise MigrationRefused(f"{claim.path}: {e.strerror}", hint=f"ls -l {claim.path.parent}") from e
 
@@ -125,8 +129,8 @@ def _write_checked(file: BinaryIO, data: bytes) -> None:
     file.write(data + _SUM.pack(stream_sum(data)))
 
 
-def _load(file: BinaryIO, path: Path, progress: ProgressCallback) -> tuple[SavedGuest, GuestMemory]:
-    saved, digest = read_sections(file, path)
+def _load(file: BinaryIO, path: Path, kinds: Kinds[G], progress: ProgressCallback) -> tuple[SavedGuest, GuestMemory]:
+    saved, digest = read_sections(file, path, kinds)
     memory = GuestMemory(saved.shape.memory, progress)  # type: ignore[arg-type]
     try:
         _fill(file, memory, path)
@@ -140,33 +144,57 @@ def _load(file: BinaryIO, path: Path, progress: ProgressCallback) -> tuple[Saved
     return saved, memory
 
 
-def read_sections(file: BinaryIO, path: Path) -> tuple[SavedGuest, int]:
+def read_sections(file: BinaryIO, path: Path, kinds: Kinds[G]) -> tuple[SavedGuest, int]:
     """Return the guest without its memory, which follows in the file, and that memory's hash.
 
     Raises :class:`~pyvhostvdpa.StreamCorrupt` if any bit of it was changed
-    since it was written; a file of version 1 cannot tell, and gets a warning.
+    since it was written; a file of version 1 has a checksum of its memory only, and gets a warning.
     """
-    head = _exactly(file, _HEAD.size, path)
-    magic, version, count, digest = _HEAD.unpack(head)
-    if magic != MAGIC or version not in (UNCHECKED_VERSION, VERSION):
-        raise StreamCorrupt(f"{path} is not a saved guest of version {UNCHECKED_VERSION} or {VERSION}")
+    version, count, digest = _read_head(file, path)
     checked = version == VERSION
-    if checked:
-        _check_sum(file, head, path)
-    else:
+    if not checked:
         log.warning(
             "%s has format version %d: apart from its memory it is unchecked, damage may go unnoticed", path, version
         )
-    if count > MAX_DEVICES:
-        raise StreamCorrupt(f"{path}: {count} devices, at most {MAX_DEVICES} are possible")
     shape = GuestShape.decode(_section(file, path, checked))
-    guest = GuestState.decode(_section(file, path, checked))
-    devices = tuple(DeviceState.decode(_section(file, path, checked)) for _ in range(count))
+    kind = kind_of(shape, kinds)
+    guest = kind.decode_guest(_section(file, path, checked))
+    devices = tuple(kind.decode_device(_section(file, path, checked)) for _ in range(count))
     try:
         check_shapes([device.shape for device in devices], shape.devices)
     except BadState as e:
         raise StreamCorrupt(f"{path}: {e}") from e
     return SavedGuest(shape, guest, devices), digest
+
+
+def _read_head(file: BinaryIO, path: Path) -> tuple[int, int, int]:
+    """Return the version of a file, how many devices follow, and the hash of memory."""
+    head = _exactly(file, _HEAD.size, path)
+    magic, version, count, digest = _HEAD.unpack(head)
+    if magic != MAGIC or version not in (UNCHECKED_VERSION, VERSION):
+        raise StreamCorrupt(f"{path} is not a saved guest of version {UNCHECKED_VERSION} or {VERSION}")
+    if version == VERSION:
+        _check_sum(file, head, path)
+    if count > MAX_DEVICES:
+        raise StreamCorrupt(f"{path}: {count} devices, at most {MAX_DEVICES} are possible")
+    return version, count, digest
+
+
+def other_files(path: Path, guest: bytes) -> list[Path]:
+    """Return the other files in the folder of ``path`` that hold the guest of this id: both sides may have saved it."""
+    return [other for other in sorted(path.parent.glob(f"*{SAVED}")) if other != path and _id_in(other) == guest]
+
+
+def _id_in(path: Path) -> bytes | None:
+    """Return the id of the guest in a file, None if it is not a saved guest or is gone."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return None
+        with path.open("rb") as file:
+            version, _, _ = _read_head(file, path)
+            return GuestShape.decode(_section(file, path, version == VERSION)).id
+    except (OSError, StreamCorrupt):
+        return None
 
 
 def _fill(file: BinaryIO, memory: GuestMemory, path: Path) -> None:

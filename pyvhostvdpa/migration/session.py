@@ -4,35 +4,39 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..base.errors import MigrationEnded, MigrationRefused
+from ..base.errors import MigrationEnded, MigrationFailed, MigrationRefused, VhostVdpaError
 from ..chardev.door import check_path
 from ..device.net import VdpaNetDevice
-from ..guest.nic import MAX_FRAME, MIN_FRAME, Window
-from ..guest.state import GuestShape
-from ..guest.synthetic import GuestOptions, SyntheticGuest
+from ..guest.protocol import Kinds, NewGuest, TrafficGuest, Window
+from ..guest.shape import GuestShape
 from ..host import mgmt
-from ..memory.guest import ProgressCallback, check_available
+from ..memory.guest import check_available
+from ..memory.mapped import ProgressCallback
 from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import CONTROL, SUPPORTED
 from ..trace import gap
-from ..trace.downtime import PhaseCost, cost, measured
+from ..trace.downtime import Downtimes, PhaseCost, cost, measured
 from ..trace.phases import DT1, DT2, PHASES
 from ..trace.recorder import Trace
-from .cancel import Cancel, ending_early
+from .cancel import Cancel, ending_early, unheard
 from .common import PhaseCallback, ReportCallback, attempt, harmless
-from .destination import Arrived, Destination, receive_shape, take
+from .destination import Arrived, Destination, receive_shape
 from .dirty import probe_interface
 from .endpoint import Inherited, Listener
+from .from_file import start_saved
 from .reception import Reception
-from .report import STAYED, Downtimes, DropCounts, Drops, Part, ReceivedReport, SentReport, environment, procedures
-from .saved import DEFAULT_FOLDER, check_room
-from .source import SendOptions, SendResult, Source
+from .report import STAYED, DropCounts, Drops, Part, ReceivedReport, SentReport, environment, procedures
+from .rescue import rescue
+from .saved import DEFAULT_FOLDER, SavedGuest, check_room, save
+from .sent import SendResult
+from .source import SendOptions, Source, stop_or_halt
 from .stream import Channel, Frame
 
 _STALLED_SECONDS = 2.0
@@ -45,7 +49,7 @@ Connect = Callable[[Cancel], Channel]
 
 
 def check_devices(paths: Sequence[str | os.PathLike[str]]) -> None:
-    """Raise if these are not different vhost-vdpa devices that nobody has open; opens none."""
+    """Raise if these are not different vhost-vdpa devices that no process has open; opens none."""
     for path in paths:
         check_path(path)
         if mgmt.holders(path):
@@ -65,7 +69,7 @@ def check_pairs(devices: Sequence[VdpaNetDevice], pairs: int) -> None:
 
 
 def let_run(
-    guest: SyntheticGuest, devices: Sequence[VdpaNetDevice], seconds: float, enough: Callable[[], bool] = lambda: False
+    guest: TrafficGuest, devices: Sequence[VdpaNetDevice], seconds: float, enough: Callable[[], bool] = lambda: False
 ) -> Part:
     """Let a guest run, with an eye on its devices, for ``seconds`` or until that is enough."""
     before, begin = guest.counts().received, time.monotonic()
@@ -74,14 +78,14 @@ def let_run(
         for device in devices:
             device.check()
             # stalled queues are timed from the first look on
-            device.standing()
+            device.stalled()
     return Part(guest.counts().received - before, time.monotonic() - begin)
 
 
-def drain(guest: SyntheticGuest, devices: Sequence[VdpaNetDevice], part: Part, seconds: float) -> list[str]:
+def drain(guest: TrafficGuest, devices: Sequence[VdpaNetDevice], part: Part, seconds: float) -> list[str]:
     """Send no more and wait ``seconds`` for the frames in flight.
 
-    Returns sentences on what did not arrive, and why as far as is known.
+    Returns sentences on what did not arrive, and why, if known.
     """
     if guest.drain(seconds):
         return []
@@ -93,7 +97,7 @@ def drain(guest: SyntheticGuest, devices: Sequence[VdpaNetDevice], part: Part, s
         why = [
             f"virtqueue {queue} of {device.path} has work and has not moved for {still:.1f} s: the device stalls"
             for device in devices
-            for queue, still in device.standing().items()
+            for queue, still in device.stalled().items()
             if still > _STALLED_SECONDS
         ]
     lost = f"{counts.sent - counts.received} frames did not come back within {seconds:g} s (--drain)"
@@ -110,7 +114,7 @@ class Sending:
 
     paths: Sequence[str | os.PathLike[str]]
     connect: Connect
-    guest_options: GuestOptions
+    guest_options: NewGuest
     options: SendOptions = field(default_factory=SendOptions)
     seconds: float = 5.0
     shadowed: float = 0.0
@@ -121,6 +125,8 @@ class Sending:
     """Forced on the devices; the best that each can do without (:class:`~pyvhostvdpa.VdpaNetDevice`)."""
     afterwards: Callable[[Cancel], None] = lambda cancel: None
     """Called once the guest is away and the devices are closed; a signal still only sets ``cancel`` then."""
+    shadow: str | None = None
+    """How queues are shadowed, one of :data:`pyvhostvdpa.device.shadowing.NAMES`; None for the default."""
 
     def run(self) -> SentReport:
         """Start the guest, let it run, send it. What :meth:`Source.run` raises has a ``report`` if the guest stayed.
@@ -131,11 +137,10 @@ class Sending:
         and ``tell`` raise is logged.
         """
         check_devices(self.paths)
-        if not MIN_FRAME <= self.guest_options.frame_size <= MAX_FRAME:
-            raise MigrationRefused(f"frames of {self.guest_options.frame_size} bytes: {MIN_FRAME} to {MAX_FRAME}")
+        self.guest_options.check()
         check_available(self.guest_options.memory)
         check_room(self.options.folder, self.guest_options.memory)
-        # whether the kernel can tell what was written must be known before the guest runs
+        # whether the kernel can track written pages must be known before the guest runs
         probe_interface()
         self.observer, self.tell = harmless(self.observer), harmless(self.tell)
         self._parts: dict[str, Part] = {}
@@ -157,6 +162,7 @@ class Sending:
                         wanted=SUPPORTED | CONTROL,
                         procedure=self.procedure,
                         control_deadline=self.options.control_deadline,
+                        shadow=self.shadow,
                     )
                 )
                 for path in self.paths
@@ -197,7 +203,7 @@ class Sending:
         self.tell(text)
 
     def _shadowing(
-        self, guest: SyntheticGuest, devices: Sequence[VdpaNetDevice], cancel: Cancel, channel: Channel
+        self, guest: TrafficGuest, devices: Sequence[VdpaNetDevice], cancel: Cancel, channel: Channel
     ) -> None:
         """Let the guest run between the switch and the first round of memory, and read the devices' counters."""
         told = time.monotonic()
@@ -220,13 +226,13 @@ class Sending:
             return self.connect(cancel)
         except MigrationEnded as e:
             where = ", ".join(os.fspath(path) for path in self.paths)
-            raise type(e)(f"{e}; the guest goes on in passthrough on {where}", hint=e.hint) from e
+            raise type(e)(f"{e}; the guest continues in passthrough on {where}", hint=e.hint) from e
 
-    def _guest(self, devices: Sequence[VdpaNetDevice], stack: ExitStack) -> SyntheticGuest:
-        guest = SyntheticGuest.create(devices, self.guest_options, self._allocated())
+    def _guest(self, devices: Sequence[VdpaNetDevice], stack: ExitStack) -> TrafficGuest:
+        guest = self.guest_options.create(devices, self._allocated())
         stack.callback(guest.close)
         for device in devices:
-            # devices let go of the memory before it goes: a second close is none
+            # devices release the memory before it is freed: closing them again has no effect
             stack.callback(device.close)
         stack.callback(guest.pause)
         for number, device in enumerate(devices):
@@ -248,9 +254,9 @@ class Sending:
 
         return tell
 
-    def _stayed(self, guest: SyntheticGuest, devices: Sequence[VdpaNetDevice], sent: SendResult) -> SentReport | None:
-        """Let a guest that goes on here run, and account for it; one that is stopped has no report."""
-        if not all(traffic.running for traffic in guest.traffic):
+    def _stayed(self, guest: TrafficGuest, devices: Sequence[VdpaNetDevice], sent: SendResult) -> SentReport | None:
+        """Let a guest that stays here run, and account for it; one that is stopped has no report."""
+        if not guest.running:
             return None
         self.observer("source again")
         self._parts["source again"] = part = let_run(guest, devices, self.seconds)
@@ -262,14 +268,14 @@ class Sending:
         return self._report(STAYED, guest, devices, sent)
 
     def _report(
-        self, outcome: str, guest: SyntheticGuest, devices: Sequence[VdpaNetDevice], sent: SendResult
+        self, outcome: str, guest: TrafficGuest, devices: Sequence[VdpaNetDevice], sent: SendResult
     ) -> SentReport:
         stayed, paths = outcome == STAYED, [device.path for device in devices]
         return SentReport(
             outcome=outcome,
             sent=sent,
             frames=guest.counts(),
-            bad_pages=_bad_pages(guest) if stayed else None,
+            bad_pages=guest.bad_pages() if stayed else None,
             parts=self._parts,
             downtimes=Downtimes(
                 {path: measured(self.trace, path, DT1) if path in sent.switched else None for path in paths},
@@ -288,7 +294,7 @@ class Sending:
 
 @dataclass
 class Receiving:
-    """A guest that arrives, or is started from a file, and runs here for ``seconds``."""
+    """A guest that arrives, or is started from a file, and runs here for ``seconds``. ``kinds`` are what may arrive."""
 
     paths: Sequence[str | os.PathLike[str]]
     seconds: float = 5.0
@@ -300,6 +306,7 @@ class Receiving:
     drain: float = 10.0
     procedure: str | None = None
     """Forced on the devices; the best that each can do without (:class:`~pyvhostvdpa.VdpaNetDevice`)."""
+    kinds: Kinds[TrafficGuest] = field(kw_only=True)
 
     def receive(self, listener: Listener | Inherited) -> ReceivedReport:
         """Wait for a source, receive its guest, let it run.
@@ -312,13 +319,13 @@ class Receiving:
             self._wait(listener)
             with Cancel() as cancel:
                 return self._live(self._arrive(listener.accept(cancel.fileno()), cancel))
-        with Reception(listener, receive_shape) as reception:
+        # one for all sources: when the next one comes there may be no descriptor left
+        with Reception(listener, receive_shape) as reception, Cancel() as cancel:
             self._wait(listener)
             while True:
                 try:
                     channel, shape = reception.next()
-                    with Cancel() as cancel:
-                        arrived = self._arrive(channel, cancel, shape)
+                    arrived = self._arrive(channel, cancel, shape)
                 except MigrationRefused as e:
                     self.tell(f"refused: {e}")
                     self._wait(listener)
@@ -329,12 +336,13 @@ class Receiving:
     def _wait(self, listener: Listener | Inherited) -> None:
         self.tell(f"waiting for a source on {listener.address}")
 
-    def _arrive(self, channel: Channel, cancel: Cancel, shape: GuestShape | None = None) -> Arrived:
+    def _arrive(self, channel: Channel, cancel: Cancel, shape: GuestShape | None = None) -> Arrived[TrafficGuest]:
         with channel, cancel.on_signals():
             return Destination(
                 self.paths,
                 channel,
                 cancel,
+                self.kinds,
                 self.trace,
                 self.folder,
                 self.observer,
@@ -344,16 +352,19 @@ class Receiving:
                 self.procedure,
             ).run()
 
-    def take(self, path: Path) -> ReceivedReport:
+    def start_saved(self, path: Path) -> ReceivedReport:
         """Start the guest saved in a file, let it run."""
         check_devices(self.paths)
         tell = harmless(self.tell)
-        return self._live(take(path, self.paths, self.trace, tell, self.control_deadline, self.procedure))
+        return self._live(
+            start_saved(path, self.paths, self.kinds, self.trace, tell, self.control_deadline, self.procedure)
+        )
 
-    def _live(self, arrived: Arrived) -> ReceivedReport:
+    def _live(self, arrived: Arrived[TrafficGuest]) -> ReceivedReport:
         """Let a guest that arrived run, and account for it. What only reports may fail, and the guest runs on.
 
-        A signal ends the traffic early; the account is made all the same.
+        A signal ends the traffic early; the frames are still counted. If a device fails the guest is saved, and
+        :class:`~pyvhostvdpa.MigrationFailed` names the file.
         """
         observer, tell, warnings = harmless(self.observer), harmless(self.tell), list[str]()
 
@@ -368,17 +379,20 @@ class Receiving:
             guest, devices = arrived.guest, arrived.devices
             attempt(guest.announce, "the guest could not announce itself to its networks", warn)
             drops = drops_of(guest, devices, warn)
-            part = let_run(guest, devices, self.seconds, ended.is_set)
+            try:
+                part = let_run(guest, devices, self.seconds, ended.is_set)
+            except VhostVdpaError as e:
+                raise self._saved(arrived, e) from e
             observer("drain")
             for warning in drain(guest, devices, part, self.drain):
                 warn(warning)
             lost = {path: each.now() for path, each in drops.items()}
             guest.pause()
             return ReceivedReport(
-                id=arrived.id,
-                source=arrived.source,
+                id=arrived.shape.id.hex(),
+                source=arrived.shape.source,
                 frames=guest.counts(),
-                bad_pages=_bad_pages(guest),
+                bad_pages=guest.bad_pages(),
                 parts={"destination": part},
                 gap_move_ms=guest.window_gap(Window.START),
                 hash=arrived.hash,
@@ -391,15 +405,30 @@ class Receiving:
                 steps=gap.steps(self.trace.events),
             )
 
+    def _saved(self, arrived: Arrived[TrafficGuest], error: VhostVdpaError) -> MigrationFailed:
+        """Save a guest whose device failed: it can continue on another one, or on this one after a reset."""
+        guest, devices = arrived.guest, arrived.devices
 
-def drops_of(guest: SyntheticGuest, devices: Sequence[VdpaNetDevice], tell: ReportCallback) -> dict[str, Drops]:
+        def once() -> Path:
+            own, sections = guest.state()
+            return save(self.folder, "destination", SavedGuest(arrived.shape, own, tuple(sections)), guest.memory)
+
+        # a signal that raised here would end the guest
+        with unheard():
+            guest.pause()
+            for device in devices:
+                with suppress(VhostVdpaError, OSError):
+                    stop_or_halt(device)
+                with suppress(VhostVdpaError, OSError):
+                    device.reset()
+            path = rescue(once, self.folder, guest.memory.size)
+        command = ["vhost-vdpa", "receive", "--take", str(path), *(device.path for device in devices)]
+        return MigrationFailed(f"{error}. The guest is stopped and saved in {path}", hint=shlex.join(command))
+
+
+def drops_of(guest: TrafficGuest, devices: Sequence[VdpaNetDevice], tell: ReportCallback) -> dict[str, Drops]:
     """Return the counters of lost frames from now on, by device; ``tell`` gets why some are unknown."""
-    return {device.path: Drops(device.path, nic.queues, tell) for device, nic in zip(devices, guest.nics, strict=True)}
-
-
-def _bad_pages(guest: SyntheticGuest) -> int:
-    """Count the pages that the guest's CPU finds wrong; it must be paused."""
-    return guest.writer.bad_pages() if guest.writer is not None else 0
+    return {device.path: Drops(device.path, guest.queues(number), tell) for number, device in enumerate(devices)}
 
 
 def _phases(trace: Trace) -> dict[str, PhaseCost]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The source's side of a migration: it owns the guest until the destination says that it runs there.
 
-``vhost-vdpa help migration`` has the protocol, and who owns the guest when.
+``vhost-vdpa help migration`` has the protocol, and which side owns the guest when.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..base.errors import (
     MigrationCancelled,
@@ -26,30 +24,27 @@ from ..base.errors import (
 )
 from ..base.uapi import BackendFeature, names
 from ..device.net import State, VdpaNetDevice
-from ..device.together import together
-from ..guest.nic import Window
-from ..guest.state import ID_BYTES, GuestShape
-from ..guest.synthetic import SyntheticGuest
-from ..memory.guest import GUEST_PAGE
+from ..guest.protocol import Guest, Window
+from ..guest.shape import ID_BYTES, GuestShape
 from ..net.control_queue import DEFAULT_DEADLINE
-from ..trace import gap
 from ..trace.phases import CANCEL_START, DT1_START, DT1_STOP, DT2_STOP
+from . import paused
 from .alive import AliveLimit
 from .cancel import Cancel
 from .common import PATIENCE, PhaseCallback, ReportCallback, harmless, hash_bytes, patience, words_of
-from .convergence import Convergence, duration
-from .dirty import DirtyTracker, PageSet
 from .fence import MARGIN, Fence, hold, needs_holding
 from .folder import Draft
-from .pages import PageSender, RoundStatistics
+from .handover import Leaving
+from .precopy import Rounds
+from .rehearsal import rehearse
 from .rescue import rescue
 from .saved import DEFAULT_FOLDER, SavedGuest, check_room, save_held
+from .sent import LastRound, SendResult
 from .stream import Channel, Frame, words
 
-PHASES = ("handshake", "switch", "memory", "stop", "state", "ready", "go", "running")
+SOURCE_PHASES = ("handshake", "switch", "memory", "stop", "state", "ready", "go", "running")
 """Of the source, in order; "back to source" may follow each but the last."""
 
-_TELL_SECONDS = 1.0
 _GIVEN = "after the guest was given away and before the destination said that it runs there"
 _LATE = (
     "so late after the destination was ready that the guest may have been started from its file there (this process "
@@ -61,9 +56,9 @@ _LATE = (
 class SendOptions:
     """How to send a guest.
 
-    ``limit`` in bytes a second on the stream until the guest is stopped, None
-    for none; ``downtime`` in seconds that what is left then may take;
-    ``hashed`` compares a hash of all memory while the guest stands still;
+    ``limit`` in bytes per second on the stream until the guest is paused, None
+    for none; ``downtime`` in seconds that sending the remaining pages may take
+    then; ``hashed`` compares a hash of all memory while the guest is paused;
     ``folder`` is where a guest is saved whose stream breaks at the hand-over;
     ``control_deadline`` is how many seconds a device may take to answer a
     control command before it counts as dead; ``drain`` how many seconds the
@@ -78,72 +73,18 @@ class SendOptions:
     drain: float = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class LastRound:
-    """The round of memory that was sent while the guest stood still.
-
-    Of its ``pages`` the devices were seen to write ``by_device``, and the
-    guest's CPU alone ``by_cpu``. ``ms`` is what sending took.
-    """
-
-    pages: int
-    by_device: int
-    by_cpu: int
-    ms: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        return {
-            "pages": self.pages,
-            "by_device": self.by_device,
-            "by_cpu": self.by_cpu,
-            "mib": round(self.pages * GUEST_PAGE / (1 << 20), 3),
-            "ms": round(self.ms, 3),
-        }
-
-
-@dataclass(slots=True)
-class SendResult:
-    """What sending took. ``hash`` is "" unless it was asked for; ``stopped`` is when, CLOCK_MONOTONIC ns.
-
-    ``switched`` are the paths of the devices that run, or ran, on shadow
-    virtqueues, ``halted`` of those that were stopped for good: of them DT1
-    and DT2 are known. ``last`` is the round that the guest stood still for,
-    None if it stayed.
-    """
-
-    id: str = ""
-    rounds: list[RoundStatistics] = field(default_factory=list)
-    hash: str = ""
-    stopped: int = 0
-    switched: set[str] = field(default_factory=set)
-    halted: set[str] = field(default_factory=set)
-    last: LastRound | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        return {
-            "rounds": [
-                {"pages": r.pages, "zero_pages": r.zero_pages, "bytes": r.bytes, "seconds": round(r.seconds, 6)}
-                for r in self.rounds
-            ],
-            "last_round": None if self.last is None else self.last.to_dict(),
-            "memory_hash": self.hash or None,
-        }
-
-
 class Source:
     """Sends a guest, which runs in passthrough on ``devices``, to the other end of ``channel``.
 
-    ``observer`` and ``tell`` may fail: that is logged, and the migration goes
-    on. ``shadowed`` is called once the devices run on shadow virtqueues,
+    ``observer`` and ``tell`` may fail: that is logged, and the migration
+    continues. ``shadowed`` is called once the devices run on shadow virtqueues,
     before memory is sent; what it raises ends the migration, and the guest
     stays.
     """
 
     def __init__(
         self,
-        guest: SyntheticGuest,
+        guest: Guest,
         devices: Sequence[VdpaNetDevice],
         channel: Channel,
         cancel: Cancel,
@@ -155,25 +96,30 @@ class Source:
         self.guest, self.devices, self.channel = guest, list(devices), channel
         self.options = options or SendOptions()
         self.sent = SendResult()
-        self._told = self._round_began = time.monotonic()
         self._halted: set[int] = set()
-        """Numbers of devices that failed to stop: whether they stand still nobody knows."""
+        """Numbers of devices that failed to stop: whether they are stopped is unknown."""
+        self._resources = ExitStack()
+        self._ahead = paused.AheadOfOthers()
+        self._stopping: paused.Prepared | None = None
+        self._leaving: Leaving | None = None
+        """Made before the pause, if the guest's state can be passed in one go."""
+        self._outlined = False
+        """Whether the destination knows the guest's outline."""
         self._loaded = False
         """Whether the destination may have all of the guest, and so may save it."""
         self._fence: Fence | None = None
-        """While this side may go on by itself though the destination may be ready."""
+        """While this side may resume by itself though the destination may be ready."""
         self._cancel = cancel
         self._observe, self._tell, self._shadowed = harmless(observer), harmless(tell), shadowed
-        self._tracker = DirtyTracker(guest.memory)
-        self._left = PageSet(guest.memory)
-        self._left_by_devices = PageSet(guest.memory)
-        self._sender = PageSender(guest.memory, channel, self.options.limit, self._progress)
+        self._rounds = Rounds(guest, channel, self.options.limit, self._check, self._tell)
+        self.sent.rounds = self._rounds.statistics
         self._shape = GuestShape(
             id=os.urandom(ID_BYTES),
             source=f"{os.uname().nodename} {' '.join(device.path for device in devices)}"[:200],
             memory=tuple((region.gpa, region.size) for region in guest.memory.regions),
             devices=guest.shapes(),
             hashed=self.options.hashed,
+            kind=guest.kind,
         )
         self.sent.id = self._shape.id.hex()
 
@@ -183,51 +129,58 @@ class Source:
         Raises :class:`~pyvhostvdpa.MigrationRefused`,
         :class:`~pyvhostvdpa.MigrationCancelled` or
         :class:`~pyvhostvdpa.MigrationFailed` if it does not. The
-        guest then goes on in passthrough here, or the message says what state
-        it is in and the hint is the command that goes on from there.
+        guest then continues in passthrough here, or the message says what state
+        it is in and the hint is the command that continues from there.
         Whatever else fails is raised as MigrationFailed in the same way. Does
-        not return while a paused guest that is nobody else's cannot be saved,
+        not return while a paused guest that only this side has cannot be saved,
         see :func:`~pyvhostvdpa.migration.rescue.rescue`. KeyboardInterrupt
         before the hand-over leaves the devices for their owner to close.
         """
+        with self._resources, self._ahead:
+            return self._run()
+
+    def _run(self) -> SendResult:
         try:
-            for phase, step in (
-                ("handshake", self._handshake),
-                ("switch", self._switch),
-                ("memory", self._precopy),
-                ("stop", self._stop),
-                ("state", self._send_state),
-                ("ready", self._await_ready),
-            ):
+            steps = (self._handshake, self._switch, self._precopy, self._stop, self._send_state, self._await_ready)
+            for phase, step in zip(SOURCE_PHASES[: len(steps)], steps, strict=True):
                 self._observe(phase)
                 self._cancel.check()
                 step()
             self._observe("go")
             self._cancel.check()
         except Exception as e:
-            # whatever it is, for want of descriptors or memory as well: the guest is here and can go on
+            # whatever it is, for want of descriptors or memory as well: the guest is here and can continue
             raise self._stay(e) from e
         except BaseException:
-            self._tracker.stop()
+            self._rounds.stop()
             raise
         try:
             self._hand_over()
         finally:
-            # it takes longer the more memory there is, and nobody waits for it now
-            self._tracker.stop()
-        self._let_go()
-        self._account()
+            self._finish_stopping()
+            if self._leaving is not None:
+                self._leaving.record()
+            # it takes longer the more memory there is, and nothing waits for it now
+            self._rounds.stop()
+        self._release_devices()
+        self._measure_last_round()
         return self.sent
 
-    def _let_go(self) -> None:
-        """Reset what the guest has left: a procedure may have kept it ready to go on."""
+    def _finish_stopping(self) -> None:
+        """Do the work that stopping the devices postponed until nothing waits for it."""
+        self._ahead.close()
+        if self._stopping is not None:
+            self._stopping.finish()
+
+    def _release_devices(self) -> None:
+        """Reset what the guest has left: a procedure may have kept it ready to continue."""
         for device in self.devices:
             with suppress(VhostVdpaError, OSError):
                 device.reset()
 
-    def _account(self) -> None:
-        """Count what the last round moved, now that nobody waits."""
-        pages, by_devices = self._left.count, self._left_by_devices.count
+    def _measure_last_round(self) -> None:
+        """Count what the last round moved, now that nothing waits for it."""
+        pages, by_devices = self._rounds.left.count, self._rounds.left_by_devices.count
         self.sent.last = LastRound(pages, by_devices, pages - by_devices, self.sent.rounds[-1].seconds * 1000)
 
     # -- while the guest runs here -------------------------------------------------
@@ -236,9 +189,15 @@ class Source:
         for device in self.devices:
             if BackendFeature.SUSPEND not in device.backend_features:
                 raise MigrationRefused(
-                    f"{device.path} lacks SUSPEND: its rings cannot be taken over without loss (it has "
+                    f"{device.path} lacks SUSPEND: its rings cannot be stopped without loss (it has "
                     f"{names(device.backend_features)})"
                 )
+        if not (self.guest.can_pause or self._rounds.atomic):
+            raise MigrationRefused(
+                "this kernel collects written pages only while the guest is paused (soft-dirty bits), and this guest "
+                "cannot be paused from here between two rounds",
+                hint="a kernel with CONFIG_PTE_MARKER_UFFD_WP and PAGEMAP_SCAN",
+            )
         check_room(self.options.folder, self.guest.memory.size)
         self.channel.send_frame(Frame.SHAPE, self._shape.encode())
         alive = AliveLimit()
@@ -258,15 +217,18 @@ class Source:
                 with device.trace.in_phase(DT1_STOP):
                     self._stop_device(number, device, State.SHADOW)
                 with device.trace.in_phase(DT1_START):
-                    device.start_shadow(self.guest.nics[number].queues, self.guest.controls[number])
+                    self.guest.start(number, device, State.SHADOW)
             self.sent.switched.add(device.path)
         self._shadowed()
 
     def _stop_device(self, number: int, device: VdpaNetDevice, then: State | None = None) -> None:
+        self._note_halted(number, lambda: device.stop(then))
+
+    def _note_halted(self, number: int, stop: Callable[[], None]) -> None:
         try:
-            device.stop(then)
+            stop()
         except OutOfOrder:
-            # it was resumed and goes on, or was reset
+            # it was resumed and continues, or was reset
             raise
         except Exception:
             self._halted.add(number)
@@ -275,108 +237,69 @@ class Source:
     def _precopy(self) -> None:
         for number, outline in enumerate(self.guest.outline()):
             self.channel.send_frame(Frame.STAND_BY, outline.encode(), number)
-        # all of memory goes after this, so what was written before is no matter
-        self._tracker.start()
-        converging = Convergence(self.options.downtime)
-        pages = PageSet.all(self.guest.memory)
-        short = False
-        while True:
-            self._send_round(pages)
-            pages = self._collect()
-            takes = converging.words(pages, self._sender.bandwidth, self._sender.measured)
-            self._tell(
-                f"round {len(self.sent.rounds)}: {_speed(self.sent.rounds[-1])}; "
-                f"{pages.bytes >> 10:,} KiB written since, {takes}"
-            )
-            if converging.done(pages, self._sender.bandwidth) and pages.count and not short:
-                # this round is known to be short: the guest runs for it, and stands still for what it writes meanwhile
-                short = True
-                continue
-            if converging.done(pages, self._sender.bandwidth):
-                self._left = pages
-                self._left_by_devices.update(self._tracker.written_by_devices)
-                return
-            if converging.gave_up(pages):
-                raise MigrationFailed(
-                    f"the guest writes memory faster than the stream moves it: after {len(self.sent.rounds)} rounds "
-                    f"{pages.bytes >> 10:,} KiB are left, {takes}",
-                    hint="allow a longer downtime, or a faster stream, or let the guest write less",
-                )
-
-    def _collect(self) -> PageSet:
-        if self._tracker.atomic:
-            return self._tracker.collect()
-        self.guest.pause()
-        try:
-            return self._tracker.collect()
-        finally:
-            self.guest.run()
-
-    def _send_round(self, pages: PageSet) -> None:
-        self.channel.send_frame(Frame.ROUND, pages.bytes.to_bytes(8, "little"), len(self.sent.rounds) + 1)
-        self._round_began = self._told = time.monotonic()
-        self.sent.rounds.append(self._sender.send(pages))
-        self._check()
-
-    def _progress(self, moved: int, total: int) -> None:
-        self._check()
-        now = time.monotonic()
-        if now - self._told < _TELL_SECONDS:
-            return
-        self._told = now
-        rate = moved / (now - self._round_began)
-        left = f", {duration((total - moved) / rate)} left" if rate else ""
-        done = f"{moved >> 20} of {total >> 20} MiB"
-        self._tell(f"round {len(self.sent.rounds) + 1}: {done}, {rate / (1 << 20):,.1f} MiB/s{left}")
+            self._outlined = True
+        self._rounds.until_few_are_left(self.options.downtime)
 
     def _check(self) -> None:
-        """Raise if a device gave up, or the destination."""
+        """Raise if a device or the destination failed."""
         for device in self.devices:
             device.check()
         if self.channel.readable():
             _, payload = self.channel.expect(Frame.FAILED)
             raise MigrationFailed(f"the destination says: {words(payload)}")
 
-    # -- while it stands still -------------------------------------------------------
+    # -- while it is paused ----------------------------------------------------------
 
     def _stop(self) -> None:
+        works = [device.prepare_stop() for device in self.devices]
+        stopping = paused.Prepared(self.devices, DT2_STOP, works, self._stop_one, self._stopped, beside=True)
+        self._stopping = self._resources.enter_context(stopping)
+        self._resources.enter_context(paused.no_collection())
+        if self._outlined:
+            rehearse(self.guest, arriving=False)
+        if stopping.begin() and self._outlined and not self.options.hashed:
+            # control queues are held from here on
+            sections = self.guest.sections()
+            if sections is not None:
+                self._leaving = Leaving(self.channel, sections, self.devices[0].trace)
+        self._ahead.begin()
         self.sent.stopped = time.monotonic_ns()
-        with self._step(gap.PAUSE):
-            self.guest.pause()
-        together([partial(self._stop_for_good, number, device) for number, device in enumerate(self.devices)])
-        with self._step(gap.COLLECT):
-            self._left.update(self._tracker.collect())
-            self._left_by_devices.update(self._tracker.written_by_devices)
+        paused.stop(self.guest, self.devices, self._rounds, stopping)
 
-    def _step(self, phase: str) -> AbstractContextManager[None]:
-        """Record a step of the time in which the guest stands still."""
-        return gap.step(self.devices[0].trace, phase)
+    def _stop_one(self, number: int) -> None:
+        self.devices[number].stop()
 
-    def _stop_for_good(self, number: int, device: VdpaNetDevice) -> None:
-        with device.trace.in_phase(DT2_STOP):
-            self._stop_device(number, device)
-        self.sent.halted.add(device.path)
+    def _stopped(self, number: int, stop: Callable[[], None]) -> None:
+        self._note_halted(number, stop)
+        self.sent.halted.add(self.devices[number].path)
 
     def _send_state(self) -> None:
-        self._sender.limit = None
-        with self._step(gap.LAST_ROUND):
-            self._send_round(self._left)
-        with self._step(gap.STATE):
-            guest, devices = self.guest.state()
-            self.channel.send_frame(Frame.GUEST, guest.encode())
-            for number, device in enumerate(devices):
-                self.channel.send_frame(Frame.DEVICE, device.encode(), number)
+        paused.send_memory(self.devices, self._rounds)
+        leaving = self._leaving
+        if leaving is None or not self.channel.raw:
+            self._leaving = None
+            paused.send_state(self.guest, self.devices, self.channel, self._outlined, self._finally)
+            return
+        self._finally()
+        if leaving.send():
+            leaving.complete()
+            return
+        self._leaving, self._loaded, self._fence = None, False, None
+        paused.send_state(self.guest, self.devices, self.channel, self._outlined, self._finally)
+
+    def _finally(self) -> None:
+        """Know that the destination may have all of the guest from now on."""
         self._loaded = True
         self._fence = Fence(patience(self._shape), 1)
-        self.channel.send_frame(Frame.FINAL)
 
     def _await_ready(self) -> None:
+        if self._leaving is not None and self._leaving.await_ready():
+            self._note_ready()
+            return
         ours = hash_bytes(self.guest.memory) if self.options.hashed else b""
         assert self._fence is not None
         kind, theirs = self.channel.expect(Frame.READY, Frame.FAILED, seconds=max(1.0, self._fence.left - MARGIN))
-        # the destination's time to start the guest began before READY arrived, and its control queue may be as slow as
-        # this side's may be
-        self._theirs = Fence(patience(self._shape) + self.options.control_deadline, 3)
+        self._note_ready()
         if kind is Frame.FAILED:
             self._fence = None
             raise MigrationFailed(f"the destination says: {words(theirs)}")
@@ -386,14 +309,25 @@ class Source:
             )
         self.sent.hash = ours.hex()
 
+    def _note_ready(self) -> None:
+        # the destination's time to start the guest began before READY arrived, and its control queue may be as slow as
+        # this side's may be
+        self._destination_fence = Fence(patience(self._shape) + self.options.control_deadline, 3)
+
     # -- the hand-over ------------------------------------------------------------------
 
+    def _give(self) -> None:
+        if self._leaving is not None and self.channel.raw:
+            self._leaving.give()
+        else:
+            self.channel.send_frame(Frame.GO, time.monotonic_ns().to_bytes(8, "little", signed=True))
+
     def _hand_over(self) -> None:
-        """Give the guest away. From GO on only the destination knows whose it is, until it has answered."""
+        """Give the guest away. After GO only the destination knows which side owns it, until it has answered."""
         self._cancel.too_late()
         self.channel.cancel = -1
         try:
-            self.channel.send_frame(Frame.GO, time.monotonic_ns().to_bytes(8, "little", signed=True))
+            self._give()
         except StreamBroken as e:
             # a partial GO frame does not count
             raise self._stay(e) from e
@@ -401,9 +335,9 @@ class Source:
             raise self._unknown(e, _GIVEN, True) from e
         try:
             self._observe("running")
-            kind, payload = self.channel.expect(Frame.RUNNING, Frame.FAILED, seconds=self._theirs.left)
+            kind, payload = self.channel.expect(Frame.RUNNING, Frame.FAILED, seconds=self._destination_fence.left)
         except Exception as e:
-            # whatever it is: what follows from it is that nobody knows whether the guest runs there
+            # whatever it is: after it, whether the guest runs there is unknown
             raise self._unknown(e, _GIVEN, needs_holding(self.channel, e)) from e
         if kind is Frame.FAILED:
             self._fence = None
@@ -429,35 +363,38 @@ class Source:
             guest, devices = self.guest.state()
             return save_held(folder, "source", SavedGuest(self._shape, guest, tuple(devices)), self.guest.memory)
 
+        self._ahead.close()
         # a signal that raised here would end the guest
         self._cancel.too_late()
         folder = self.options.folder
         with rescue(once, folder, self.guest.memory.size) as draft:
             path = draft.path
             if held:
-                hold(self._theirs, path, "destination", self._cancel, self._tell)
+                hold(self._destination_fence, path, "destination", self._cancel, self._tell)
         return path, shlex.join(["vhost-vdpa", "send", "--resume", str(path), *(d.path for d in self.devices)])
 
     # -- staying --------------------------------------------------------------------------
 
     def _stay(self, error: Exception) -> VhostVdpaError:
-        """Let the guest go on in passthrough here; the error that tells so, or what state is left."""
+        """Let the guest continue in passthrough here; the error to raise, or the resulting state."""
         self._observe("back to source")
+        with suppress(VhostVdpaError, OSError):
+            self._finish_stopping()
         try:
             if self._too_late():
                 return self._unknown(error, _LATE)
-            stranded = self._go_on()
+            stranded = self._start_again()
         finally:
-            self._tracker.stop()
-        said = self._part(error)
+            self._rounds.stop()
+        said = self._end_stream(error)
         what = f"{words_of(error)}; the destination says: {said}" if said else words_of(error)
         if stranded is not None:
             return self._stranded(what, stranded)
         kind = type(error) if isinstance(error, MigrationCancelled | MigrationRefused) else MigrationFailed
         where = ", ".join(device.path for device in self.devices)
-        return kind(f"{what}; the guest goes on in passthrough on {where}", hint=getattr(error, "hint", ""))
+        return kind(f"{what}; the guest continues in passthrough on {where}", hint=getattr(error, "hint", ""))
 
-    def _go_on(self) -> Exception | None:
+    def _start_again(self) -> Exception | None:
         """Return to passthrough; why not, if that cannot be."""
         try:
             with self.guest.watching(Window.START):
@@ -468,7 +405,6 @@ class Source:
                 raise MigrationFailed(f"that would be {_LATE}")
             self.guest.run()
         except Exception as e:
-            self.guest.pause()
             return e
         return None
 
@@ -478,8 +414,8 @@ class Source:
             self._fence = None
         return self._fence is not None and self._fence.passed
 
-    def _part(self, error: Exception) -> str:
-        """Tell the destination, and let the stream go; what it said if it was the first to leave."""
+    def _end_stream(self, error: Exception) -> str:
+        """Notify the destination, and close the stream; its message if it was the first to leave."""
         channel = self.channel
         channel.cancel = -1
         said = ""
@@ -495,19 +431,31 @@ class Source:
 
     def _return(self, number: int, device: VdpaNetDevice) -> None:
         if device.state is State.SHADOW:
-            _stop_or_halt(device)
+            stop_or_halt(device)
         elif device.state is State.PASSTHROUGH and number in self._halted:
             device.halt()
         if device.state is State.RESET:
             self.guest.start(number, device)
 
     def _stranded(self, what: str, worse: Exception) -> MigrationFailed:
+        runs: VhostVdpaError | None = None
+        try:
+            self.guest.pause()
+        except VhostVdpaError as e:
+            # only its owner can pause it
+            runs = e
         for device in self.devices:
             with suppress(VhostVdpaError, OSError):
                 if device.state is not State.RESET:
-                    _stop_or_halt(device)
+                    stop_or_halt(device)
             with suppress(VhostVdpaError, OSError):
                 device.reset()
+        if runs is not None:
+            return MigrationFailed(
+                f"{what}; and the source could not be started again: {words_of(worse)}. "
+                f"The guest still runs, without its devices, and so could not be saved: {runs}",
+                hint=runs.hint,
+            )
         saved, command = self._save()
         both = "; the destination may have saved it as well: it must run on one side only" if self._loaded else ""
         elsewhere = f"if it runs there: rm {shlex.quote(str(saved))}\n  if it does not: " if self._too_late() else ""
@@ -518,17 +466,11 @@ class Source:
         )
 
 
-def _stop_or_halt(device: VdpaNetDevice) -> None:
+def stop_or_halt(device: VdpaNetDevice) -> None:
+    """Stop a device and reclaim its queues, by a reset if it cannot be suspended any more."""
     try:
         device.stop()
     except VhostVdpaError:
         if device.state is State.RESET:
             raise
         device.halt()
-
-
-def _speed(round_: RoundStatistics) -> str:
-    rate = round_.memory / round_.seconds / (1 << 20) if round_.seconds else 0.0
-    return (
-        f"{round_.memory >> 20} MiB ({round_.zero_pages:,} pages of zeros) in {round_.seconds:.2f} s, {rate:,.0f} MiB/s"
-    )

@@ -18,18 +18,19 @@ import ssl
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import TypeVar
 
+from .._cdefs import lib
 from ..base.closing import Closing
 from ..base.errors import MigrationCancelled, MigrationRefused, StreamBroken, StreamCorrupt
 from .cancel import check_cancelled
-from .pages import PAGES, ZERO, stream_sum
+from .pages import PAGES, ZERO, FrameHeader, stream_sum
 
 T = TypeVar("T")
 
 MAGIC = b"vdpa-mig"
-VERSION = 2
+VERSION = 3
 _PREAMBLE = struct.Struct("<8sII")
 HEADER = struct.Struct("<IIQQ")
 
@@ -40,12 +41,14 @@ _MAX_TEXT = 4096
 HANDSHAKE_SECONDS = 10.0
 """How long the other side may take for each answer until it is known to speak the protocol."""
 STALL_SECONDS = 30.0
-"""How long a stream may stand still before it counts as broken."""
+"""How long a stream may stall before it counts as broken."""
 _LAST_WORDS_SECONDS = 2.0
+_AHEAD = 1 << 16
+"""Bytes that are read ahead at most."""
 
 
 class Frame(enum.IntEnum):
-    """Control frames, and who sends them."""
+    """Control frames, and the side that sends them."""
 
     SHAPE = 1
     """Source: what the guest needs."""
@@ -57,34 +60,30 @@ class Frame(enum.IntEnum):
     """Destination: no, and why."""
     ROUND = 5
     """Source: a round of memory begins; count is its number, the payload the bytes to come (u64)."""
-    GUEST = 6
+    GUEST = lib.FRAME_GUEST
     """Source: state of the guest."""
     DEVICE = 7
     """Source: state of device number count."""
-    FINAL = 8
+    FINAL = lib.FRAME_FINAL
     """Source: nothing follows but GO."""
-    READY = 9
+    READY = lib.FRAME_READY
     """Destination: everything is loaded; the payload is the hash of guest memory, or empty."""
-    GO = 10
+    GO = lib.FRAME_GO
     """Source: the guest is yours. The payload is the source's clock (i64, ns)."""
     RUNNING = 11
     """Destination: the guest runs here."""
     FAILED = 12
-    """Destination: it has given up, and the guest is not here."""
+    """Destination: it has failed, and the guest is not here."""
     CANCEL = 13
-    """Source: it has given up, and keeps the guest."""
+    """Source: it has cancelled, and keeps the guest."""
     STAND_BY = 14
     """Source: what is known of device number count while the guest runs, so that the destination can be ready."""
+    REST = lib.FRAME_REST
+    """Source: the state of device number count, in DEVICE's place: what STAND_BY lacked."""
 
 
-@dataclass(frozen=True, slots=True)
-class FrameHeader:
-    """The head of a frame."""
-
-    type: int
-    count: int
-    length: int
-    sum: int
+_KNOWN = {int(kind): kind for kind in Frame}
+_EMPTY_SUM = stream_sum(b"")
 
 
 class Channel(Closing):
@@ -103,21 +102,30 @@ class Channel(Closing):
         self.cancel = cancel
         self.stall = stall
         self.deadline: float | None = None
-        """When all waits have to be over, by time.monotonic(); a peer that sends now and then does not extend it."""
+        """When all waits have to be over, by time.monotonic(); a peer that sends occasionally does not extend it."""
         self.local = sock.family == socket.AF_UNIX
         """Whether the other end is on this machine, so that the stream ends only if that end is closed."""
-        self.raw = not isinstance(sock, ssl.SSLSocket)
-        """Whether the socket's bytes are the stream's: C may read and write it."""
+        self._plain = not isinstance(sock, ssl.SSLSocket)
+        self._ahead = bytearray()
+        """What was read ahead."""
+        self._polls: dict[tuple[int, int], select.poll] = {}
         self.torn = False
         """Whether a frame was left in its middle, so that no other may follow."""
+
+    @property
+    def raw(self) -> bool:
+        """Whether the socket's bytes are the stream's: C may read and write it."""
+        return self._plain and not self._ahead
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Close the socket. Twice is no error."""
+        """Close the socket. Idempotent."""
         self._sock.close()
+        # its number may be another file's from now on
+        self._polls.clear()
 
     # -- bytes ------------------------------------------------------------------
 
@@ -127,19 +135,28 @@ class Channel(Closing):
             check_cancelled(self.cancel)
 
     def _wait(self, events: int, seconds: float) -> None:
+        if self._sock.fileno() < 0:
+            raise StreamBroken("the stream is closed on this side")
         if self.deadline is not None:
             seconds = min(seconds, max(0.0, self.deadline - time.monotonic()))
-        poll = select.poll()
-        poll.register(self._sock, events)
-        if self.cancel >= 0:
-            poll.register(self.cancel, select.POLLIN)
-        ready = [fd for fd, _ in poll.poll(seconds * 1000)]
+        ready = [fd for fd, _ in self._poll(events, self.cancel).poll(seconds * 1000)]
         if self.cancel in ready:
             raise MigrationCancelled("cancelled")
         if not ready and self.deadline is not None:
             raise StreamBroken("the other side took too long for the handshake")
         if not ready:
             raise StreamBroken(f"the other side did nothing for {seconds:g} s")
+
+    def _poll(self, events: int, cancel: int = -1) -> select.poll:
+        """Return what waits for the socket and for ``cancel``; made once, since a paused guest waits for it too."""
+        key = events, cancel
+        poll = self._polls.get(key)
+        if poll is None:
+            poll = self._polls[key] = select.poll()
+            poll.register(self._sock, events)
+            if cancel >= 0:
+                poll.register(cancel, select.POLLIN)
+        return poll
 
     def _repeat(self, action: Callable[[], T], events: int, seconds: float) -> T:
         """Do ``action`` as soon as the socket lets it."""
@@ -163,14 +180,24 @@ class Channel(Closing):
         while view:
             part = view
             # a TLS record that waits leaves with whatever is sent next
-            self.torn = self.torn or not self.raw
+            self.torn = self.torn or not self._plain
             view = view[self._repeat(lambda: self._sock.send(part), select.POLLOUT, self.stall) :]  # noqa: B023
             self.torn = bool(view)
+
+    def send_rest(self, buffer: bytes | bytearray | memoryview, sent: int) -> None:
+        """Send what is left of ``buffer``, of which C has sent ``sent`` bytes."""
+        self.torn = self.torn or 0 < sent < len(buffer)
+        self.send(memoryview(buffer)[sent:])
 
     def receive_into(self, buffer: bytearray | memoryview, seconds: float | None = None) -> None:
         """Fill ``buffer``; its first byte may take ``seconds``."""
         view = memoryview(buffer).cast("B")
         patience = self.stall if seconds is None else seconds
+        if self._ahead:
+            count = min(len(view), len(self._ahead))
+            view[:count] = self._ahead[:count]
+            del self._ahead[:count]
+            view = view[count:]
         while view:
             part = view
             count = self._repeat(lambda: self._sock.recv_into(part), select.POLLIN, patience)  # noqa: B023
@@ -178,13 +205,33 @@ class Channel(Closing):
                 raise StreamBroken("the other side closed the stream")
             view, patience = view[count:], self.stall
 
+    def _next_bytes(self, size: int, seconds: float | None = None) -> bytes:
+        """Return the next ``size`` bytes; see :meth:`receive_into`."""
+        if len(self._ahead) >= size:
+            taken = bytes(self._ahead[:size])
+            del self._ahead[:size]
+            return taken
+        data = bytearray(size)
+        self.receive_into(data, seconds)
+        return bytes(data)
+
+    def read_ahead(self) -> None:
+        """Read what has arrived, so that frames which came together are read together; nothing if there is nothing."""
+        room = _AHEAD - len(self._ahead)
+        if room <= 0:
+            # of a peer that sends more than belongs there no more is kept
+            return
+        # an error of the stream is raised by the next read
+        with suppress(OSError):
+            self._ahead += self._sock.recv(room)
+
     def readable(self, seconds: float = 0.0) -> bool:
-        """Whether something, or the end, can be read within ``seconds``."""
+        """Whether something, or the end, can be read within ``seconds``; a channel that was closed has come to it."""
+        if self._ahead or self._sock.fileno() < 0:
+            return True
         if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
             return True
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
+        return bool(self._poll(select.POLLIN).poll(seconds * 1000))
 
     # -- the beginning ------------------------------------------------------------
 
@@ -212,9 +259,11 @@ class Channel(Closing):
 
     def send_frame(self, kind: Frame, payload: bytes = b"", count: int = 0) -> None:
         """Send a control frame."""
-        if len(payload) > MAX_CONTROL:
-            raise MigrationRefused(f"{kind.name} of {len(payload)} bytes; a control frame takes {MAX_CONTROL}")
-        self.send(HEADER.pack(kind, count, len(payload), stream_sum(payload)) + payload)
+        self.send(encoded(kind, payload, count))
+
+    def send_frames(self, *frames: tuple[Frame, bytes, int]) -> None:
+        """Send control frames, each with its payload and count, in one piece: one wake-up of the other side."""
+        self.send(b"".join(encoded(kind, payload, count) for kind, payload, count in frames))
 
     def send_text(self, kind: Frame, text: str) -> None:
         """Send a control frame of words."""
@@ -222,34 +271,39 @@ class Channel(Closing):
 
     def receive_header(self, seconds: float | None = None) -> FrameHeader:
         """Return the head of the next frame; :class:`~pyvhostvdpa.StreamCorrupt` if there is no such frame."""
-        data = bytearray(HEADER.size)
-        self.receive_into(data, seconds)
-        header = FrameHeader(*HEADER.unpack(data))
+        header = FrameHeader(*HEADER.unpack(self._next_bytes(HEADER.size, seconds)))
         if header.type in (PAGES, ZERO):
             limit = MAX_MEMORY
-        elif header.type in list(Frame):
+        elif header.type in _KNOWN:
             limit = MAX_CONTROL
         else:
-            raise StreamCorrupt(f"a frame of type {header.type:#x}, which there is not")
+            raise StreamCorrupt(f"unknown frame type {header.type:#x}")
         if header.length > limit:
             raise StreamCorrupt(f"a frame of type {header.type:#x} with {header.length} bytes, {limit} are possible")
         return header
 
     def receive_payload(self, header: FrameHeader) -> bytes:
         """Return what a control frame holds; :class:`~pyvhostvdpa.StreamCorrupt` if its checksum differs."""
-        payload = bytearray(header.length)
-        self.receive_into(payload)
-        if stream_sum(payload) != header.sum:
+        payload = self._next_bytes(header.length) if header.length else b""
+        if (stream_sum(payload) if payload else _EMPTY_SUM) != header.sum:
             raise StreamCorrupt(f"{Frame(header.type).name} frame: its checksum differs from what arrived")
-        return bytes(payload)
+        return payload
 
     def expect(self, *kinds: Frame, seconds: float | None = None) -> tuple[Frame, bytes]:
         """Receive one of these frames; any other is :class:`~pyvhostvdpa.StreamCorrupt`."""
+        if self.raw:
+            # an answer has still to come: to look for it first would only take time
+            try:
+                self._wait(select.POLLIN, self.stall if seconds is None else seconds)
+            except MigrationCancelled:
+                # what is here came first: it may be GO, and then it is too late to cancel
+                if not self.readable():
+                    raise
         header = self.receive_header(seconds)
         if header.type not in kinds:
-            name = Frame(header.type).name if header.type in list(Frame) else "memory"
+            name = Frame(header.type).name if header.type in _KNOWN else "memory"
             raise StreamCorrupt(f"a {name} frame where {' or '.join(kind.name for kind in kinds)} belongs")
-        return Frame(header.type), self.receive_payload(header)
+        return _KNOWN[header.type], self.receive_payload(header)
 
     def last_words(self) -> str:
         """Return what the other side said before it broke the stream, "" for nothing."""
@@ -265,15 +319,22 @@ class Channel(Closing):
         return ""
 
     def finish(self, seconds: float = _LAST_WORDS_SECONDS) -> None:
-        """Say that nothing more comes, and let the other side read what was said last; :func:`read_out`."""
+        """Shut down sending, and let the other side read the last message; :func:`read_out`."""
         read_out(self._sock, seconds)
+
+
+def encoded(kind: Frame, payload: bytes, count: int) -> bytes:
+    """Return a control frame as it goes over the stream."""
+    if len(payload) > MAX_CONTROL:
+        raise MigrationRefused(f"{kind.name} of {len(payload)} bytes; a control frame takes {MAX_CONTROL}")
+    return HEADER.pack(kind, count, len(payload), stream_sum(payload) if payload else _EMPTY_SUM) + payload
 
 
 def read_out(sock: socket.socket, seconds: float) -> None:
     """Say that nothing more comes, and read on until the other side has closed, for so long at most.
 
-    A socket closed with something unread would take what was said last away
-    from the other side.
+    A socket closed with unread bytes would discard the last message before the
+    other side read it.
     """
     end, rest = time.monotonic() + seconds, bytearray(1 << 16)
     poll = select.poll()

@@ -42,7 +42,7 @@ class NetConfig:
 
     @classmethod
     def parse(cls, raw: bytes, features: Feature) -> NetConfig:
-        """Read the space of a device with ``features``; fields behind the end of a short one are None."""
+        """Read the space of a device with ``features``; fields behind the end of a short one are ``None``."""
         mac, status, pairs, mtu = _HEAD.unpack(raw[: _HEAD.size].ljust(_HEAD.size, b"\0"))
         speed, duplex, key, entries, types = _TAIL.unpack(
             raw[_HEAD.size :][: _TAIL.size].ljust(_TAIL.size, b"\xff"),
@@ -66,23 +66,13 @@ class NetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON, ``raw`` in hex."""
-        return {
-            "mac": self.mac,
-            "link_up": self.link_up,
-            "max_pairs": self.max_pairs,
-            "mtu": self.mtu,
-            "speed": self.speed,
-            "duplex": self.duplex,
-            "rss_key": self.rss_key,
-            "rss_table": self.rss_table,
-            "hash_types": self.hash_types,
-            "raw": self.raw.hex(),
-        }
+        known = {name: getattr(self, name) for name in self.__slots__ if name != "raw"}
+        return {**known, "raw": self.raw.hex()}
 
 
 def control_index(features: Feature, max_pairs: int | None) -> int | None:
-    """Return the control queue's index for a driver that takes ``features``, None if there is none (virtio 1.3, 5.1.2).
+    """Return the control queue's index for a driver that takes ``features``, None without one (virtio 1.3, 5.1.2).
 
-    ``max_pairs`` is what the configuration space says, None where it does not.
+    ``max_pairs`` is the configuration space's field, None if it is absent.
     """
     return 2 * (max_pairs or 1) if Feature.CTRL_VQ in features else None

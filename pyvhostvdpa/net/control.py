@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .features import Feature
 
@@ -117,7 +117,7 @@ class ControlModel:
     """What the guest set through its control queue, since the device knows it only until the next reset.
 
     ``features`` are those negotiated; the defaults are a device's after reset,
-    which receives everything until it is told otherwise (virtio 1.3, 5.1.6.5.1).
+    which receives everything until a command limits that (virtio 1.3, 5.1.6.5.1).
     """
 
     features: Feature
@@ -134,8 +134,18 @@ class ControlModel:
     hash_config: bytes | None = None
     announce: bool = False
 
+    def copy(self) -> ControlModel:
+        """Return what was set so far, in an object of its own."""
+        return replace(
+            self,
+            unicast=list(self.unicast),
+            multicast=list(self.multicast),
+            rx=dict(self.rx),
+            vlans=set(self.vlans),
+        )
+
     def apply(self, data: bytes) -> None:
-        """Take over a command that the device accepted; BadCommand for a malformed one."""
+        """Apply a command that the device accepted; BadCommand for a malformed one."""
         if len(data) < 2:
             raise BadCommand("command without class and number")
         kind, number, payload = data[0], data[1], data[2:]
@@ -205,7 +215,7 @@ class ControlModel:
             raise BadCommand(f"MQ command {number} with {len(payload)} bytes")
 
     def _end_rss(self, rss: bytes) -> None:
-        """VQ_PAIRS_SET ends the spreading; hashes go on being reported to who asked for that."""
+        """VQ_PAIRS_SET ends the spreading; hashes are still reported if HASH_REPORT was negotiated."""
         if Feature.HASH_REPORT in self.features:
             key = rss[_rss_key_at(rss) :]
             self.hash_config = rss[:_HASH_TYPES] + bytes(_HASH_RESERVED) + key

@@ -3,7 +3,7 @@
 
 So the state they set is known and can be replayed after a reset. Commands
 are copied before they are looked at; the device answers by a deadline or the
-queue is given up. A few commands a minute: Python is fast enough here, the
+queue is marked failed. A few commands a minute: Python is fast enough here, the
 rings are C's.
 """
 
@@ -15,12 +15,14 @@ import os
 import select
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from .._cdefs import ffi, lib
 from ..base.errors import QueueBroken
+from ..base.eventfds import close_all, open_eventfds
 from ..memory.guest import PAGE_SIZE, GuestMemory
 from ..trace.recorder import DeviceTrace, Trace
 from ..virtqueue.layout import GuestQueue, RingLayout, fill_vring, map_queue
@@ -42,6 +44,7 @@ A busy firmware answers after seconds, a dead one never. QEMU waits as long
 _SLOW = 1.0
 """Seconds after which a wait is logged."""
 _LOOK_MS = 1000
+_RING = 64
 _CLOSED = "an eventfd of the control queue was closed"
 
 
@@ -50,15 +53,45 @@ class ControlFailed(QueueBroken):
 
 
 @dataclass(frozen=True, slots=True)
-class GuestControl:
-    """A guest's control queue and the state that its commands have set so far."""
+class NetGuestControl:
+    """A control queue and the state that commands have set so far.
 
-    queue: GuestQueue
+    ``queue`` is the guest's, None if another process handles the guest's commands and
+    the device's queue, ``index``, is driven by this process alone
+    (:meth:`~pyvhostvdpa.VdpaNetDevice.command`), as below a vhost-user
+    front-end.
+    """
+
+    queue: GuestQueue | None
     model: ControlModel
+    index: int = -1
+
+    def __post_init__(self) -> None:
+        if self.queue is not None:
+            object.__setattr__(self, "index", self.queue.index)
+        elif self.index < 0:
+            raise ValueError("a control queue without a guest needs its index")
+
+    @property
+    def num(self) -> int:
+        """Descriptors: as many as the guest has, or for a few commands at once."""
+        return _RING if self.queue is None else self.queue.num
+
+    def remember(self) -> ControlModel:
+        """Return what was set so far; the guest may keep changing it, also on another device."""
+        return self.model.copy()
+
+    def is_at(self, remembered: object) -> bool:
+        """Whether a device that knows this knows what was set. A request to announce does not concern the device."""
+        if not isinstance(remembered, ControlModel):
+            return False
+        if remembered == self.model:
+            return True
+        return replace(remembered, announce=False) == replace(self.model, announce=False)
 
 
 @dataclass(frozen=True, slots=True)
-class ControlArea:
+class NetControlArea:
     """Where our side of the control queue lies: in this process and for the device.
 
     Ring, then one page of commands, then one page of answers.
@@ -93,9 +126,9 @@ class ControlArea:
 class ControlOptions:
     """How the control queue is served.
 
-    ``deadline`` is how many seconds the device may go on without an answer,
+    ``deadline`` is how many seconds the device may take without an answer,
     ``ring`` the ring features negotiated on both faces (``SVQ_F_*``),
-    ``config_call`` an eventfd to raise when the queue is given up, or -1.
+    ``config_call`` an eventfd to raise when the queue fails, or -1.
     """
 
     deadline: float = DEFAULT_DEADLINE
@@ -106,14 +139,13 @@ class ControlOptions:
 class DeviceControl:
     """The driver's side of a device's control queue, in memory of our own."""
 
-    def __init__(self, area: ControlArea, options: ControlOptions, trace: DeviceTrace) -> None:
+    def __init__(self, area: NetControlArea, options: ControlOptions, trace: DeviceTrace) -> None:
         self.area = area
         self.options = options
         self.trace = trace
         self.died = False
         """Whether the device did not answer by its deadline."""
-        self.kick = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.call = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.kick, self.call = open_eventfds(2)
         d: Any = ffi.new("struct ctrl_driver *")
         num = area.layout.num
         fill_vring(d.ring, num, area.hva, area.hva + area.layout.avail_offset, area.hva + area.device_area)
@@ -145,7 +177,7 @@ class DeviceControl:
                 used += len(waiting[count])
                 count += 1
             if not count:
-                # a state that somebody else vouched for, or a ring of one descriptor
+                # a state from another process, or a ring of one descriptor
                 raise ControlFailed(
                     f"control command class {waiting[0][0]} number {waiting[0][1]} of {len(waiting[0])} bytes "
                     f"does not fit a queue of {self.area.layout.num} with {BUFFER_SIZE} bytes"
@@ -192,9 +224,9 @@ class DeviceControl:
         return b"".join(self._answers[place : place + 1] for place in places)
 
     def _wait(self, left: int) -> None:
-        """Wait until every command is answered, the deadline counted anew from each sign of life.
+        """Wait until every command is answered, the deadline restarted at each sign of life.
 
-        So a slow device is told from a dead one. A wait that takes long is logged.
+        So a slow device is not taken for a dead one. A wait that takes long is logged.
         """
         deadline, who = self.options.deadline, f"{self.trace.name}: " if self.trace.name else ""
         while left:
@@ -227,37 +259,44 @@ class DeviceControl:
 
     def close(self) -> None:
         """Close the eventfds."""
-        for fd in (self.kick, self.call):
-            if fd >= 0:
-                os.close(fd)
-        self.kick = self.call = -1
+        fds, self.kick, self.call = (self.kick, self.call), -1, -1
+        close_all(fds)
 
 
 class ControlQueue(DeviceControl):
-    """Serves a guest's control queue and drives the device's."""
+    """Serves a guest's control queue, if there is one, and drives the device's."""
 
     def __init__(
         self,
-        guest: GuestControl,
+        guest: NetGuestControl,
         memory: GuestMemory,
-        area: ControlArea,
+        area: NetControlArea,
         options: ControlOptions = ControlOptions(),
         trace: DeviceTrace | None = None,
     ) -> None:
-        super().__init__(area, options, trace or Trace().device(""))
+        [self._wake] = open_eventfds(1)
+        try:
+            super().__init__(area, options, trace or Trace().device(""))
+        except OSError:
+            os.close(self._wake)
+            raise
         self.queue = guest.queue
+        self.index = guest.index
         self.model = guest.model
         self.failed = ""
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._memory = memory
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._handling = threading.Lock()
+        self._at_work = threading.Lock()
+        """Held from popping a command of the guest to answering it."""
         g: Any = ffi.new("struct ctrl_guest *")
-        map_queue(g.ring, guest.queue, memory)
-        g.memory, g.used_gpa, g.call = memory.c_map, guest.queue.used, guest.queue.call
-        g.features = options.ring
         self._guest = g
-        lib.ctrl_guest_start(g)
+        if guest.queue is not None:
+            map_queue(g.ring, guest.queue, memory)
+            g.memory, g.used_gpa, g.call = memory.c_map, guest.queue.used, guest.queue.call
+            g.features = options.ring
+            lib.ctrl_guest_start(g)
 
     def replay(self) -> None:
         """Bring the device, just started, to the guest's state; see :meth:`load`."""
@@ -266,14 +305,40 @@ class ControlQueue(DeviceControl):
     # -- the guest's side --------------------------------------------------------
 
     def take_up(self) -> None:
-        """Read the guest's ring on from its used index, which stands elsewhere if the guest ran on another device."""
-        lib.ctrl_guest_start(self._guest)
+        """Read the guest's ring on from its used index, which has changed if the guest ran on another device."""
+        if self.queue is not None:
+            lib.ctrl_guest_start(self._guest)
+
+    def fill(self, job: Any) -> None:
+        """Have a ``struct device_job`` do what :meth:`take_up` does."""
+        job.control = ffi.NULL if self.queue is None else self._guest
+
+    def notify_by(self, kick: int, call: int) -> None:
+        """Have the guest notify, and be notified, by these eventfds; it must not be served. ``call`` may be -1."""
+        if self.queue is not None:
+            self.queue = replace(self.queue, kick=kick, call=call)
+            self._guest.call = call
+
+    @property
+    def serving(self) -> bool:
+        """Whether the guest is served."""
+        return self._thread is not None
 
     def start(self) -> None:
         """Serve the guest in a thread of its own."""
+        if self._thread is not None:
+            self.stop()
         self._stopping = False
+        if self.queue is None:
+            return
         self._thread = threading.Thread(target=self._serve, name="control-queue", daemon=True)
         self._thread.start()
+
+    def hold(self) -> None:
+        """Take no command any more; one that is being carried out is answered first. :meth:`stop` ends the thread."""
+        self._stopping = True
+        with self._at_work:
+            return
 
     def stop(self) -> None:
         """End the thread behind the command that it is at; others stay in the guest's ring."""
@@ -287,12 +352,12 @@ class ControlQueue(DeviceControl):
     def close(self) -> None:
         """Stop, and close the eventfds."""
         self.stop()
-        if self._wake >= 0:
-            os.close(self._wake)
-            self._wake = -1
+        wake, self._wake = self._wake, -1
+        close_all([wake])
         super().close()
 
     def _serve(self) -> None:
+        assert self.queue is not None
         poll = select.poll()
         for fd in (self.queue.kick, self._wake):
             poll.register(fd, select.POLLIN)
@@ -300,6 +365,9 @@ class ControlQueue(DeviceControl):
             self._serve_pending()
             # a descriptor that is closed while it is waited for is seen at the next look only
             for fd, event in poll.poll(_LOOK_MS):
+                if self._stopping:
+                    # the thread that serves the guest now waits for the same notification
+                    return
                 if event & (select.POLLNVAL | select.POLLERR):
                     self._fail(_CLOSED)
                     return
@@ -307,17 +375,29 @@ class ControlQueue(DeviceControl):
 
     def _serve_pending(self) -> None:
         buffer = ffi.new("uint8_t[]", GUEST_COMMAND_MAX)
-        while not self._stopping:
-            length: int = lib.ctrl_guest_take(self._guest, buffer, GUEST_COMMAND_MAX)
+        while self._serve_one(buffer):
+            pass
+
+    def _serve_one(self, buffer: Any) -> bool:
+        """Carry out a command, if there is one and it may be popped."""
+        with self._at_work:
+            if self._stopping:
+                return False
+            length: int = lib.ctrl_guest_pop(self._guest, buffer, GUEST_COMMAND_MAX)
             if self._guest.broken:
                 self._fail(reason(self._guest.broken))
             if not length:
-                return
+                return False
             answer = ERR if length > GUEST_COMMAND_MAX else self.handle(bytes(ffi.buffer(buffer, length)))
             lib.ctrl_guest_answer(self._guest, answer)
+            return True
 
     def handle(self, data: bytes) -> int:
-        """Carry out one command of the guest; what it is answered."""
+        """Carry out one command, of the guest or of the device's owner; its answer."""
+        with self._handling:
+            return self._handle(data)
+
+    def _handle(self, data: bytes) -> int:
         if self.failed:
             return ERR
         wanted = copy.deepcopy(self.model)
@@ -337,7 +417,7 @@ class ControlQueue(DeviceControl):
 
     def _carry_out(self, data: bytes, wanted: ControlModel) -> bool:
         """Bring the device to a new state; whether it accepts that. If not, it keeps the old one."""
-        # announcing is ours: the device knows nothing of a migration
+        # announcing is done here: the device knows nothing of a migration
         if data[0] == Class.ANNOUNCE:
             return True
         commands = self.model.for_device(data, wanted)
@@ -350,11 +430,11 @@ class ControlQueue(DeviceControl):
         return accepted
 
     def _fail(self, why: str) -> None:
-        """Give the queue up and tell the guest."""
+        """Mark the queue failed and notify the guest."""
         if self.failed:
             return
         self.failed = why
-        log.warning("control queue given up: %s", why)
+        log.warning("control queue failed: %s", why)
         if self.options.config_call >= 0:
             os.eventfd_write(self.options.config_call, 1)
 
@@ -363,5 +443,18 @@ def _clear(fd: int) -> None:
     try:
         os.eventfd_read(fd)
     except BlockingIOError:
-        # somebody else's read came first: nothing is lost, the ring is looked at
+        # another reader came first: nothing is lost, the ring is looked at
         return
+
+
+_RENAMED = {"GuestControl": NetGuestControl, "ControlArea": NetControlArea}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        """Return what had another name in an earlier release (PEP 562)."""
+        if name not in _RENAMED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        new = _RENAMED[name]
+        warnings.warn(f"{name} is called {new.__name__} now", DeprecationWarning, stacklevel=2)
+        return new

@@ -46,6 +46,12 @@ class Feature(enum.IntFlag):
     SR_IOV = 1 << 37
     NOTIFICATION_DATA = 1 << 38
     RING_RESET = 1 << 40
+    HASH_TUNNEL = 1 << 51
+    VQ_NOTF_COAL = 1 << 52
+    NOTF_COAL = 1 << 53
+    GUEST_USO4 = 1 << 54
+    GUEST_USO6 = 1 << 55
+    HOST_USO = 1 << 56
     HASH_REPORT = 1 << 57
     RSS = 1 << 60
     RSC_EXT = 1 << 61
@@ -92,7 +98,7 @@ OFFLOADS = (
 """What changes only the header and the payload of a frame, which pass through unread."""
 
 IMPLEMENTED = SUPPORTED | CONTROL | RING | OFFLOADS | Feature.ANY_LAYOUT | Feature.SPEED_DUPLEX | Feature.GUEST_ANNOUNCE
-"""Everything that may be negotiated. Nothing else is, whoever asks for it and whatever a device offers.
+"""Everything that may be negotiated. Nothing else is, whatever a driver asks for or a device offers.
 
 A guest that is offered a bit relies on it. RING_PACKED, IN_ORDER, NOTIFICATION_DATA and RING_RESET each change the
 rings or how they are driven, which neither shadow virtqueues nor procedures follow.

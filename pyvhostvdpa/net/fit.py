@@ -85,7 +85,7 @@ def _link(guest: NetConfig, device: NetConfig) -> Iterator[Misfit]:
                 field,
                 str(ours),
                 str(theirs),
-                "the guest has read it and is not told of a change",
+                "the guest has read it and is not notified of a change",
                 "use a port like the source's, or a guest that does not negotiate SPEED_DUPLEX",
             )
 

@@ -2,8 +2,8 @@
 """What a guest sees of its device beside the rings: status, configuration space, configuration interrupt.
 
 The guest keeps its view while the device below it is reset, switched and
-exchanged. Two things in it are ours: NEEDS_RESET, which tells the guest that
-a queue was given up, and the request to announce itself after a move.
+exchanged. Two things in it come from here: NEEDS_RESET, which means that
+a queue has failed, and the request to announce itself after a move.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from typing import Protocol
 
+from ..base.eventfds import close_all
 from ..base.uapi import Status
 from .config import ANNOUNCE
 from .control import ControlModel
@@ -25,7 +26,7 @@ class Below(Protocol):
 
     @property
     def path(self) -> str:
-        """What tells it from other devices."""
+        """What distinguishes it from other devices."""
 
     def failure(self) -> str:
         """Why the guest has to reset it; "" while it works."""
@@ -48,7 +49,7 @@ class GuestConfig:
         self.features = features
         self.call = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.failed = ""
-        """Why the guest was told NEEDS_RESET; stays until the guest resets."""
+        """Why NEEDS_RESET is set; stays until the guest resets."""
         self._model: ControlModel | None = None
         self._below: Below | None = None
         self._last_path = ""
@@ -84,13 +85,13 @@ class GuestConfig:
         return self._model is not None and self._model.announce
 
     def reset(self) -> None:
-        """Forget what went wrong: the guest has reset its device and begins anew."""
+        """Forget what went wrong: the guest has reset its device and starts again."""
         self.failed = ""
 
     # -- our side ----------------------------------------------------------------
 
     def announce(self) -> None:
-        """Ask the guest to tell its network where it is; ANNOUNCE_ACK ends that. Nothing if it cannot."""
+        """Ask the guest to announce itself on its network; ANNOUNCE_ACK ends that. Nothing if it cannot."""
         if Feature.GUEST_ANNOUNCE in self.features and self._model is not None:
             self._model.announce = True
             self.interrupt()
@@ -116,7 +117,7 @@ class GuestConfig:
         self.interrupt()
 
     def disconnect(self) -> None:
-        """Take the device away; the guest goes on seeing it as it was."""
+        """Take the device away; the guest still sees it as it was."""
         if self._below is None:
             return
         self._look()
@@ -128,7 +129,6 @@ class GuestConfig:
             self.failed = self._below.failure()
 
     def close(self) -> None:
-        """Close the eventfd; no device may have it any more. Twice is no error."""
-        if self.call >= 0:
-            os.close(self.call)
-            self.call = -1
+        """Close the eventfd; no device may have it any more. Idempotent."""
+        call, self.call = self.call, -1
+        close_all([call])

@@ -2,7 +2,7 @@
 """What a device is and can do: advertised, usable, proved.
 
 Opening the chardev resets the device, so a device in use is refused;
-:func:`look` tells what can be told without opening.
+:func:`look` returns what is known without opening.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Backend:
+class BackendColumns:
     """Backend features in three columns.
 
-    ``usable`` is what the rest of the device lets one use of ``advertised``,
-    ``proved`` what was seen to work, None if nothing was tried. ``why`` tells,
+    ``usable`` is the part of ``advertised`` that the rest of the device lets one use,
+    ``proved`` what was seen to work, None if nothing was tried. ``why`` has,
     by the feature's name, why it is not usable or what was seen.
     """
 
@@ -76,11 +76,18 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Everything that a device told.
+    """Everything that a device reports of itself.
 
-    ``accepted`` is what it took of a driver that wants all features,
-    ``vring_sizes``, ``vring_groups`` and ``vring_desc_groups`` are by queue,
-    None where the parent has no such thing.
+    ``device`` is its entry on the vdpa bus, ``parent`` the driver behind it,
+    ``virtio_id`` the kind of device (VHOST_VDPA_GET_DEVICE_ID), ``status`` the
+    status that it had, ``features`` what it offers (VHOST_GET_FEATURES) and
+    ``accepted`` what it took of a driver that wants all of them. ``config`` is
+    the configuration space (virtio 1.3, 5.1.4), ``vqs_count`` the number of
+    queues, ``vring_num`` the largest ring, ``group_num`` and ``as_num`` the
+    numbers of groups and address spaces, ``iova_range`` the first and the last
+    address. ``vring_sizes``, ``vring_groups`` and ``vring_desc_groups`` are by
+    queue, None where the parent does not report them. ``backend`` has the
+    backend features that are advertised, usable and proved.
     """
 
     device: VdpaDevice
@@ -98,7 +105,7 @@ class Probe:
     vring_groups: list[int] | None
     vring_desc_groups: list[int] | None
     iova_range: tuple[int, int]
-    backend: Backend
+    backend: BackendColumns
 
     @property
     def control_queue(self) -> int | None:
@@ -143,7 +150,7 @@ class Probe:
         }
 
     def enables(self) -> dict[str, Answer]:
-        """Return what the features make possible for a migration, each with its reason."""
+        """Return what the backend features make possible for a migration, by name, each with its reason."""
         best, unsure = self.backend.best, self.backend.proved is None
 
         def needs(feature: BackendFeature, gain: str, loss: str) -> Answer:
@@ -156,7 +163,7 @@ class Probe:
             "iterative_map": Answer(True, "guest memory can be mapped before the guest arrives, in the background"),
             "batch": needs(BackendFeature.IOTLB_BATCH, "many maps cost one rebuild of the device's table", "one each"),
             "persist": needs(
-                BackendFeature.IOTLB_PERSIST, "guest memory stays mapped over the reset", "each reset maps all anew"
+                BackendFeature.IOTLB_PERSIST, "guest memory stays mapped over the reset", "each reset maps all again"
             ),
             "desc_asid": needs(
                 BackendFeature.DESC_ASID,
@@ -198,9 +205,7 @@ class Probe:
             found.append(f"it lacks {names(missing)}: its queues cannot be shadowed")
         if BackendFeature.SUSPEND not in self.backend.best:
             reason = self.backend.why.get("SUSPEND", "")
-            found.append(
-                "no SUSPEND: its queues cannot be taken over without loss" + (f" ({reason})" if reason else "")
-            )
+            found.append("no SUSPEND: its queues cannot be stopped without loss" + (f" ({reason})" if reason else ""))
         for feature in (BackendFeature.IOTLB_MSG_V2, BackendFeature.IOTLB_BATCH):
             if feature not in self.backend.best:
                 found.append(f"no working {feature.name}: {self.backend.why.get(feature.name or '', 'not advertised')}")
@@ -235,7 +240,7 @@ def probe(path: str | os.PathLike[str], verify: bool = False, patience: float = 
     try:
         opened = VhostVdpa(path)
     except DeviceBusy as e:
-        raise mgmt.busy(path, "vhost-vdpa probe DEV --no-open tells what can be told all the same") from e
+        raise mgmt.busy(path, "vhost-vdpa probe DEV --no-open prints what is known without opening it") from e
     with opened as chardev:
         chardev.set_owner()
         try:
@@ -267,7 +272,7 @@ def _ask(c: VhostVdpa, device: VdpaDevice, patience: float | None) -> Probe:
     first, last = c.get_iova_range()
     parent = parent_of(c.path)
     usable, why = _usable(c, advertised, groups, desc_groups, as_num)
-    backend = Backend(advertised, usable, None, why)
+    backend = BackendColumns(advertised, usable, None, why)
     limits = Limits(first, last, as_num, parent.pinned, parent.max_iotlb_entries)
     result = Probe(
         device, parent, virtio_id, status, offered, accepted, config, count, c.get_vring_num(),
@@ -323,7 +328,7 @@ def _usable(
 
 
 def _no_asids(c: VhostVdpa, as_num: int) -> str:
-    """Return why address spaces cannot be told apart; "" if they can. The bit is always set."""
+    """Return why separate address spaces are not usable; "" if they are. The bit is always set."""
     if as_num < 2:
         return "the device has one address space"
     try:
@@ -359,11 +364,11 @@ def _with_proofs(found: Probe, proofs: list[Proof]) -> Probe:
     proved = BackendFeature(sum(proof.feature for proof in proofs if proof.holds))
     seen = {proof.feature.name or "": proof.seen for proof in proofs}
     old = found.backend
-    return replace(found, backend=Backend(old.advertised, old.usable, proved, {**old.why, **seen}))
+    return replace(found, backend=BackendColumns(old.advertised, old.usable, proved, {**old.why, **seen}))
 
 
 def look(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what can be told of a device without opening it, schema "pyvhostvdpa/probe/probe/1" with ``opened`` false.
+    """Return what is known of a device without opening it, schema "pyvhostvdpa/probe/probe/1" with ``opened`` false.
 
     For a device in use: the management side's view, the features that its
     user negotiated, and its holders.

@@ -4,7 +4,7 @@
 A feature bit is a claim: three are always set, a batch that failed is silent
 (drivers/vhost/vdpa.c:vhost_vdpa_process_iotlb_msg), and SUSPEND succeeds on a
 device that does nothing. So each proof puts a small guest on the device and
-looks at what its rings say: they move, or they stand still.
+looks at what its rings say: they move, or they do not.
 
 Nothing is ever left unmapped under a running queue: some parents reach
 physical memory through an address space without maps
@@ -26,7 +26,7 @@ from ..base.errors import MissingFeature, NotProved, VhostVdpaError
 from ..base.uapi import BackendFeature, Status, names
 from ..chardev.door import VhostVdpa
 from ..chardev.iotlb import Iotlb, Limits
-from ..guest.nic import BUFFER_SIZE, GuestNic, NicOptions, NicPair
+from ..guest.nic import FRAME_BUFFER, GuestNic, NicOptions, NicPair
 from ..memory.guest import DEFAULT_GPA, HUGE_PAGE, Gpa, GuestMemory
 from ..net.features import Feature
 from ..virtqueue.layout import GuestQueue, indices
@@ -84,7 +84,7 @@ class ProofGuest:
         self.pair: NicPair = self.nic.pairs[0]
         self.c: Any = self.pair.c
         if buffers is not None:
-            size = ring_size * BUFFER_SIZE
+            size = ring_size * FRAME_BUFFER
             self.c.rx_hva = ffi.cast("uint8_t *", buffers.hva(self.c.rx_gpa, size))
             self.c.tx_hva = ffi.cast("uint8_t *", buffers.hva(self.c.tx_gpa, size))
 
@@ -110,7 +110,7 @@ class ProofGuest:
         return False
 
     def moves(self) -> str:
-        """Tell what moved; :class:`NotProved` if the device finishes no TX descriptor."""
+        """Return what moved; :class:`NotProved` if the device finishes no TX descriptor."""
         before, received = self.used(), self.c.received
         if not self.work(self.patience, lambda: self.used()[1] != before[1]):
             raise NotProved(f"no descriptor was finished within {self.patience:g} s")
@@ -126,7 +126,7 @@ class ProofGuest:
         )
 
     def rests(self) -> None:
-        """Kick and watch; :class:`NotProved` if anything moves all the same."""
+        """Kick and watch; :class:`NotProved` if anything moves."""
         before = self.used()
         if self.work(MUST_REST_S, lambda: self.used() != before):
             raise NotProved("descriptors were finished where none may be")
@@ -144,7 +144,7 @@ class Bench:
         self.c = subject.chardev
         self.iotlb = Iotlb(self.c, subject.limits)
         self._stack = ExitStack()
-        self.gpa = _place(subject.limits)
+        self.gpa = _free_gpa(subject.limits)
 
     def memory(self) -> GuestMemory:
         """Return new guest memory; all of it lies at the same addresses."""
@@ -177,7 +177,7 @@ class Bench:
     ) -> None:
         """Reset and start the device on a guest's queues, each group in its address space.
 
-        ``renew`` writes the maps anew after the reset, for devices that forget them.
+        ``renew`` writes the maps again after the reset, for devices that forget them.
         """
         c = self.c
         self.reset()
@@ -223,7 +223,7 @@ class Bench:
             self._stack.close()
 
 
-def _place(limits: Limits) -> Gpa:
+def _free_gpa(limits: Limits) -> Gpa:
     first = max(DEFAULT_GPA, -(-limits.first // HUGE_PAGE) * HUGE_PAGE)
     if first + GUEST_SIZE - 1 <= limits.last:
         return Gpa(first)
@@ -247,7 +247,7 @@ def _batch(bench: Bench) -> str:
     bench.map(old)
     bench.map(new)
     bench.start(guest)
-    return f"unmapped and mapped anew in one batch: {guest.moves()}"
+    return f"unmapped and mapped again in one batch: {guest.moves()}"
 
 
 def _asid(bench: Bench) -> str:
@@ -313,7 +313,7 @@ def _enable_late(bench: Bench) -> str:
 def _persist(bench: Bench) -> str:
     guest = _running(bench)
     bench.start(guest, renew=False)
-    return f"after a reset, nothing mapped anew: {guest.moves()}"
+    return f"after a reset, nothing mapped again: {guest.moves()}"
 
 
 def _desc_asid(bench: Bench) -> str:
@@ -350,7 +350,7 @@ def _bench(subject: Subject) -> Iterator[Bench]:
 
 
 def prove(subject: Subject) -> Sequence[Proof]:
-    """Try each usable feature on an open, owned device and tell what was seen. Leaves the device reset.
+    """Try each usable feature on an open, owned device and return what was seen. Leaves the device reset.
 
     Sends a few broadcast frames of an experimental EtherType (0x88b5) per
     feature. What a feature does wrong is its proof's ``seen``; what keeps all

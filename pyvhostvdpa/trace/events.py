@@ -24,7 +24,7 @@ SHADOW_VQS = "shadow_vqs"
 
 
 class _Name(NamedTuple):
-    """QEMU's event for one of ours: its name, what it calls the device, and its fields by our names."""
+    """QEMU's counterpart of an event: its name, what it calls the device, and its fields by this package's names."""
 
     event: str
     device: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Stop to run: the time in which the guest stands still, read from the trace.
+"""Stop to run: the time in which the guest is paused, read from the trace.
 
 It begins when the guest is paused and ends when the last data queue runs at
 the destination, over all devices. Both sides are on one clock if they are on
@@ -10,9 +10,9 @@ between is listed by phase, so that a reader sees where the time goes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 from ..base.uapi import Status
@@ -74,15 +74,21 @@ class StopToRun:
         return found
 
 
-@contextmanager
-def step(trace: DeviceTrace, phase: str) -> Iterator[None]:
+class step:  # noqa: N801
     """Record a block as a step of the gap: one note as long as the block, also if that raises."""
-    begin = time.monotonic_ns()
-    try:
-        yield
-    finally:
-        with trace.in_phase(phase):
-            trace.record(begin, time.monotonic_ns(), phase, {}, None)
+
+    __slots__ = ("_begin", "_phase", "_trace")
+
+    def __init__(self, trace: DeviceTrace, phase: str) -> None:
+        self._trace, self._phase = trace, phase
+
+    def __enter__(self) -> None:
+        self._begin = time.monotonic_ns()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._trace.record(self._begin, time.monotonic_ns(), self._phase, {}, None, self._phase)
 
 
 def steps(events: Sequence[Event]) -> list[Piece]:

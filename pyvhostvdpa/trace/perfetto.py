@@ -115,7 +115,7 @@ class _Process:
             maps.apply(event)
             if event.event in ("IOTLB_UPDATE", "IOTLB_INVALIDATE"):
                 asid = int(event.fields["asid"])
-                mapped = {"bytes": sum(maps.spaces.get(asid, {}).values())}
+                mapped = {"bytes": maps.bytes(asid)}
                 yield self._event("C", event.t_end, f"mapped in address space {asid}", "maps", mapped)
 
     def _name(self, kind: str, thread: int, **arguments: str | int) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The names of the phases that are measured: whoever drives a device stamps one of them on its calls."""
+"""The names of the phases that are measured: code that drives a device stamps one of them on its calls."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ DT1 = (DT1_STOP, DT1_START)
 DT2 = (DT2_STOP,)
 """Downtime #2 of the series."""
 DEST = (DEST_START,)
-"""The start on the destination, which is in neither downtime."""
+"""The destination start, which is in neither downtime."""
 PHASES = (DEST_PREMAP, DEST_STAND_BY, *DT1, *DT2, DEST_START, CANCEL_START)
 """All of them, in the order in which a migration goes through them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ def _describe(name: str, value: int | str) -> str:
 
 
 class Event(NamedTuple):
-    """A system call, or a decision that somebody noted. Times are CLOCK_MONOTONIC in nanoseconds."""
+    """A system call, or a noted decision. Times are CLOCK_MONOTONIC in nanoseconds."""
 
     t_begin: int
     t_end: int
@@ -59,7 +59,7 @@ class Event(NamedTuple):
 
 
 DEFAULT_LIMIT = 250_000
-"""Events that a trace keeps unless told otherwise, about 90 MB of them."""
+"""Events that a trace keeps by default, about 90 MB of them."""
 _SLACK = 8
 """Room is made for this part of the limit at a time: that looks at every event."""
 
@@ -77,46 +77,70 @@ class Trace:
     def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
         if limit < 0:
             raise ValueError(f"a trace of {limit} events")
-        self.events: list[Event] = []
+        self.recorded: list[Event] = []
+        self._later: list[Callable[[], Iterable[Event]]] = []
         self.limit = limit
         self.dropped = 0
-        """Events that were recorded and are not kept; with ``limit`` 0 none is recorded."""
-        self._full = limit + limit // _SLACK
+        """Events that were recorded and are not kept; with ``limit`` 0 nothing is recorded."""
+        self.full = limit + limit // _SLACK
+        """Events at which room is made for others."""
         self._making_room = threading.Lock()
 
+    @property
+    def events(self) -> list[Event]:
+        """What was recorded, in order of completion."""
+        if self._later:
+            later, self._later = self._later, []
+            self.extend(event for make in later for event in make())
+        return self.recorded
+
+    @events.setter
+    def events(self, events: list[Event]) -> None:
+        self._later, self.recorded = [], events
+
     def append(self, event: Event) -> None:
-        """Add an event, and make room if there are too many."""
-        self.events.append(event)
-        if len(self.events) > self._full:
-            self._make_room()
+        """Add ``event``; if there are too many, the oldest that belong to no phase go first."""
+        self.recorded.append(event)
+        if len(self.recorded) > self.full:
+            self.make_room()
+
+    def append_later(self, make: Callable[[], Iterable[Event]]) -> None:
+        """Add the events that ``make`` returns: they are timed already, and made at the first read."""
+        if self.limit:
+            self._later.append(make)
 
     def extend(self, events: Iterable[Event], dropped: int = 0) -> None:
-        """Add what another trace recorded, of which ``dropped`` events are missing, in order of completion."""
+        """Add the ``events`` of another trace, in order of completion; ``dropped`` is how many of them are missing."""
         if not self.limit:
             return
-        self.events.extend(events)
-        self.events.sort(key=lambda event: event.t_end)
+        new = sorted(events, key=lambda event: event.t_end)
+        in_order = not self.recorded or not new or self.recorded[-1].t_end <= new[0].t_end
+        self.recorded.extend(new)
+        # somebody may be waiting, and a trace may be long
+        if not in_order:
+            self.recorded.sort(key=lambda event: event.t_end)
         self.dropped += dropped
-        if len(self.events) > self._full:
-            self._make_room()
+        if len(self.recorded) > self.full:
+            self.make_room()
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
+        """Drop events until ``limit`` are left: the oldest without a phase first, then the oldest of all."""
         # devices are driven by several threads; the one that comes second finds room
         with self._making_room:
-            count = len(self.events)
+            count = len(self.recorded)
             excess = spare = max(0, count - self.limit)
             kept = []
-            for event in self.events[:count]:
+            for event in self.recorded[:count]:
                 if spare and not event.phase:
                     spare -= 1
                 else:
                     kept.append(event)
             # in one step: others append meanwhile
-            self.events[:count] = kept[spare:]
+            self.recorded[:count] = kept[spare:]
             self.dropped += excess
 
     def device(self, name: str) -> DeviceTrace:
-        """Return the recorder that stamps ``name`` on its events."""
+        """Return a recorder that stamps ``name``, a device's path, on its events."""
         return DeviceTrace(self, name)
 
     def devices(self) -> list[str]:
@@ -124,7 +148,7 @@ class Trace:
         return list(dict.fromkeys(event.device for event in self.events))
 
     def select(self, device: str, phase: str) -> list[Event]:
-        """Return one device's events of one phase, in order."""
+        """Return the events of one ``device`` in one ``phase``, in order of completion."""
         return [e for e in self.events if e.device == device and e.phase == phase]
 
 
@@ -136,19 +160,35 @@ class DeviceTrace:
         self.name = name
         self.phase = ""
 
-    def record(self, t_begin: int, t_end: int, event: str, fields: Fields, result: int | None) -> None:
-        """Append one event in the current phase, unless recording is off. ``fields`` is kept, not copied."""
-        if self._trace.limit:
-            self._trace.append(Event(t_begin, t_end, self.name, self.phase, event, fields, result))
+    def record(
+        self, t_begin: int, t_end: int, event: str, fields: Fields, result: int | None, phase: str | None = None
+    ) -> None:
+        """Append one event, in the current phase or in ``phase``, unless recording is off.
+
+        ``fields`` is kept, not copied.
+        """
+        trace = self._trace
+        if trace.limit:
+            # as Trace.append() does, without the call: this is done for every message of a burst
+            trace.recorded.append(
+                Event(t_begin, t_end, self.name, self.phase if phase is None else phase, event, fields, result)
+            )
+            if len(trace.recorded) > trace.full:
+                trace.make_room()
+
+    def record_later(self, make: Callable[[], Iterable[tuple[int, int, str, Fields, int | None]]]) -> None:
+        """Append what ``make`` returns, arguments of :meth:`record`, in the phase of now; called when that is read."""
+        phase, name = self.phase, self.name
+        self._trace.append_later(lambda: [Event(t[0], t[1], name, phase, *t[2:]) for t in make()])
 
     def note(self, event: str, **fields: int | str) -> None:
-        """Record, as of now, what was decided: that which no system call tells."""
+        """Record a decision that no system call shows, stamped with the current time."""
         now = time.monotonic_ns()
         self.record(now, now, event, fields, None)
 
     @contextmanager
     def in_phase(self, phase: str) -> Iterator[None]:
-        """Stamp ``phase`` on what is recorded inside the block."""
+        """Stamp ``phase`` on all records inside the block."""
         outer, self.phase = self.phase, phase
         try:
             yield

@@ -8,17 +8,19 @@ an event's fields in their order (:class:`pyvhostvdpa.trace.Event`).
 from __future__ import annotations
 
 import json
-from typing import TextIO
+from collections.abc import Mapping
+from typing import Any, TextIO
 
 from ..base.errors import VhostVdpaError
-from .recorder import Event, Trace
+from .recorder import DEFAULT_LIMIT, Event, Trace
 
 SCHEMA = "pyvhostvdpa/trace/records/1"
 
 
-def write(trace: Trace, file: TextIO) -> None:
-    """Write all records."""
-    for line in ({"schema": SCHEMA, "dropped": trace.dropped}, *trace.events):
+def write(trace: Trace, file: TextIO, about: Mapping[str, Any] | None = None) -> None:
+    """Write all records. ``about`` describes a recording, under that name in the first line."""
+    head = {"schema": SCHEMA, "dropped": trace.dropped, **({"about": about} if about else {})}
+    for line in (head, *trace.events):
         json.dump(line, file)
         file.write("\n")
 
@@ -30,10 +32,19 @@ def read(file: TextIO) -> list[Event]:
 
 def read_all(file: TextIO) -> tuple[list[Event], int]:
     """Return what :func:`write` wrote, and how many events are missing; VhostVdpaError if that is something else."""
+    trace, _ = read_recording(file)
+    return trace.events, trace.dropped
+
+
+def read_recording(file: TextIO) -> tuple[Trace, dict[str, Any]]:
+    """Return what :func:`write` wrote, and what it says of itself; VhostVdpaError if it is something else."""
     try:
-        head, *lines = [json.loads(line) for line in file]
+        head, *lines = [json.loads(line) for line in file] or [None]
         if not isinstance(head, dict) or head.get("schema") != SCHEMA:
             raise ValueError(f"schema {SCHEMA} is missing")
-        return [Event(*line) for line in lines], int(head.get("dropped", 0))
+        trace = Trace(max(DEFAULT_LIMIT, len(lines)))
+        trace.events = [Event(*line) for line in lines]
+        trace.dropped = int(head.get("dropped", 0))
+        return trace, dict(head.get("about", {}))
     except (ValueError, TypeError) as e:
-        raise VhostVdpaError(f"{file.name} is no file of records: {e}") from e
+        raise VhostVdpaError(f"{file.name} is not a recording: {e}") from e

@@ -76,30 +76,55 @@ class Maps:
     """One device's maps by address space, followed through its events as the kernel keeps them.
 
     A reset leaves them; INVALIDATE takes every map that it touches, whole
-    (drivers/vhost/vdpa.c:vhost_vdpa_unmap); open and close begin anew.
+    (drivers/vhost/vdpa.c:vhost_vdpa_unmap); open and close start again from nothing.
     """
 
     def __init__(self) -> None:
         self.spaces: dict[int, dict[int, int]] = {}
         """Size by IOVA, by address space."""
+        self._large: dict[int, int] = {}
+        self._bytes: dict[int, int] = {}
 
     def apply(self, event: Event) -> None:
         """Follow one event."""
+        if (event.result or 0) < 0:
+            return
         if event.event in ("open", "close"):
             self.spaces.clear()
-        if event.event not in ("IOTLB_UPDATE", "IOTLB_INVALIDATE") or (event.result or 0) < 0:
+            self._large.clear()
+            self._bytes.clear()
+        if event.event not in ("IOTLB_UPDATE", "IOTLB_INVALIDATE"):
             return
         asid, iova, size = (int(event.fields[name]) for name in ("asid", "iova", "size"))
         space = self.spaces.setdefault(asid, {})
         if event.event == "IOTLB_UPDATE":
+            self._unmapped(asid, iova)
             space[iova] = size
+            self._count(asid, size, 1)
+        elif space.get(iova) == size:
+            # maps do not overlap, so it is the only one: there may be a hundred thousand
+            self._unmapped(asid, iova)
         else:
             for at in [at for at, length in space.items() if at < iova + size and iova < at + length]:
-                del space[at]
+                self._unmapped(asid, at)
+
+    def _unmapped(self, asid: int, iova: int) -> None:
+        size = self.spaces[asid].pop(iova, None)
+        if size is not None:
+            self._count(asid, size, -1)
+
+    def _count(self, asid: int, size: int, number: int) -> None:
+        self._bytes[asid] = self._bytes.get(asid, 0) + number * size
+        if size >= GUEST_MEMORY_MIN:
+            self._large[asid] = self._large.get(asid, 0) + number
+
+    def bytes(self, asid: int) -> int:
+        """Return how many bytes are mapped in an address space."""
+        return self._bytes.get(asid, 0)
 
     def with_guest_memory(self, asid: int) -> bool:
-        """Tell whether an address space holds guest memory, or maps that large."""
-        return any(size >= GUEST_MEMORY_MIN for size in self.spaces.get(asid, {}).values())
+        """Return whether an address space holds guest memory, or maps that large."""
+        return self._large.get(asid, 0) > 0
 
 
 def kinds(events: Sequence[Event]) -> list[Kind]:
@@ -122,7 +147,7 @@ def kinds(events: Sequence[Event]) -> list[Kind]:
 
 
 def _settle(found: list[Kind], batch: list[int]) -> None:
-    """What one message of a batch brings in or takes out is built anew at its end, so all are of one kind."""
+    """What one message of a batch brings in or takes out is rebuilt at its end, so all are of one kind."""
     if any(found[place] is Kind.GUEST_MEMORY for place in batch):
         for place in batch:
             found[place] = Kind.GUEST_MEMORY

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ class RingLayout(Protocol):
 
     @property
     def avail_offset(self) -> int:
-        """Bytes from the descriptors to what the driver tells the device."""
+        """Bytes from the descriptors to the driver area (virtio 1.3, 2.6)."""
 
     @property
     def driver_area(self) -> int:
@@ -96,7 +97,10 @@ def _pages(size: int) -> int:
 class GuestQueue:
     """A virtqueue as the guest's driver set it up; addresses are GPAs.
 
-    ``kick`` is raised by the guest, ``call`` by whoever plays the device.
+    ``kick`` is raised by the guest, ``call`` by the device's side; -1
+    for a call that the guest does not want. Descriptors are numbers that are
+    used again, so the same object stands for the same two eventfds: a queue
+    that got another eventfd is another :class:`GuestQueue`.
     """
 
     index: int
@@ -106,6 +110,26 @@ class GuestQueue:
     used: int
     kick: int
     call: int
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """GPA and bytes of descriptor table, avail ring and used ring."""
+        return (self.desc, 16 * self.num), (self.avail, 6 + 2 * self.num), (self.used, 6 + 8 * self.num)
+
+    def same_ring(self, other: GuestQueue) -> bool:
+        """Whether this is the same ring, whatever the eventfds are."""
+        return self is other or (self.index, self.num, self.desc, self.avail, self.used) == (
+            other.index,
+            other.num,
+            other.desc,
+            other.avail,
+            other.used,
+        )
+
+
+def same_rings(some: Sequence[GuestQueue], others: Sequence[GuestQueue]) -> bool:
+    """Whether these are the same rings, whatever their eventfds are."""
+    return len(some) == len(others) and all(a is b or a.same_ring(b) for a, b in zip(some, others, strict=True))
 
 
 def fill_vring(ring: Any, num: int, desc: int, avail: int, used: int) -> None:
@@ -120,13 +144,8 @@ def map_queue(ring: Any, queue: GuestQueue, memory: GuestMemory) -> None:
     """Point a C ``struct vring`` at a guest's ring; ValueError if that is not guest memory, or not aligned."""
     if queue.desc % 16 or queue.avail % 2 or queue.used % 4:
         raise ValueError(f"virtqueue {queue.index}: its parts are not aligned (virtio 1.3, 2.7)")
-    fill_vring(
-        ring,
-        queue.num,
-        memory.hva(queue.desc, 16 * queue.num),
-        memory.hva(queue.avail, 6 + 2 * queue.num),
-        memory.hva(queue.used, 6 + 8 * queue.num),
-    )
+    desc, avail, used = (memory.hva(gpa, size) for gpa, size in queue.parts)
+    fill_vring(ring, queue.num, desc, avail, used)
 
 
 def indices(queue: GuestQueue, memory: GuestMemory) -> tuple[int, int]:
@@ -141,14 +160,14 @@ def indices(queue: GuestQueue, memory: GuestMemory) -> tuple[int, int]:
 class RingStart:
     """What a guest's ring held when a device was started on it: see :func:`in_order`.
 
-    Indices have 16 bits, so a used index alone does not tell whether a slot
+    Indices have 16 bits, so a used index alone does not show whether a slot
     was written before the start or 65,536 elements later.
     """
 
     def __init__(self, queue: GuestQueue, memory: GuestMemory) -> None:
         ring = ffi.new("struct vring *")
         map_queue(ring, queue, memory)
-        self._slots = ffi.new("uint16_t[]", queue.num), ffi.new("uint32_t[]", queue.num)
+        self._slots = ffi.new("uint16_t[]", queue.num), ffi.new("struct vring_used_elem[]", queue.num)
         self.c = ffi.new("struct vring_start *", {"avail": self._slots[0], "used": self._slots[1]})
         lib.vring_remember(ring, self.c)
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""All rings of a guest's NIC at once: what is asked of each while the guest stands still, C asks of all in one go."""
+"""All rings of a guest's NIC at once: what is asked of each while the guest is paused, C asks of all in one go."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .._cdefs import ffi, lib
 from ..memory.guest import GuestMemory
@@ -15,6 +16,7 @@ class GuestRings:
 
     def __init__(self, queues: Sequence[GuestQueue], memory: GuestMemory) -> None:
         self.queues = tuple(queues)
+        self._memory = memory
         count = len(self.queues)
         self._rings = ffi.new("struct vring[]", count)
         self._starts = ffi.new("struct vring_start[]", count)
@@ -23,7 +25,7 @@ class GuestRings:
         self._remembered = False
         for ring, start, queue in zip(self._rings, self._starts, self.queues, strict=True):
             map_queue(ring, queue, memory)
-            slots = ffi.new("uint16_t[]", queue.num), ffi.new("uint32_t[]", queue.num)
+            slots = ffi.new("uint16_t[]", queue.num), ffi.new("struct vring_used_elem[]", queue.num)
             start.avail, start.used = slots
             self._slots.append(slots)
 
@@ -35,6 +37,27 @@ class GuestRings:
         lib.rings_remember(self._rings, len(self.queues), self._starts)
         self._remembered = True
         return [int(start.used_idx) for start in self._starts]
+
+    def fill(self, job: Any, bases: Sequence[Any]) -> None:
+        """Have a ``struct device_job`` do what :meth:`remember` does, and put each used index where ``bases`` point."""
+        self._into: Any = ffi.new("uint32_t *[]", bases)
+        job.ring_count, job.rings, job.starts, job.bases = len(bases), self._rings, self._starts, self._into
+
+    def fill_stop(self, job: Any, reported: Sequence[Any]) -> None:
+        """Have a ``struct device_job`` look at these rings behind its calls, which read the bases into ``reported``.
+
+        Of rings that a device has worked on itself while others were relayed: whether it kept order, whether each
+        base can be true; and their used rings are marked dirty.
+        """
+        self._from: Any = ffi.new("uint32_t *[]", reported)
+        self._used: Any = ffi.new("uint64_t[]", [queue.used for queue in self.queues])
+        job.passed_count, job.passed, job.reported = len(reported), self._rings, self._from
+        job.passed_starts = self._starts if self._remembered else ffi.NULL
+        job.passed_used, job.memory, job.settle = self._used, self._memory.c_map, SETTLE_NS
+
+    def done(self) -> None:
+        """Know that the job of :meth:`fill` was done."""
+        self._remembered = True
 
     def out_of_order(self) -> GuestQueue | None:
         """Return the first queue that a stopped device has not used in order since it was started, None for none.

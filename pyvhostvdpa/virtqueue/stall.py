@@ -11,21 +11,17 @@ from .layout import GuestQueue, indices
 
 
 class StallDetector:
-    """Watches the transmit queues of a guest, in passthrough as while shadowed.
-
-    A device may leave receive buffers alone for as long as it likes; what it
-    is given to send it has to complete.
-    """
+    """Watches queues of a guest whose device has to complete what it is given, in passthrough as while shadowed."""
 
     def __init__(self, queues: Sequence[GuestQueue], memory: GuestMemory) -> None:
-        self._queues = [queue for queue in queues if queue.index % 2]
+        self._queues = tuple(queues)
         self._memory = memory
         self._moved: dict[int, tuple[int, float]] = {}
         """Used index and when it was first seen, by queue index."""
 
-    def standing(self) -> dict[int, float]:
-        """Return how many seconds, as far as was looked, each queue with work has not moved."""
-        now, standing = time.monotonic(), {}
+    def stalled(self) -> dict[int, float]:
+        """Return for how many observed seconds each queue with work has not moved."""
+        now, stalled = time.monotonic(), {}
         for queue in self._queues:
             avail, used = indices(queue, self._memory)
             last, since = self._moved.get(queue.index, (None, now))
@@ -33,5 +29,5 @@ class StallDetector:
                 since = now
             self._moved[queue.index] = used, since
             if now > since:
-                standing[queue.index] = now - since
-        return standing
+                stalled[queue.index] = now - since
+        return stalled

@@ -13,7 +13,7 @@ def test_memory_moves_at_nine_tenths_of_plain_c_or_more(capsys: pytest.CaptureFi
 
     With a CPU for each process that side sets the pace. Waiting for a CPU is
     in no process's account, caches that others use meet both of a pair, and
-    processes are started anew in case they meet some for long.
+    new processes are started in case one pair meets some for long.
     """
     runs: dict[str, list[Run]] = {}
     for _ in range(STARTS):

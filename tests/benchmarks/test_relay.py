@@ -1,7 +1,7 @@
 """What the relay costs per element, without a device.
 
-The guest's and the device's side are written beforehand, so that only the
-shadow virtqueue's own work is timed:
+The guest's and the device's side are written before the clock starts, so that
+only the shadow virtqueue's own work is timed:
     pytest tests/benchmarks --benchmark-autosave
     pytest tests/benchmarks --benchmark-compare
 """

@@ -16,7 +16,7 @@ from pyvhostvdpa.bench.map import run
 from pyvhostvdpa.bench.memory import BenchMemory, PhysicalLayout
 from pyvhostvdpa.bench.plan import MapBenchOptions, Mode
 from pyvhostvdpa.chardev.burst import PreparedMessages
-from pyvhostvdpa.chardev.door import IotlbMessage
+from pyvhostvdpa.chardev.message import IotlbMessage
 from pyvhostvdpa.memory.guest import PAGE_SIZE
 
 SOURCE = Path(__file__).parents[2] / "tools" / "bench" / "iotlb_burst.c"

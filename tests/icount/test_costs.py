@@ -11,7 +11,7 @@ from hw_guest import HwGuest
 
 from pyvhostvdpa import State
 from pyvhostvdpa.base.uapi import BackendFeature
-from pyvhostvdpa.memory.guest import SharedMemory
+from pyvhostvdpa.memory.mapped import SharedMemory
 from pyvhostvdpa.net import control
 from pyvhostvdpa.net.control import Class
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED

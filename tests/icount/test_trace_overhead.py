@@ -12,11 +12,11 @@ import hwsim
 import pytest
 from hw_guest import HwGuest
 
-import pyvhostvdpa.device.net
-from pyvhostvdpa import State, Trace, VhostVdpa
+import pyvhostvdpa.device.opened
+from pyvhostvdpa import Trace, VhostVdpa
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.base.uapi import IOCTLS, BackendFeature, MessageFormat
-from pyvhostvdpa.chardev.door import IotlbMessage
+from pyvhostvdpa.chardev.message import IotlbMessage
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
 from pyvhostvdpa.trace.recorder import DeviceTrace, Fields
 
@@ -84,7 +84,7 @@ def guest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, type[Vhost
     made: list[HwGuest] = []
 
     def make(name: str, door: type[VhostVdpa]) -> HwGuest:
-        monkeypatch.setattr(pyvhostvdpa.device.net, "VhostVdpa", door)
+        monkeypatch.setattr(pyvhostvdpa.device.opened, "VhostVdpa", door)
         sim = hwsim.add(name, PAIRS, mem_scale=512)
         made.append(HwGuest(sim, PAIRS, SUPPORTED | CONTROL, BackendFeature(0), procedure="direct"))
         return made[-1]
@@ -97,16 +97,9 @@ def guest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, type[Vhost
 
 def switch_and_stop(guest: HwGuest) -> dict[str, int]:
     """DT1 and DT2 of one round, ns, by the marks."""
-    device = guest.device
-    trace = device.trace
+    trace = guest.device.trace
     assert isinstance(trace, Marks)
-    guest.start()
-    with trace.in_phase("dt1.stop"):
-        device.stop()
-    with trace.in_phase("dt1.start"):
-        guest.start(State.SHADOW)
-    with trace.in_phase("dt2.stop"):
-        device.stop()
+    guest.switch_and_stop()
     marks = trace.marks
     return {"DT1": marks["dt1.start"][1] - marks["dt1.stop"][0], "DT2": marks["dt2.stop"][1] - marks["dt2.stop"][0]}
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ from hwsim import HwSim, MakeSim
 
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
 from pyvhostvdpa.device.net import VdpaNetDevice
-from pyvhostvdpa.guest.nic import GuestNic
+from pyvhostvdpa.device.shadowing import USED
+from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.guest.traffic import Traffic
-from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory, pinned_bytes
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
+from pyvhostvdpa.memory.pinned import pinned_bytes
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED, Feature
 
 NOTHING = BackendFeature(0)
@@ -29,6 +32,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests on the same kind of device together: loading the module anew takes seconds."""
     kinds = ("pinned", "unbatched")
     items.sort(key=lambda item: [kind in getattr(item, "fixturenames", ()) for kind in kinds])
+
+
+def _mine(items: list[pytest.Item], claims: Path) -> Iterator[pytest.Item]:
+    """The tests of the files that no other VM has taken; a file is taken when its first test is reached."""
+    taken: dict[Path, bool] = {}
+    for item in items:
+        if item.path not in taken:
+            try:
+                (claims / item.path.stem).mkdir()
+                taken[item.path] = True
+            except FileExistsError:
+                taken[item.path] = False
+        if taken[item.path]:
+            yield item
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """Share the files with other VMs, if the lab says where claims are made; each test has what it has alone."""
+    claims = os.environ.get("PYVHOSTVDPA_CLAIMS")
+    if not claims or session.testsfailed or session.config.option.collectonly:
+        return None
+    mine = _mine(session.items, Path(claims))
+    item = next(mine, None)
+    while item is not None:
+        following = next(mine, None)
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        item = following
+    return True
 
 
 @pytest.fixture(autouse=True)
@@ -94,12 +126,12 @@ def vduse(vduse_device: str) -> str:
     return vduse_device
 
 
-class Guest:
+class RunningGuest:
     """A guest on a device, with traffic."""
 
     def __init__(self, device: VdpaNetDevice, memory: GuestMemory) -> None:
         self.device, self.memory = device, memory
-        self.nic = GuestNic(memory)
+        self.nic = GuestNic(memory, NicOptions(rx_relayed=device.shadow == USED))
         self.traffic = Traffic(self.nic)
 
     def close(self) -> None:
@@ -119,31 +151,31 @@ class Guest:
         assert (counts.lost, counts.duplicated, counts.corrupted, counts.reordered) == (0, 0, 0, 0)
 
 
-def _guest(path: str, without: BackendFeature) -> Iterator[Guest]:
+def _guest(path: str, without: BackendFeature) -> Iterator[RunningGuest]:
     with (
         GuestMemory([(DEFAULT_GPA, lab.SMALL)]) as memory,
         VdpaNetDevice(path, use=ALL_BACKEND_FEATURES & ~without) as device,
     ):
         device.attach(memory)
-        guest = Guest(device, memory)
+        guest = RunningGuest(device, memory)
         yield guest
         guest.close()
 
 
 @pytest.fixture
-def guest(devices: tuple[str, str]) -> Iterator[Guest]:
+def guest(devices: tuple[str, str]) -> Iterator[RunningGuest]:
     """A guest attached to the first device, not started."""
     yield from _guest(devices[0], NOTHING)
 
 
 @pytest.fixture
-def pinned_guest(pinned: tuple[str, str]) -> Iterator[Guest]:
+def pinned_guest(pinned: tuple[str, str]) -> Iterator[RunningGuest]:
     """The same on a device that pins."""
     yield from _guest(pinned[0], NOTHING)
 
 
 @pytest.fixture
-def forgetful_guest(devices: tuple[str, str]) -> Iterator[Guest]:
+def forgetful_guest(devices: tuple[str, str]) -> Iterator[RunningGuest]:
     """The same on a device whose maps are lost at reset (IOTLB_PERSIST not acknowledged)."""
     yield from _guest(devices[0], BackendFeature.IOTLB_PERSIST)
 
@@ -175,9 +207,10 @@ def make(make_sim: MakeSim) -> Iterator[Make]:
             ring_size: int = 256,
             memory: int = lab.SMALL * 2,
             procedure: str | None = None,
+            shadow: str | None = None,
             **parameters: object,
         ) -> HwGuest:
-            guest = HwGuest(make_sim(pairs, **parameters), pairs, wanted, without, ring_size, memory, procedure)
+            guest = HwGuest(make_sim(pairs, **parameters), pairs, wanted, without, ring_size, memory, procedure, shadow)
             stack.callback(guest.close)
             return guest
 

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import hwsim
-from hw_guest import HwGuest
 from hwsim import HwSim
+from visits import use
 
 from pyvhostvdpa import KernelError, Status, VhostVdpa
-from pyvhostvdpa.base.uapi import IOCTLS, BackendFeature
-from pyvhostvdpa.memory.guest import SharedMemory, allow_pinning
+from pyvhostvdpa.base.uapi import IOCTLS
+from pyvhostvdpa.memory.mapped import SharedMemory
+from pyvhostvdpa.memory.pinned import allow_pinning
 from pyvhostvdpa.net.features import CONTROL, RING, SUPPORTED, Feature
 
 EXTRA = (
@@ -86,7 +87,7 @@ class Tally:
 
 
 def scribble(memory: memoryview, seed: int) -> None:
-    """Change descriptors under the device's eyes, and change them back, as long as memory's last byte says so."""
+    """Change descriptors under the device's eyes, and change them back, while the last byte of memory is not zero."""
     chance = random.Random(seed)
     while True:
         for _ in range(100 * memory[SIZE - 1]):
@@ -125,7 +126,7 @@ class Client:
         self.buffers.close()
 
     def open(self) -> VhostVdpa:
-        """Open the device, now and then anew."""
+        """Open the device, and reopen it every few rounds."""
         if self.device is not None and self.tally.rounds % ROUNDS_AN_OPENING == 0:
             self.device.close()
             self.device = None
@@ -162,7 +163,7 @@ class Client:
         self.act(device, POLITE | RUDE, RUDE_STEPS)
 
     def act(self, device: VhostVdpa, actions: Mapping[Action, int], times: int) -> None:
-        """Do that many of these, chosen by their weight; a device that has given up is left alone soon."""
+        """Do that many of these, chosen by their weight; a device that has failed is left alone soon."""
         kinds, weights = list(actions), list(actions.values())
         for step in range(times):
             self.tally.steps += 1
@@ -232,7 +233,7 @@ class Client:
             raise KernelError(error.errno or 0, "write", "") from error
 
     def map(self, device: VhostVdpa, iova: int, memory: SharedMemory, asid: int) -> None:
-        """Map it in one batch: without, each page that lies apart would have the whole tree built anew."""
+        """Map it in one batch: without one, the whole tree would be rebuilt for each page that is not contiguous."""
         self.message(device, 5, asid=asid)
         self.message(device, 2, iova, SIZE, memory.hva, 3, asid)
         self.message(device, 6, asid=asid)
@@ -482,29 +483,3 @@ def fuzz(variant: str, seed: int, rounds: int = 0, seconds: float = 0, pairs: in
     finally:
         hwsim.remove(sim.name)
     return tally
-
-
-def use(sim: HwSim, pairs: int = 1, frames: int = 50) -> None:
-    """A guest comes, has its frames looped back, and goes."""
-    wanted = SUPPORTED | Feature.CTRL_VQ | Feature.MQ
-    guest = HwGuest(sim, pairs, wanted, BackendFeature(0), ring_size=64, memory=8 << 20)
-    try:
-        guest.start()
-        guest.use_all_pairs()
-        guest.traffic.run()
-        guest.receives(frames)
-        guest.settle()
-    except AssertionError as error:
-        counted = {name: value for name, value in sim.read("stats").items() if value != "0"}
-        raise AssertionError(f"{error}\n{sim.read('state')}\n{counted}") from error
-    finally:
-        guest.close()
-
-
-def cycle(pairs: int = 2) -> None:
-    """A device comes, is used, and goes."""
-    sim = hwsim.add("mayfly", pairs)
-    try:
-        use(sim, pairs, 20)
-    finally:
-        hwsim.remove(sim.name)

@@ -14,20 +14,22 @@ from hwsim import HwSim
 from pyvhostvdpa import GuestMemory, State, VdpaNetDevice
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
+from pyvhostvdpa.device.shadowing import USED
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.guest.traffic import Traffic
 from pyvhostvdpa.memory.guest import DEFAULT_GPA
 from pyvhostvdpa.net import control
 from pyvhostvdpa.net.control import Class, ControlModel, command
-from pyvhostvdpa.net.control_queue import GuestControl
+from pyvhostvdpa.net.control_queue import NetGuestControl
 from pyvhostvdpa.net.features import Feature
+from pyvhostvdpa.trace.phases import DT1_START, DT1_STOP, DT2_STOP
 from pyvhostvdpa.virtqueue.layout import SplitLayout
 
 Make = Callable[..., "HwGuest"]
 
 
 class HwGuest:
-    """A guest on a vdpa_hwsim device, with a control queue where the device keeps that apart."""
+    """A guest on a vdpa_hwsim device, with a control queue where the device keeps it separate."""
 
     def __init__(
         self,
@@ -38,8 +40,9 @@ class HwGuest:
         ring_size: int = 256,
         memory: int = lab.SMALL * 2,
         procedure: str | None = None,
+        shadow: str | None = None,
     ) -> None:
-        self.procedure = procedure
+        self.procedure, self.shadow = procedure, shadow
         self.sim, self.pairs = sim, pairs
         self.wanted, self.without = wanted, without
         self.memory = GuestMemory([(DEFAULT_GPA, memory)])
@@ -51,17 +54,27 @@ class HwGuest:
             index = self.device.groups.control_index
             self.nic = GuestNic(
                 self.memory,
-                NicOptions(pairs=pairs, ring_size=ring_size, features=self.device.features, control_index=index),
+                NicOptions(
+                    pairs=pairs,
+                    ring_size=ring_size,
+                    features=self.device.features,
+                    control_index=index,
+                    rx_relayed=shadow == USED,
+                ),
             )
             undo.pop_all()
         self.device.guest_config = self.nic.config
         self.traffic = Traffic(self.nic)
         self.model = ControlModel(self.device.features, mac=sim.mac)
-        self.control = None if self.nic.control is None else GuestControl(self.nic.control.queue, self.model)
+        self.control = None if self.nic.control is None else NetGuestControl(self.nic.control.queue, self.model)
 
     def attach(self, sim: HwSim) -> VdpaNetDevice:
         device = VdpaNetDevice(
-            sim.chardev, use=ALL_BACKEND_FEATURES & ~self.without, wanted=self.wanted, procedure=self.procedure
+            sim.chardev,
+            use=ALL_BACKEND_FEATURES & ~self.without,
+            wanted=self.wanted,
+            procedure=self.procedure,
+            shadow=self.shadow,
         )
         self.devices.append(device)
         device.attach(self.memory)
@@ -94,6 +107,17 @@ class HwGuest:
         mode = State.PASSTHROUGH if self.device.state is State.SHADOW else State.SHADOW
         self.device.stop()
         self.start(mode)
+
+    def switch_and_stop(self) -> None:
+        """Start, and go through the phases of DT1 and DT2."""
+        trace = self.device.trace
+        self.start()
+        with trace.in_phase(DT1_STOP):
+            self.device.stop()
+        with trace.in_phase(DT1_START):
+            self.start(State.SHADOW)
+        with trace.in_phase(DT2_STOP):
+            self.device.stop()
 
     def move(self, sim: HwSim) -> None:
         """Go on in passthrough on another device, as after a migration."""
@@ -143,7 +167,12 @@ class HwGuest:
 
         lab.wait_for(reached, f"{frames} frames on each of {self.pairs} pairs", seconds)
 
+    def dropped(self) -> int:
+        """How many frames the device has dropped because it had no receive buffer."""
+        counters = self.sim.read("stats")
+        return sum(int(value) for name, value in counters.items() if name.endswith(".overruns"))
+
     def settle(self) -> None:
-        assert self.traffic.stop_sending(30.0), self.nic.counts()
+        assert self.traffic.stop_sending(30.0), f"{self.nic.counts()}, {self.dropped()} of them had no buffer"
         counts = self.nic.counts()
         assert (counts.lost, counts.duplicated, counts.corrupted) == (0, 0, 0)

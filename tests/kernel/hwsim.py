@@ -77,7 +77,7 @@ def _add(name: str, pairs: int, mac: bytes | None, parameters: Mapping[str, obje
 
 
 def remove(name: str) -> None:
-    """Delete a device that nobody has open."""
+    """Delete a device that no process has open."""
     lab.command("vdpa", "dev", "del", name)
 
 

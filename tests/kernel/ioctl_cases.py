@@ -1,6 +1,6 @@
 """One case that succeeds and one that fails for each request; test_ioctls.py runs them and demands all.
 
-A case gets an open device. The door's trace tells whether it made the request
+A case gets an open device. The door's trace shows whether it made the request
 that it is filed under, so that none can pass by doing something else.
 """
 
@@ -253,7 +253,7 @@ case("VHOST_VDPA_GET_VRING_GROUP", "each", lambda d: same([d.get_vring_group(i) 
 case("VHOST_VDPA_GET_VRING_GROUP", "of a queue it has not", lambda d: d.get_vring_group(3), errno.ENOBUFS)
 case("VHOST_VDPA_GET_VRING_GROUP", "without owner", lambda d: d.get_vring_group(0), errno.EPERM, owned=False)
 case("VHOST_VDPA_GET_VRING_DESC_GROUP", "of a parent without", lambda d: d.get_vring_desc_group(0), errno.EOPNOTSUPP)
-case("VHOST_VDPA_SET_GROUP_ASID", "control queue apart", lambda d: d.set_group_asid(1, 1))
+case("VHOST_VDPA_SET_GROUP_ASID", "of the control queue's own group", lambda d: d.set_group_asid(1, 1))
 case("VHOST_VDPA_SET_GROUP_ASID", "an address space it has not", lambda d: d.set_group_asid(1, 12345), errno.EINVAL)
 case("VHOST_VDPA_SET_GROUP_ASID", "a group it has not", lambda d: d.set_group_asid(2, 0), errno.EINVAL)
 case("VHOST_VDPA_SET_GROUP_ASID", "a group beyond the queues", lambda d: d.set_group_asid(3, 0), errno.ENOBUFS)

@@ -34,7 +34,7 @@ def remove_devices() -> None:
 
 
 def reload(**parameters: int) -> None:
-    """Load vdpa_sim anew with module parameters, and two net devices."""
+    """Reload vdpa_sim with module parameters, and add two net devices."""
     remove_devices()
     command("modprobe", "-r", "vdpa_sim_net")
     command("modprobe", "-r", "vdpa_sim")

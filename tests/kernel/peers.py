@@ -14,15 +14,17 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pyvhostvdpa.base.errors import VhostVdpaError
 from pyvhostvdpa.device.net import State, VdpaNetDevice
-from pyvhostvdpa.guest.state import ID_BYTES, GuestShape
-from pyvhostvdpa.guest.synthetic import GuestOptions, SyntheticGuest
-from pyvhostvdpa.memory.guest import pinned_bytes
+from pyvhostvdpa.guest.shape import ID_BYTES, GuestShape
+from pyvhostvdpa.guest.synthetic import KINDS, GuestOptions, SyntheticGuest
+from pyvhostvdpa.memory.pinned import pinned_bytes
 from pyvhostvdpa.migration.cancel import Cancel
-from pyvhostvdpa.migration.destination import Arrived, Destination, take
+from pyvhostvdpa.migration.destination import Arrived, Destination
+from pyvhostvdpa.migration.from_file import start_saved
 from pyvhostvdpa.migration.saved import SavedGuest, save
 from pyvhostvdpa.migration.source import SendOptions, Source
 from pyvhostvdpa.migration.stream import Channel
@@ -30,6 +32,8 @@ from pyvhostvdpa.net.features import CONTROL, SUPPORTED
 
 DRAIN_SECONDS = 30.0
 STALL_SECONDS = 20.0
+RUNS_SECONDS = 3.0
+"""In which a guest that runs gets a frame, on a machine with all its CPUs busy."""
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
@@ -48,17 +52,6 @@ class Failed(Exception):
 # -- inside the process ---------------------------------------------------------------
 
 
-@contextmanager
-def interruptible(cancel: Cancel) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM cancel what is done here, also one from before it began; nowhere else are they heard."""
-    with cancel.on_signals():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-
-
 class Worker:
     """Has a guest or has none, and does what it is told."""
 
@@ -66,7 +59,31 @@ class Worker:
         self.control, self.folder = control, folder
         self.guest: SyntheticGuest | None = None
         self.devices: list[VdpaNetDevice] = []
-        self.arrived: Arrived | None = None
+        self.arrived: Arrived[SyntheticGuest] | None = None
+        self._migrates = False
+        for number in _SIGNALS:
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        """What a second signal does; a late one, which a thread of the guest takes, does nothing any more."""
+        if not self._migrates:
+            return
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(signal.Signals(number))
+
+    @contextmanager
+    def interruptible(self, cancel: Cancel) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM cancel what is done here, also one from before it began; nowhere else do they."""
+        with cancel.on_signals():
+            self._migrates = True
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            try:
+                yield
+            finally:
+                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+                self._migrates = False
 
     def tell(self, *message: Any) -> None:
         self.control.send(pickle.dumps(message))
@@ -107,7 +124,7 @@ class Worker:
         assert self.guest is not None
         with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=STALL_SECONDS) as channel:
             source = Source(self.guest, self.devices, channel, cancel, options, self.holding(hold_at))
-            with interruptible(cancel):
+            with self.interruptible(cancel):
                 sent = source.run()
         frames = self.guest.counts()
         self.close()
@@ -116,14 +133,14 @@ class Worker:
     def receive(self, paths: list[str], hold_at: str, procedure: str | None, fd: int) -> dict[str, Any]:
         with Cancel() as cancel, Channel(socket.socket(fileno=fd), cancel.fileno(), stall=STALL_SECONDS) as channel:
             destination = Destination(
-                paths, channel, cancel, folder=self.folder, observer=self.holding(hold_at), procedure=procedure
+                paths, channel, cancel, KINDS, folder=self.folder, observer=self.holding(hold_at), procedure=procedure
             )
-            with interruptible(cancel):
+            with self.interruptible(cancel):
                 arrived = destination.run()
         return self._own(arrived)
 
     def take(self, path: Path, paths: list[str]) -> dict[str, Any]:
-        return self._own(take(path, paths))
+        return self._own(start_saved(path, paths, KINDS))
 
     def save(self) -> Path:
         """Stop the guest and save it; it is in the file and nowhere else afterwards."""
@@ -140,17 +157,19 @@ class Worker:
         return path
 
     def runs(self) -> bool:
-        """Whether frames go through a guest here, within half a second."""
+        """Whether frames go through a guest here within seconds; signals that came too late are forgotten."""
+        while signal.sigtimedwait(_SIGNALS, 0) is not None:
+            pass
         if self.guest is None:
             return False
-        before, end = self.guest.counts(), time.monotonic() + 0.5
+        before, end = self.guest.counts(), time.monotonic() + RUNS_SECONDS
         while time.monotonic() < end:
             if self.guest.counts() != before:
                 return True
             time.sleep(0.005)
         return False
 
-    def _own(self, arrived: Arrived) -> dict[str, Any]:
+    def _own(self, arrived: Arrived[SyntheticGuest]) -> dict[str, Any]:
         self.arrived, self.guest, self.devices = arrived, arrived.guest, arrived.devices
         return {"hash": arrived.hash, "note": arrived.note}
 
@@ -179,6 +198,17 @@ class Worker:
                 pair.c.sending = 1
         self.guest.run()
         return counts
+
+    def rings(self) -> list[dict[str, int]]:
+        """Where the rings of each pair and its driver stand."""
+        assert self.guest is not None
+        found = []
+        for pair in (pair for nic in self.guest.nics for pair in nic.pairs):
+            c = pair.c
+            driver = {name: int(getattr(c, name)) for name in ("rx_used", "rx_avail", "tx_used", "tx_avail")}
+            rings = {"rx.used": c.rx.used.idx, "tx.used": c.tx.used.idx, "ring_errors": c.ring_errors}
+            found.append(driver | {name: int(value) for name, value in rings.items()})
+        return found
 
     def close(self) -> None:
         if self.guest is None:

@@ -16,7 +16,7 @@ from pyvhostvdpa.device.procedure.series import Optimization
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.guest.traffic import Traffic
 from pyvhostvdpa.net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
-from pyvhostvdpa.net.control_queue import GuestControl
+from pyvhostvdpa.net.control_queue import NetGuestControl
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
 
 MEMORY = 64 << 20
@@ -45,10 +45,10 @@ class Rig:
         self.nic = GuestNic(self.memory, options)
         self.traffic = Traffic(self.nic)
         assert self.nic.control is not None
-        self.control = GuestControl(self.nic.control.queue, ControlModel(self.device.features, mac=self.sim.mac))
+        self.control = NetGuestControl(self.nic.control.queue, ControlModel(self.device.features, mac=self.sim.mac))
 
     def open(self) -> None:
-        """The device opened anew, with what is mapped before a downtime."""
+        """Open the device again, with memory attached as it is before a downtime."""
         self.device = VdpaNetDevice(
             self.sim.chardev,
             self.trace,

@@ -26,7 +26,7 @@ from typing import Any
 import hwsim
 from peers import Failed, Gone, Peer
 from wire import Wire
-from world import OPTIONS, PERFECT
+from world import OPTIONS, PERFECT, PROCEDURES
 
 from pyvhostvdpa.migration.source import SendOptions
 
@@ -34,11 +34,16 @@ SOURCE = ("handshake", "switch", "memory", "stop", "state", *("ready", "go", "ru
 DESTINATION = ("handshake", "map", "memory", "load", *("ready", "start", "running") * 2)
 """Phases at which a side is held while it is harmed, those of the hand-over twice as often."""
 KNOBS = ("fail_suspend", "fail_set_map", "fail_vq_create", "cvq_mute")
+DROPS = ("errors", "overruns", "filtered", "down", "faults")
 PATIENCE, MARGIN, STALL = 4.0, 1.5, 3.0
 """Seconds, in place of a minute."""
 END_SECONDS = 90.0
+COMMAND_SECONDS = 300.0
+"""A program starts beside other storms on an emulated machine: that alone takes half a minute."""
 NOFILE = 1024
 _CANCELLING = ("SIGINT", "SIGTERM")
+Devices = Sequence[tuple[str, hwsim.HwSim | None]]
+"""Two nodes, each with its knobs if it has any."""
 VERBOSE = bool(os.environ.get("PYVHOSTVDPA_SOAK_VERBOSE"))
 
 
@@ -72,6 +77,13 @@ class Tally:
     ends: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
 
+    def add(self, other: Tally) -> None:
+        """Count what another one has counted."""
+        self.migrations += other.migrations
+        self.takes += other.takes
+        self.ends += other.ends
+        self.faults += other.faults
+
     def __str__(self) -> str:
         ends = ", ".join(f"{count} {name}" for name, count in sorted(self.ends.items()))
         faults = ", ".join(f"{count} {name}" for name, count in sorted(self.faults.items()))
@@ -81,7 +93,7 @@ class Tally:
 class Storm:
     """A guest, two processes with a device each, and a folder that may be full or read-only."""
 
-    def __init__(self, devices: Sequence[tuple[str, hwsim.HwSim | None]], folder: Path) -> None:
+    def __init__(self, devices: Devices, folder: Path) -> None:
         self.folder, self.tally = folder, Tally()
         self.paths = dict(zip(("left", "right"), (path for path, _ in devices), strict=True))
         self.sims = dict(zip(("left", "right"), (sim for _, sim in devices), strict=True))
@@ -104,17 +116,20 @@ class Storm:
         chance = random.Random(seed)
         self.tally.migrations += 1
         story: list[str] = [f"seed {seed}, {self.paths[self.here.name]} to {self.paths[self.there.name]}"]
+        before = self._dropped()
         try:
             ends = self._run(chance, story)
             story += [f"{name}: {end}" for name, end in ends.items()]
             how = self._settle(chance, ends, story)
+            story.append(how)
+            self._is_as_before()
         except BaseException as e:
+            story += [f"{name}: {count - before.get(name, 0)}" for name, count in self._dropped().items()]
             e.add_note("\n".join(story))
             raise
         self.tally.ends[how] += 1
         if VERBOSE:
-            print("; ".join([*story, how]), flush=True)
-        self._is_as_before()
+            print("; ".join(story), flush=True)
 
     def _run(self, chance: random.Random, story: list[str]) -> dict[str, End]:
         with ExitStack() as stack:
@@ -136,8 +151,9 @@ class Storm:
                 story.append(f"held at the {self._role(side)}'s {phase}")
             options = SendOptions(folder=self.folder, downtime=0.5, hashed=chance.random() < 0.3)
             self.here.ask("send", options, phase if held and side is self.here else "", fd=left.fileno())
-            receiving = ("receive", [self.paths[self.there.name]], phase if held and side is self.there else "")
-            self.there.ask(*receiving, fd=right.fileno())
+            hold_at = phase if held and side is self.there else ""
+            procedure = chance.choice(PROCEDURES)
+            self.there.ask("receive", [self.paths[self.there.name]], hold_at, procedure, fd=right.fileno())
             # a stream that is open here would not end with the process
             left.close()
             right.close()
@@ -156,7 +172,8 @@ class Storm:
 
     def _ends(self, faults: list[Fault], story: list[str]) -> dict[str, End]:
         time.sleep(0.2)
-        for fault in faults:
+        # a full disk cannot be emptied while it is read-only, if that came later
+        for fault in reversed(faults):
             fault.undo()
         return {"source": self._end(self.here, story), "destination": self._end(self.there, story)}
 
@@ -167,7 +184,9 @@ class Storm:
         try:
             return End(result=peer.final())
         except Failed as e:
-            if e.kind == "crashed" and "KeyboardInterrupt" in e.message:
+            if e.kind == "crashed":
+                if "KeyboardInterrupt" not in e.message:
+                    raise
                 # the second signal ends the process, and what it has with it
                 peer.kill()
                 return End(gone=True)
@@ -178,6 +197,15 @@ class Storm:
             assert peer.ended_by() == signal.SIGTERM, f"{peer.name} ended by itself"
             assert len(signals) >= 2, f"{peer.name} ended by a single signal"
             return End(gone=True)
+
+    def _dropped(self) -> dict[str, int]:
+        """What devices say of frames and chains that came to nothing, and of faults; counts that are 0 are left out."""
+        found = {}
+        for name, sim in self.sims.items():
+            for counter, value in sim.read("stats").items() if sim is not None else ():
+                if counter.rpartition(".")[2] in DROPS and int(value):
+                    found[f"{self.paths[name]} {counter}"] = int(value)
+        return found
 
     # -- faults ----------------------------------------------------------------------------
 
@@ -231,12 +259,14 @@ class Storm:
 
     def _disk(self, chance: random.Random) -> Fault:
         read_only, filler = chance.random() < 0.5, self.folder / "filler"
+        opened = list[Path]()
 
         def do() -> None:
             if read_only:
                 remount(self.folder, "ro")
                 return
             with suppress(OSError), filler.open("wb", buffering=0) as file:
+                opened.append(filler)
                 while True:
                     file.write(bytes(1 << 20))
 
@@ -244,7 +274,9 @@ class Storm:
             time.sleep(1.0)
             if read_only:
                 remount(self.folder, "rw")
-            filler.unlink(missing_ok=True)
+            # a disk that was read-only before it could be filled still is
+            for path in opened:
+                path.unlink(missing_ok=True)
 
         return Fault("disk read-only" if read_only else "disk full", do, undo)
 
@@ -324,9 +356,9 @@ class Storm:
         source, destination = ends["source"], ends["destination"]
         if owner is self.here:
             assert source.failed is not None
-            assert "the guest goes on in passthrough" in source.failed.message
+            assert "the guest continues in passthrough" in source.failed.message
             if destination.failed is not None:
-                words = ("nothing of the guest is left here", "may have let it go on", "the source has it")
+                words = ("nothing of the guest is left here", "may have resumed it", "the source has it")
                 assert any(word in destination.failed.message for word in words)
         else:
             assert destination.result is not None
@@ -345,8 +377,9 @@ class Storm:
             story.append(f"{path}: nobody was left to say")
             commands = [["vhost-vdpa", "receive", "--take", str(path), self.paths[self.here.name]]]
         story.append(shlex.join(commands[0]))
+        tidy = chance.random() < 0.5
         for other in files:
-            if other != path:
+            if other != path and tidy:
                 other.unlink()
         device = commands[0][-1]
         if chance.random() < 0.25:
@@ -362,16 +395,30 @@ class Storm:
 
     def _run_command(self, command: list[str]) -> None:
         """Run it as it is printed; what it reports is sound, and the guest has ended with it."""
-        argv = [*command, "--seconds", "1", "--json"]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
+        argv, environment = [*command, "--seconds", "1", "--json"], {**os.environ, "PYTHONFAULTHANDLER": "1"}
+        with subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process:
+            try:
+                _, said = process.communicate(timeout=COMMAND_SECONDS)
+            except subprocess.TimeoutExpired:
+                # where it stands is in what it says then
+                process.send_signal(signal.SIGABRT)
+                _, said = process.communicate()
+        assert process.returncode == 0, said
 
     def _is_as_before(self) -> None:
         self.here.call("receives", 20)
         assert self.there.call("mappings") == 0
-        assert self.there.call("resources") == self._empty[self.there.name]
+        have, had = self.there.call("resources"), self._empty[self.there.name]
+        assert have == had, f"descriptors, pinned, threads: {have}, at its begin {had}"
+        begin = time.monotonic()
         counts = self.here.call("settle")
-        assert {name: counts[name] for name in PERFECT} == PERFECT
+        if {name: counts[name] for name in PERFECT} != PERFECT:
+            took, rings = time.monotonic() - begin, self.here.call("rings")
+            raise AssertionError(f"account of frames and pages: {counts}, after {took:.1f} s; rings {rings}")
+        for path in self.folder.glob("*.stale"):
+            path.unlink()
         left = [path.name for path in self.folder.iterdir() if path.suffix != ".half"]
         assert left == []
 
@@ -383,6 +430,16 @@ class Storm:
 def _command(line: str) -> list[str] | None:
     found = re.search(r"vhost-vdpa (send --resume|receive --take) .*", line)
     return shlex.split(found.group()) if found else None
+
+
+def clear_up(devices: Devices, folder: Path) -> None:
+    """Leave neither a fault nor a file, whatever went wrong in between."""
+    for _, sim in devices:
+        for knob in KNOBS if sim is not None else ():
+            sim.write(f"fault/{knob}", 0)
+    remount(folder, "rw")
+    for path in folder.iterdir():
+        path.unlink()
 
 
 def remount(folder: Path, how: str) -> None:

@@ -62,7 +62,7 @@ class Takers:
         while self.owner is None:
             # what `ls *.saved` shows
             assert sorted(self.folder.glob("*.saved")) == [path]
-            # the command that a message named is the same, whoever was killed with the file
+            # the command that a message named stays the same, whichever process was killed with the file
             if not self._attempt(path, kills=attempts < 3):
                 self.tally.lost += 1
                 self._start()

@@ -15,9 +15,10 @@ from pyvhostvdpa import KernelError, MissingFeature, VdpaNetDevice
 from pyvhostvdpa.base.uapi import Access, IotlbType
 from pyvhostvdpa.bench import requests, shadow, switching
 from pyvhostvdpa.chardev.burst import PreparedMessages, send_all
-from pyvhostvdpa.chardev.door import IotlbMessage, IotlbWriteError
+from pyvhostvdpa.chardev.message import IotlbMessage, IotlbWriteError
 from pyvhostvdpa.device.net import State
-from pyvhostvdpa.memory.guest import PAGE_SIZE, SharedMemory
+from pyvhostvdpa.memory.guest import PAGE_SIZE
+from pyvhostvdpa.memory.mapped import SharedMemory
 
 IOVA = 1 << 30
 MANY = 100_000
@@ -63,7 +64,7 @@ def test_100000_messages_are_built_and_sent_in_constant_memory(make_sim: MakeSim
         device.iotlb.space(0).map(IOVA, memory.hva, PAGE_SIZE)
 
 
-def test_a_burst_that_is_refused_tells_the_message_and_leaves_its_batch_to_be_closed(make_sim: MakeSim) -> None:
+def test_refused_burst_names_the_message_and_leaves_its_batch_to_be_closed(make_sim: MakeSim) -> None:
     with VdpaNetDevice(make_sim().chardev) as device, SharedMemory("test", 4 * PAGE_SIZE) as memory:
         burst = PreparedMessages(8)
         burst.add(IotlbMessage(IotlbType.BATCH_BEGIN, 0))
@@ -84,7 +85,7 @@ def test_messages_beyond_one_buffer_are_counted_from_the_first(make_sim: MakeSim
         assert refused.value.applied == 50
 
 
-def test_each_cheap_request_is_timed(make_sim: MakeSim) -> None:
+def test_bench_ioctl_times_each_cheap_request(make_sim: MakeSim) -> None:
     report = requests.run(make_sim().chardev, count=50)
     served = {c.name for c in report.costs if not c.missing}
     assert {
@@ -100,7 +101,7 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["vhost-vdpa", "bench", *words], capture_output=True, text=True, check=False)
 
 
-def test_a_request_that_the_parent_has_not_is_told_and_not_timed(devices: tuple[str, str]) -> None:
+def test_request_that_the_parent_does_not_support_is_reported_and_not_timed(devices: tuple[str, str]) -> None:
     done = bench("ioctl", devices[0], "--json", "--count", "20")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -26,7 +26,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["vhost-vdpa", "bench", "map", *arguments], capture_output=True, text=True, check=False)
 
 
-def test_each_combination_is_timed_counted_and_proved(make_sim: MakeSim) -> None:
+def test_bench_map_times_counts_and_proves_each_combination(make_sim: MakeSim) -> None:
     report = run(make_sim().chardev, SMALL)
     assert [(r.mode, r.point.bytes) for r in report.results] == [(m, b) for b in SMALL.memory for m in Mode]
     assert report.loops
@@ -118,7 +118,7 @@ def test_a_device_that_forgets_against_its_word_ends_in_an_error(make_sim: MakeS
         run(sim.chardev, MapBenchOptions((64 * KIB,), (4,), repeat=1, modes=(Mode.UNBATCHED,)))
 
 
-def test_what_is_over_a_limit_is_said_and_the_rest_is_measured(make_sim: MakeSim) -> None:
+def test_bench_map_reports_points_over_a_limit_and_measures_the_rest(make_sim: MakeSim) -> None:
     done = bench(
         make_sim().chardev, "--layout", "scattered", "--memory", "64K,64M", "--regions", "1", "--repeat", "1", "--json"
     )
@@ -138,7 +138,7 @@ NOTHING = {
 
 
 @pytest.mark.parametrize("case", NOTHING)
-def test_where_nothing_can_be_measured_nothing_is_tried(make_sim: MakeSim, case: str) -> None:
+def test_bench_map_sends_no_map_if_nothing_can_be_measured(make_sim: MakeSim, case: str) -> None:
     arguments, why = NOTHING[case]
     sim = make_sim()
     words = ["vhost-vdpa", "bench", "map", sim.chardev, *arguments]
@@ -188,6 +188,6 @@ def test_interrupted_it_keeps_what_it_has_and_leaves_the_device_reset(make_sim: 
         assert device.get_status() == Status(0)
 
 
-def test_a_path_that_is_no_device_is_told() -> None:
+def test_bench_map_of_a_path_that_is_not_a_device_is_refused() -> None:
     with pytest.raises(NotVhostVdpa):
         run("/dev/null")

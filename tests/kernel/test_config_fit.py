@@ -11,7 +11,7 @@ import lab
 import pytest
 from hwsim import HwSim
 
-from pyvhostvdpa import MigrationRefused, Options, migrate
+from pyvhostvdpa import MigrationOptions, MigrationRefused, migrate
 from pyvhostvdpa.base.errors import MigrationEnded, MissingFeature
 from pyvhostvdpa.device.net import VdpaNetDevice
 from pyvhostvdpa.guest.synthetic import GuestOptions
@@ -20,7 +20,7 @@ from pyvhostvdpa.net.features import SUPPORTED, Feature
 HERE, THERE = "52:54:00:00:00:0a", "52:54:00:00:00:0b"
 NO_CONTROL = int(SUPPORTED)
 NO_ADDRESS = NO_CONTROL | int(Feature.CTRL_VQ | Feature.CTRL_VLAN | Feature.MQ)
-OPTIONS = Options(GuestOptions(lab.SMALL), lab.SLOW_STREAM, 1.5)
+OPTIONS = MigrationOptions(GuestOptions(lab.SMALL), lab.SLOW_STREAM, 1.5)
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def device(name: str, *attributes: str, mac: str = HERE, pairs: int = 1) -> Iter
 def refused(source: HwSim, destination: HwSim) -> MigrationRefused:
     with pytest.raises(MigrationRefused) as error:
         migrate(source.chardev, destination.chardev, OPTIONS)
-    # the guest went on where it was, and not a frame is missing
+    # the guest continued where it was, and not a frame is missing
     assert error.value.report is not None
     assert error.value.report.outcome == "stayed on source"
     assert error.value.report.frames.lost == 0
@@ -63,7 +63,7 @@ def test_migrate_to_another_mac_with_a_control_queue_replays_the_guests() -> Non
 def test_migrate_to_a_smaller_mtu_is_refused_with_both() -> None:
     with device("hwa", "mtu", "9000") as a, device("hwb", "mtu", "1000") as b:
         words = str(refused(a, b))
-        assert migrate(b.chardev, a.chardev, OPTIONS).outcome == "migrated", "a larger one is no harm"
+        assert migrate(b.chardev, a.chardev, OPTIONS).outcome == "migrated", "a larger one is accepted"
     assert "its MTU is 1000, the guest relies on 9000" in words
     assert "mtu 9000" in words
 

@@ -10,7 +10,7 @@ import pytest
 from hw_guest import HwGuest, Make
 from hwsim import MakeSim
 
-from pyvhostvdpa import Options, State, VdpaNetDevice, migrate
+from pyvhostvdpa import MigrationOptions, State, VdpaNetDevice, migrate
 from pyvhostvdpa.base.uapi import BackendFeature, Status
 from pyvhostvdpa.guest.synthetic import GuestOptions
 from pyvhostvdpa.net import control
@@ -36,7 +36,7 @@ def test_a_command_that_takes_longer_than_a_second_does_not_cost_the_guest_its_n
     guest.device.check()
 
 
-def test_a_command_beyond_the_deadline_that_was_set_gives_up_and_says_how_long_it_waited(make: Make) -> None:
+def test_control_command_beyond_its_deadline_fails_and_reports_how_long_it_waited(make: Make) -> None:
     guest = make(1)
     guest.device.control_deadline = 1.5
     guest.start()
@@ -66,7 +66,7 @@ def test_migrate_on_devices_with_a_slow_control_queue_takes_a_deadline(make_sim:
 @pytest.mark.parametrize("size", [128, 32, 16, 2])
 def test_migrate_on_devices_with_small_rings_takes_rings_that_fit(make_sim: MakeSim, size: int) -> None:
     one, other = make_sim(2, ring_max=size), make_sim(2, ring_max=size)
-    options = Options(GuestOptions(lab.SMALL, pairs=2), lab.SLOW_STREAM, 1.5)
+    options = MigrationOptions(GuestOptions(lab.SMALL, pairs=2), lab.SLOW_STREAM, 1.5)
     report = migrate(one.chardev, other.chardev, options)
     assert report.outcome == "migrated"
     assert report.frames.sent == report.frames.received > 0
@@ -75,11 +75,11 @@ def test_migrate_on_devices_with_small_rings_takes_rings_that_fit(make_sim: Make
 def test_migrate_to_a_device_with_smaller_rings_is_refused_with_both_sizes(make_sim: MakeSim) -> None:
     one, other = make_sim(), make_sim(ring_max=64)
     with pytest.raises(Exception, match="1 queue pairs of at most 64, the guest uses 1 of 256"):
-        migrate(one.chardev, other.chardev, Options(GuestOptions(lab.SMALL), lab.SLOW_STREAM, 1.5))
+        migrate(one.chardev, other.chardev, MigrationOptions(GuestOptions(lab.SMALL), lab.SLOW_STREAM, 1.5))
 
 
 @pytest.mark.parametrize("vq_size", ["Y", "N"])
-def test_ring_sizes_are_the_devices_whether_the_parent_tells_them_by_queue_or_not(
+def test_ring_sizes_are_the_devices_whether_the_parent_reports_them_per_queue_or_not(
     make_sim: MakeSim, vq_size: str
 ) -> None:
     with VdpaNetDevice(make_sim(ring_max=32, vq_size=vq_size).chardev) as device:
@@ -134,7 +134,7 @@ def test_a_device_that_the_guest_left_has_the_address_that_it_was_made_with(make
 
 def test_migrate_leaves_both_devices_with_their_own_addresses(make_sim: MakeSim) -> None:
     one, other = make_sim(), make_sim()
-    migrate(one.chardev, other.chardev, Options(GuestOptions(lab.SMALL), lab.SLOW_STREAM, 1.5))
+    migrate(one.chardev, other.chardev, MigrationOptions(GuestOptions(lab.SMALL), lab.SLOW_STREAM, 1.5))
     assert [sim.read("state")["mac"] for sim in (one, other)] == [sim.mac.hex(":") for sim in (one, other)]
 
 

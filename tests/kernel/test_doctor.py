@@ -54,7 +54,7 @@ def test_m07_a_device_on_user_addresses(devices: tuple[str, str]) -> None:
     says(findings(devices[0]), "M07", "WARN", "maps shared memory only")
 
 
-def test_m08_g14_a18_what_only_use_can_tell(devices: tuple[str, str]) -> None:
+def test_m08_g14_a18_report_what_only_use_can_show(devices: tuple[str, str]) -> None:
     found = findings(devices[0])
     says(found, "M08", "INFO", "does not report a batch")
     says(found, "G14", "INFO", "reports the avail index")
@@ -116,7 +116,7 @@ def test_o12_another_user(devices: tuple[str, str]) -> None:
     found = findings(devices[0], prefix=AS_USER, status=1)
     says(found, "O12", "FAIL", "mode 0600, owner 0:0; you are uid 1000")
     assert "udev rule" in found["O12"][0]["next"]
-    says(found, "O10", "PASS", "as far as this user may see")
+    says(found, "O10", "PASS", "this user cannot see all processes")
 
 
 def test_o12_a_container_without_dev(devices: tuple[str, str]) -> None:
@@ -144,7 +144,7 @@ def test_d20_a_device_without_a_mac_address(devices: tuple[str, str]) -> None:
 
 
 def test_f19_a_driver_that_did_not_take_access_platform(devices: tuple[str, str]) -> None:
-    """Its user negotiated, and netlink tells what."""
+    """Its user negotiated, and netlink reports which features."""
     hold = (
         "import sys, time; from pyvhostvdpa import VhostVdpa, Status as S; d = VhostVdpa(sys.argv[1]);"
         "d.set_status(S.ACKNOWLEDGE | S.DRIVER); d.set_features(3 << 32);"
@@ -159,7 +159,7 @@ def test_f19_a_driver_that_did_not_take_access_platform(devices: tuple[str, str]
     assert not any(f["level"] == "WARN" for f in found["F19"])
 
 
-def test_d02_a_deletion_that_hangs_is_told_with_its_cure(devices: tuple[str, str]) -> None:
+def test_d02_a_deletion_that_hangs_is_reported_with_its_cure(devices: tuple[str, str]) -> None:
     lab.command("vdpa", "dev", "add", "name", "doomed", "mgmtdev", "vdpasim_net", "mac", "52:54:91:a1:b2:cd")
     path = lab.chardev("doomed")
     with held(path) as pid:
@@ -182,7 +182,7 @@ def test_d02_a_network_namespace_that_sees_no_management_device(devices: tuple[s
 
 
 def test_k01_a_container_that_sees_no_modules(devices: tuple[str, str]) -> None:
-    """With devices at hand it does not matter; without, it is said."""
+    """With devices at hand it does not matter; without any, it is reported."""
     hide = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /usr/lib/modules && exec "$@"', "sh")
     says(findings(prefix=hide), "K01", "PASS", "vhost_vdpa is there")
     assert devices

@@ -35,7 +35,7 @@ SIM_BACKEND = (
 )
 
 
-def test_a_device_tells_what_it_is(devices: tuple[str, str]) -> None:
+def test_device_reports_its_identity(devices: tuple[str, str]) -> None:
     with VhostVdpa(devices[0]) as dev:
         assert dev.get_device_id() == VIRTIO_ID_NET
         assert dev.get_backend_features() == SIM_BACKEND
@@ -73,7 +73,7 @@ REFUSALS = {
     "a ring size of 3": (lambda dev: dev.set_vring_num(0, 3), errno.EINVAL),
     "a base beyond 16 bits": (lambda dev: dev.set_vring_base(0, 1 << 16), errno.EINVAL),
     "an unaligned used ring": (lambda dev: dev.set_vring_addr(0, 0x1000, 0x2000, 0x3002), errno.EINVAL),
-    "a kick that is no eventfd": (lambda dev: dev.set_vring_kick(0, 0), errno.EINVAL),
+    "a kick that is not an eventfd": (lambda dev: dev.set_vring_kick(0, 0), errno.EINVAL),
     "a group's ASID out of range": (lambda dev: dev.set_group_asid(1, 9), errno.EINVAL),
     "a group it has not": (lambda dev: dev.set_group_asid(2, 0), errno.EINVAL),
     "a group beyond the queues": (lambda dev: dev.set_group_asid(3, 0), errno.ENOBUFS),
@@ -84,7 +84,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_the_kernel_refuses_is_told_with_its_errno(devices: tuple[str, str], case: str) -> None:
+def test_door_request_refused_by_kernel_has_its_errno(devices: tuple[str, str], case: str) -> None:
     act, expected = REFUSALS[case]
     with VhostVdpa(devices[0]) as dev:
         dev.set_owner()
@@ -124,7 +124,7 @@ def test_every_call_is_recorded_with_its_result(devices: tuple[str, str]) -> Non
     assert all(e.t_begin <= e.t_end and e.device == devices[0] for e in trace.events)
 
 
-def test_a_closed_device_says_so(devices: tuple[str, str]) -> None:
+def test_request_to_a_closed_device_reports_that_it_is_closed(devices: tuple[str, str]) -> None:
     dev = VhostVdpa(devices[0])
     assert os.fstat(dev.fileno()).st_rdev == os.stat(devices[0]).st_rdev
     dev.close()
@@ -159,6 +159,6 @@ def test_a_busy_device_is_refused_and_its_holder_named(devices: tuple[str, str])
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/vhost-vdpa-99", "/etc/passwd"])
-def test_what_is_no_vhost_vdpa_is_refused_unopened(path: str) -> None:
+def test_door_refuses_other_files_without_opening_them(path: str) -> None:
     with pytest.raises(NotVhostVdpa):
         VhostVdpa(path)

@@ -15,7 +15,7 @@ import pytest
 from pyvhostvdpa import GuestMemory, State, VdpaNetDevice
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.guest.arena import GuestArena, place_queue
-from pyvhostvdpa.guest.nic import BUFFER_SIZE, GuestNic, NicOptions
+from pyvhostvdpa.guest.nic import FRAME_BUFFER, GuestNic, NicOptions
 from pyvhostvdpa.guest.traffic import Traffic
 from pyvhostvdpa.memory.guest import GUEST_PAGE, FileRegion, Gpa
 from pyvhostvdpa.memory.log import SharedLog, log_size
@@ -143,7 +143,7 @@ def test_pages_that_a_device_wrote_are_in_another_process_s_bitmap(hw: str, shar
     assert min(marked) < 640 * KIB
     assert max(marked) >= 4 * GIB
     # the receive buffers: what a frame was written to is marked, and nothing in a hole
-    assert sum(page < 640 * KIB for page in marked) >= RING * BUFFER_SIZE // GUEST_PAGE
+    assert sum(page < 640 * KIB for page in marked) >= RING * FRAME_BUFFER // GUEST_PAGE
     assert all(any(r.gpa <= page < r.end for r in memory.regions) for page in marked)
 
 

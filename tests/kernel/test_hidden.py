@@ -1,4 +1,4 @@
-"""What hides: a device's holder behind another node, its driver in a container, a daemon that stands still."""
+"""What hides: a device's holder behind another node, its driver in a container, a daemon that is stopped."""
 
 from __future__ import annotations
 
@@ -72,9 +72,7 @@ def test_probe_of_a_name_that_means_two_devices_asks_which(fresh: tuple[str, str
 
 
 @pytest.mark.parametrize("prefix", [NETWORK, NO_TOOL], ids=["own network namespace", "no iproute2"])
-def test_probe_where_netlink_is_out_of_reach_says_that_pinning_is_unknown(
-    devices: tuple[str, str], prefix: tuple[str, ...]
-) -> None:
+def test_probe_without_netlink_reports_pinning_as_unknown(devices: tuple[str, str], prefix: tuple[str, ...]) -> None:
     python = (*prefix, sys.executable, "-m", "pyvhostvdpa")
     done = subprocess.run([*python, "probe", devices[0]], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -89,14 +87,14 @@ def test_probe_where_netlink_is_out_of_reach_says_that_pinning_is_unknown(
     assert "vdpa0, vdpa1: management device, type, MAC and link are unknown" in listed.stderr
 
 
-def test_list_of_a_user_says_that_holders_are_unknown(devices: tuple[str, str]) -> None:
+def test_list_of_a_user_reports_holders_as_unknown(devices: tuple[str, str]) -> None:
     with holding(devices[0]):
         listed = subprocess.run([*USER, "vhost-vdpa", "list"], capture_output=True, text=True, check=True)
     assert [line.split()[-1] for line in listed.stdout.splitlines()[1:3]] == ["unknown", "unknown"]
     assert "holders are unknown" in listed.stderr
 
 
-def test_doctor_in_a_container_of_a_user_never_says_that_the_devices_pin(pinned: tuple[str, str]) -> None:
+def test_doctor_in_a_container_of_a_user_never_reports_that_the_devices_pin(pinned: tuple[str, str]) -> None:
     argv = ["unshare", "--net", "sh", "-c", 'ulimit -l 64; exec "$@"', "sh", *USER, "vhost-vdpa", "doctor", "--json"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     found = json.loads(done.stdout)["findings"]
@@ -142,7 +140,7 @@ def test_doctor_names_a_removal_that_waits_for_a_device(fresh: tuple[str, str]) 
     assert stuck["next"] == f"kill {pid}"
 
 
-# -- a VDUSE daemon that stands still -----------------------------------------------------------
+# -- a VDUSE daemon that is stopped -------------------------------------------------------------
 
 
 @contextmanager

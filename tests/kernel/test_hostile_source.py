@@ -13,7 +13,8 @@ from peers import Failed, Peer
 
 from pyvhostvdpa import VhostVdpa
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
-from pyvhostvdpa.guest.state import DeviceShape, DeviceState, GuestShape, GuestState
+from pyvhostvdpa.guest.shape import DeviceShape, GuestShape
+from pyvhostvdpa.guest.state import DeviceState, GuestState
 from pyvhostvdpa.guest.synthetic import SyntheticGuest
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.migration.pages import stream_sum
@@ -49,7 +50,7 @@ def state() -> Iterator[DeviceState]:
         guest = SyntheticGuest(memory)
         guest.add(GuestNic(memory, NicOptions(ring_size=64, features=SUPPORTED)), None)
         yield guest.state()[1][0]
-        guest.let_go()
+        guest.detach()
 
 
 GUEST = control(Frame.GUEST, GuestState(0).encode())
@@ -79,10 +80,10 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "a page with a wrong sum": (lambda s: page(DEFAULT_GPA, wrong=1), "its checksum is wrong"),
     "zeros without end": (lambda s: raw(ZERO, 1, struct.pack("<QQ", DEFAULT_GPA, 1 << 60)), "refused"),
     "more runs than bytes": (lambda s: raw(PAGES, 1 << 30, bytes(64)), "refused"),
-    "a frame of no type": (lambda s: raw(0x66, 0, b""), "type 0x66, which there is not"),
+    "a frame of no type": (lambda s: raw(0x66, 0, b""), "unknown frame type 0x66"),
     "a frame of 16 EiB": (lambda s: HEADER.pack(PAGES, 1, (1 << 64) - 1, 0), "8388608 are possible"),
     "junk for a device": (lambda s: control(Frame.DEVICE, b"junk" * 9), "state of a device"),
-    "a device that there is not": (lambda s: device(s, 5), "a DEVICE frame in the middle"),
+    "a device that does not exist": (lambda s: device(s, 5), "a DEVICE frame in the middle"),
     "a device twice": (lambda s: device(s) + device(s, 1), "a DEVICE frame in the middle"),
     "an end without a guest": (lambda s: FINAL, "the state of the guest is missing"),
     "an end without a device": (lambda s: GUEST + FINAL, "0 devices, the SHAPE section has 1"),

@@ -8,14 +8,14 @@ import time
 import hwsim
 import lab
 import pytest
-from hw_guest import Make
+from hw_guest import HwGuest, Make
 
-from pyvhostvdpa import GuestOptions, Options, OutOfOrder, State, migrate
+from pyvhostvdpa import GuestOptions, MigrationOptions, OutOfOrder, State, migrate
 from pyvhostvdpa._cdefs import ffi
 from pyvhostvdpa.base.uapi import BackendFeature
 from pyvhostvdpa.memory.guest import PAGE_SIZE
 from pyvhostvdpa.net.features import CONTROL, RING, SUPPORTED, Feature
-from pyvhostvdpa.virtqueue.shadow import RelayOptions
+from pyvhostvdpa.virtqueue.shadow import ServingOptions
 
 ELSEWHERE = 0x7000_0000_0000
 
@@ -59,7 +59,7 @@ def test_every_mix_of_backend_features_switches(make: Make, place: str) -> None:
 
 @pytest.mark.parametrize("base_avail", [0, 1], ids=["base is the used index", "base is the avail index"])
 def test_descriptors_held_at_suspend_are_neither_lost_nor_done_twice(make: Make, base_avail: int) -> None:
-    """Out of order while shadowed, where the list is ours; the newest ones in passthrough."""
+    """Out of order while shadowed, where the shadow ring has the list; the newest ones in passthrough."""
     guest = make(4, inflight=16, base_avail=base_avail)
     guest.start()
     guest.use_all_pairs()
@@ -75,11 +75,17 @@ def test_descriptors_held_at_suspend_are_neither_lost_nor_done_twice(make: Make,
     guest.settle()
 
 
-def test_a_device_that_reorders_in_passthrough_is_refused_and_goes_on(make: Make) -> None:
-    guest = make(inflight=16, reorder=1)
+def reordered(make: Make, without: BackendFeature) -> HwGuest:
+    """A guest in passthrough on a device that has used descriptors out of order."""
+    guest = make(inflight=16, reorder=1, without=without)
     guest.start()
     guest.traffic.run()
     guest.receives(500)
+    return guest
+
+
+def test_a_device_that_reorders_in_passthrough_is_refused_and_continues(make: Make) -> None:
+    guest = reordered(make, BackendFeature(0))
     with pytest.raises(OutOfOrder, match="out of order"):
         guest.device.stop()
     assert guest.device.state is State.PASSTHROUGH
@@ -87,11 +93,8 @@ def test_a_device_that_reorders_in_passthrough_is_refused_and_goes_on(make: Make
     guest.settle()
 
 
-def test_one_that_reorders_and_cannot_be_resumed_is_reset(make: Make) -> None:
-    guest = make(inflight=16, reorder=1, without=BackendFeature.RESUME)
-    guest.start()
-    guest.traffic.run()
-    guest.receives(500)
+def test_reordering_device_without_resume_is_reset_at_stop(make: Make) -> None:
+    guest = reordered(make, BackendFeature.RESUME)
     with pytest.raises(OutOfOrder, match="cannot be resumed and was reset"):
         guest.device.stop()
     assert guest.device.state is State.RESET
@@ -117,12 +120,12 @@ def test_a_device_halted_while_shadowed_leaves_what_was_open_in_any_order(make: 
 @pytest.mark.parametrize(("threads", "busy_poll"), [(2, 0.0), (4, 0.001), (9, 0.0)])
 def test_pairs_are_spread_over_threads(make: Make, threads: int, busy_poll: float) -> None:
     guest = make(4)
-    guest.device.relay_options = RelayOptions(threads, busy_poll)
+    guest.device.serving_options = ServingOptions(threads, busy_poll)
     guest.start()
     guest.use_all_pairs()
     guest.traffic.run()
     guest.switch()
-    relays = [thread for thread in threading.enumerate() if thread.name == "svq-relay"]
+    relays = [thread for thread in threading.enumerate() if thread.name == "svq-thread"]
     assert len(relays) == min(threads, 4)
     guest.receives(200)
     guest.switch()
@@ -223,8 +226,8 @@ def test_every_page_that_changed_while_shadowed_and_that_the_guest_did_not_write
 PIECE = 128 << 10
 
 
-@pytest.mark.parametrize("elsewhere", [False, True], ids=["where the guest has them", "elsewhere, in reverse order"])
-def test_buffers_across_regions_are_cut_and_arrive_whole(make: Make, elsewhere: bool) -> None:
+@pytest.mark.parametrize("moved", [False, True], ids=["where the guest has them", "moved, in reverse order"])
+def test_buffers_across_regions_are_cut_and_arrive_whole(make: Make, moved: bool) -> None:
     """Memory in regions that follow each other for the guest, and for the device perhaps not."""
     guest = make(1)
     [pair], [region], c_map = guest.nic.pairs, guest.memory.regions, guest.memory.c_map
@@ -237,8 +240,8 @@ def test_buffers_across_regions_are_cut_and_arrive_whole(make: Make, elsewhere: 
         for number, piece in enumerate(pieces):
             offset = number * PIECE
             piece.gpa, piece.size, piece.hva = region.gpa + offset, PIECE, whole[0].hva + offset
-            piece.iova = ELSEWHERE - offset if elsewhere else piece.gpa
-            if elsewhere:
+            piece.iova = ELSEWHERE - offset if moved else piece.gpa
+            if moved:
                 batch.map(piece.iova, region.memory.hva + offset, PIECE)
     c_map.regions, c_map.count = pieces, count
     guest.start(State.SHADOW)
@@ -263,7 +266,7 @@ def test_a_guest_migrates_with_all_its_pairs_and_its_address(pairs: int) -> None
             if part == "destination":
                 seen.update(destination.read("state"))
 
-        options = Options(GuestOptions(lab.SMALL * 2, pairs=pairs, ring_size=64), lab.SLOW_STREAM, seconds=3)
+        options = MigrationOptions(GuestOptions(lab.SMALL * 2, pairs=pairs, ring_size=64), lab.SLOW_STREAM, seconds=3)
         report = migrate(source.chardev, destination.chardev, options, look)
         frames = report.frames
         assert (frames.lost, frames.duplicated, frames.corrupted) == (0, 0, 0)

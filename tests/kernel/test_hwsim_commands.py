@@ -104,8 +104,8 @@ TAKEN: dict[str, tuple[list[Sent], dict[str, str]]] = {
     "offloads": ([(Class.GUEST_OFFLOADS, control.GUEST_OFFLOADS_SET, offloads(1 << 7))], {"guest_offloads": "0x80"}),
 }
 REFUSED: dict[str, Sent] = {
-    "a class that there is not": (9, 0, b""),
-    "a mode that there is not": (Class.RX, 6, b"\1"),
+    "an unknown class": (9, 0, b""),
+    "an unknown mode": (Class.RX, 6, b"\1"),
     "a mode without a value": (Class.RX, Rx.PROMISC, b""),
     "a mode with two values": (Class.RX, Rx.PROMISC, b"\0\0"),
     "a table shorter than it says": (Class.MAC, control.MAC_TABLE_SET, (2).to_bytes(4, "little") + MACS[0]),
@@ -120,21 +120,21 @@ REFUSED: dict[str, Sent] = {
     "an address of 5 bytes": (Class.MAC, control.MAC_ADDR_SET, MACS[1][:5]),
     "an address of 7 bytes": (Class.MAC, control.MAC_ADDR_SET, MACS[1] + b"\0"),
     "a group's address": (Class.MAC, control.MAC_ADDR_SET, GROUPS[0]),
-    "a MAC command that there is not": (Class.MAC, 2, MACS[1]),
+    "an unknown MAC command": (Class.MAC, 2, MACS[1]),
     "VLAN 4096": (Class.VLAN, control.VLAN_ADD, two(4096)),
     "a VLAN of one byte": (Class.VLAN, control.VLAN_ADD, b"\1"),
     "a VLAN of three bytes": (Class.VLAN, control.VLAN_ADD, b"\1\0\0"),
-    "a VLAN command that there is not": (Class.VLAN, 2, two(5)),
+    "an unknown VLAN command": (Class.VLAN, 2, two(5)),
     "an announcement with a payload": (Class.ANNOUNCE, control.ANNOUNCE_ACK, b"\0"),
-    "an announcement that there is not": (Class.ANNOUNCE, 1, b""),
+    "an unknown announcement": (Class.ANNOUNCE, 1, b""),
     "no pair": (Class.MQ, control.VQ_PAIRS_SET, two(0)),
     "more pairs than there are": (Class.MQ, control.VQ_PAIRS_SET, two(PAIRS + 1)),
     "pairs and a byte": (Class.MQ, control.VQ_PAIRS_SET, two(2) + b"\0"),
-    "an MQ command that there is not": (Class.MQ, 3, two(2)),
-    "RSS with a mask that is none": (Class.MQ, control.RSS_CONFIG, rss((0, 1, 2))),
+    "an unknown MQ command": (Class.MQ, 3, two(2)),
+    "RSS with an invalid mask": (Class.MQ, control.RSS_CONFIG, rss((0, 1, 2))),
     "RSS with a longer table": (Class.MQ, control.RSS_CONFIG, rss((0,) * 256)),
-    "RSS to a pair that there is not": (Class.MQ, control.RSS_CONFIG, rss((0, PAIRS))),
-    "RSS of the rest to a pair that there is not": (Class.MQ, control.RSS_CONFIG, rss(unclassified=PAIRS)),
+    "RSS to a pair that does not exist": (Class.MQ, control.RSS_CONFIG, rss((0, PAIRS))),
+    "RSS of the rest to a pair that does not exist": (Class.MQ, control.RSS_CONFIG, rss(unclassified=PAIRS)),
     "RSS that sends from no pair": (Class.MQ, control.RSS_CONFIG, rss(tx=0)),
     "RSS with a longer key": (Class.MQ, control.RSS_CONFIG, rss(key=41)),
     "RSS with a shorter key than it says": (Class.MQ, control.RSS_CONFIG, rss()[:-1]),
@@ -147,7 +147,7 @@ REFUSED: dict[str, Sent] = {
         offloads(1 << 8),
     ),
     "offloads of 7 bytes": (Class.GUEST_OFFLOADS, control.GUEST_OFFLOADS_SET, bytes(7)),
-    "an offload command that there is not": (Class.GUEST_OFFLOADS, 1, offloads(0)),
+    "an unknown offload command": (Class.GUEST_OFFLOADS, 1, offloads(0)),
 }
 WITHOUT: dict[str, tuple[Feature, Sent]] = {
     "modes": (Feature.CTRL_RX, (Class.RX, Rx.PROMISC, b"\0")),
@@ -180,7 +180,7 @@ def opened(name: str, wanted: Feature, **parameters: object) -> Iterator[HwGuest
 
 
 def begin(guest: HwGuest) -> ControlQueue:
-    """Start anew: the device has nothing but the guest's first state, and no announcement is due."""
+    """Start from scratch: the device has nothing but the guest's first state, and no announcement is due."""
     if guest.device.shadows or guest.device._procedure._control is not None:
         guest.device.reset()
     guest.start()
@@ -235,7 +235,7 @@ def test_command_that_is_wrong_is_refused_and_changes_nothing() -> None:
         assert guest.sim.read("state")["fault"] == ""
 
 
-def test_device_that_can_be_told_what_to_receive_begins_with_everything() -> None:
+def test_device_with_receive_filters_begins_with_everything() -> None:
     with opened("hw0", MORE) as guest:
         begin(guest)
         assert shown(guest)["promisc"] == "1"

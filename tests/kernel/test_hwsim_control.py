@@ -120,8 +120,21 @@ MEANT = {
 }
 
 
+@pytest.mark.parametrize("mode", [State.PASSTHROUGH, State.SHADOW])
+def test_frames_behind_a_header_with_a_hash_come_back_whole(make: Make, mode: State) -> None:
+    """HASH_REPORT makes the header of every frame 8 bytes longer (virtio 1.3, 5.1.6)."""
+    guest = make(1, SUPPORTED | CONTROL, extra_features=OFFER_MORE)
+    assert Feature.HASH_REPORT in guest.device.features
+    guest.start(mode)
+    guest.traffic.run()
+    guest.receives(200)
+    guest.traffic.pause()
+    counts = guest.nic.counts()
+    assert (counts.corrupted, counts.reordered, counts.duplicated) == (0, 0, 0)
+
+
 @pytest.mark.parametrize("ring", [Feature(0), RING], ids=["plain ring", "indirect tables and event index"])
-def test_all_that_the_guest_set_goes_with_it(make: Make, ring: Feature) -> None:
+def test_control_state_follows_the_guest_through_switches_and_migration(make: Make, ring: Feature) -> None:
     guest = make(4, EVERYTHING | ring, procedure="direct", extra_features=OFFER_MORE | int(ring))
     with guest.destination(4, extra_features=OFFER_MORE | int(ring)) as destination:
         guest.start()
@@ -142,7 +155,7 @@ def test_all_that_the_guest_set_goes_with_it(make: Make, ring: Feature) -> None:
 
 
 @pytest.mark.parametrize("case", COMMANDS)
-def test_what_the_guest_set_is_the_devices_state_after_every_switch_and_a_move(make: Make, case: str) -> None:
+def test_device_has_the_guests_state_after_every_switch_and_a_move(make: Make, case: str) -> None:
     guest = make(4, EVERYTHING, extra_features=OFFER_MORE)
     with guest.destination(4, extra_features=OFFER_MORE) as destination:
         guest.start()
@@ -226,7 +239,7 @@ def test_a_device_that_refuses_the_guests_state_is_not_started(make: Make) -> No
     assert guest.sim.read("state")["pairs"] == "2"
 
 
-def test_what_a_guest_changes_in_its_buffer_after_handing_it_over_changes_nothing(
+def test_control_command_changed_after_it_was_published_has_no_effect(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guest = make(1)
@@ -245,7 +258,7 @@ def test_what_a_guest_changes_in_its_buffer_after_handing_it_over_changes_nothin
 
 
 @pytest.mark.parametrize("mode", [State.PASSTHROUGH, State.SHADOW])
-def test_commands_go_on_while_the_device_is_switched(make: Make, mode: State) -> None:
+def test_commands_continue_while_the_device_is_switched(make: Make, mode: State) -> None:
     guest = make(1)
     guest.start(mode)
     guest.sim.write("cost/cvq_ns", 20_000_000)
@@ -305,7 +318,7 @@ def test_a_device_that_never_answers_costs_the_deadline_and_no_more(make: Make) 
     with pytest.raises(QueueBroken, match="did not answer"):
         guest.device.check()
     received = guest.nic.counts().received
-    lab.wait_for(lambda: guest.nic.counts().received > received + 100, "data queues that go on")
+    lab.wait_for(lambda: guest.nic.counts().received > received + 100, "frames on the data queues")
     with pytest.raises(ControlFailed, match="did not answer"):
         guest.switch()
     assert guest.device.state is State.RESET

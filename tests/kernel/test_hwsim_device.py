@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,17 +21,17 @@ from pyvhostvdpa import State
 from pyvhostvdpa._cdefs import lib
 from pyvhostvdpa.base.errors import KernelError
 from pyvhostvdpa.base.uapi import BackendFeature, Status
-from pyvhostvdpa.memory.guest import SharedMemory
+from pyvhostvdpa.memory.mapped import SharedMemory
 from pyvhostvdpa.net import control
 from pyvhostvdpa.net.control import Class, command
 from pyvhostvdpa.net.control_queue import ControlQueue
-from pyvhostvdpa.net.features import SUPPORTED
+from pyvhostvdpa.net.features import CONTROL, SUPPORTED
 
 MAC = bytes([2, 0, 0, 0, 0, 9])
 GIB = 1 << 30
 OWN = 1
 BASE, FAR = 0x4000_0000_0000, 0x4100_0000_0000
-RING, MEMORY, SCALE = 64 << 10, 4 << 20, 16
+PAGE, RING, MEMORY, SCALE = 4 << 10, 64 << 10, 4 << 20, 16
 MUCH = 128 << 20
 LOOK_S = 0.4
 """How long a queue is watched that should not be looked at; one that is looked at takes milliseconds."""
@@ -152,7 +153,7 @@ def test_control_queue_has_to_be_enabled_again_after_a_resume(make: Make) -> Non
 
 
 def test_queues_that_come_into_use_are_looked_at(make: Make) -> None:
-    """Their driver kicked when nobody listened, and waits."""
+    """Their driver kicked before the relay listened, and waits."""
     guest = make(2)
     guest.start()
     guest.traffic.run()
@@ -195,7 +196,7 @@ def test_table_in_use_keeps_its_page_references_while_its_successor_is_built(mak
 
 
 def available() -> int:
-    """Bytes of memory that nobody holds."""
+    """Return how many bytes of memory are available (MemAvailable)."""
     return int(re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[0]) << 10
 
 
@@ -215,7 +216,7 @@ def test_pages_are_free_again_once_nothing_maps_them() -> None:
     lab.wait_for(lambda: available() > before - MUCH // 2, "the guest's memory to be free")
 
 
-def test_reset_that_cannot_drop_its_maps_says_so(make: Make) -> None:
+def test_reset_that_cannot_drop_its_maps_is_reported(make: Make) -> None:
     guest = make(without=BackendFeature.IOTLB_PERSIST)
     guest.sim.write("reset_stats", 1)
     guest.sim.write("fault/fail_clean_map", 1)
@@ -263,7 +264,32 @@ def test_mem_scale_charges_guest_memory_so_many_times_and_a_ring_once(make: Make
             assert charge(guest, away, lambda: space.unmap(iova, size)) == meant  # noqa: B023
 
 
-def test_ring_right_behind_guest_memory_is_no_part_of_it(make: Make) -> None:
+def test_piece_that_turns_out_to_be_guest_memory_is_charged_as_such_when_it_does(make: Make) -> None:
+    guest = make(mem_scale=SCALE, dma_map="Y")
+    guest.sim.write("cost/map_gib_ns", GIB)
+    space = guest.device.iotlb.space(OWN)
+    with SharedMemory("pieces", MEMORY) as memory:
+        begun = charge(guest, "dma_map", lambda: space.map(BASE, memory.hva, RING))
+        rest = charge(guest, "dma_map", lambda: space.map(BASE + RING, memory.hva + RING, MEMORY - RING))
+        assert (begun, begun + rest) == (RING, MEMORY * SCALE)
+
+
+def test_pinning_for_a_map_that_fails_is_charged(make: Make) -> None:
+    """vhost-vdpa has pinned it by then. It asks for each run of physical pages on its own: this is one."""
+    guest = make()
+    guest.sim.write("cost/map_gib_ns", GIB)
+    space = guest.device.iotlb.space(OWN)
+    with SharedMemory("page", PAGE) as memory:
+
+        def fail() -> None:
+            guest.sim.write("fault/fail_set_map", 1)
+            with pytest.raises(KernelError):
+                space.map(BASE, memory.hva, PAGE)
+
+        assert charge(guest, "set_map", fail) == PAGE
+
+
+def test_ring_right_behind_guest_memory_is_not_part_of_it(make: Make) -> None:
     guest = make(mem_scale=SCALE)
     guest.sim.write("cost/map_gib_ns", GIB)
     space = guest.device.iotlb.space(OWN)
@@ -284,7 +310,7 @@ def test_ring_right_behind_guest_memory_is_no_part_of_it(make: Make) -> None:
         assert guest.sim.read("state")["as1.guest"] == "0"
 
 
-def test_guest_memory_and_rings_mapped_at_once_are_told_apart(make: Make) -> None:
+def test_guest_memory_and_rings_mapped_at_once_are_distinguished(make: Make) -> None:
     guest = make(mem_scale=SCALE)
     guest.sim.write("cost/map_gib_ns", GIB)
 
@@ -317,3 +343,23 @@ def test_close_unpins_guest_memory_by_the_scale_and_rings_once(make: Make) -> No
         guest.device.iotlb.space(OWN).map(FAR, memory.hva, RING)
         guest.sim.write("cost/unmap_gib_ns", 1 << 20)
         assert charge(guest, "reset_map", guest.device.close) == (whole * SCALE + RING) >> 10
+
+
+# -- a wire, which is cut when one of its ends is deleted ---------------------------------------
+
+
+def test_wired_device_that_is_deleted_while_it_is_open_does_not_loop_frames_back() -> None:
+    guest = HwGuest(hwsim.add("leaving", wire="Y"), 1, SUPPORTED | CONTROL, BackendFeature(0))
+    with subprocess.Popen(["vdpa", "dev", "del", "leaving"]) as deletion:
+        try:
+            # it waits for the process that has the device open
+            time.sleep(LOOK_S)
+            guest.start()
+            guest.traffic.run()
+            lab.wait_for(lambda: guest.nic.counts().sent > 0, "the guest to send")
+            time.sleep(LOOK_S)
+            assert deletion.poll() is None
+            assert guest.nic.counts().received == 0
+        finally:
+            guest.close()
+    assert deletion.returncode == 0

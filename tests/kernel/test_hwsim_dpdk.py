@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hwsim
 import lab
+from hwsim import HwSim
 
 FRAMES = 5000
 TEST_ETHERTYPE = b"\x88\xb5"
@@ -51,31 +52,35 @@ def forwarder(near: str, far: str, source: Path, target: Path) -> list[str]:
     ]
 
 
+def forward(argv: list[str], far: HwSim, folder: Path) -> None:
+    """Run a forwarder until the far device has received every frame."""
+    with (
+        (folder / "log").open("w+") as log,
+        subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True) as process,
+    ):
+        try:
+            assert process.stdin is not None
+            process.stdin.write("set fwd io retry\nset burst tx delay 100 retry 1000\nstart\n")
+            process.stdin.flush()
+            lab.wait_for(
+                lambda: process.poll() is not None or int(far.read("stats")["vq0.packets"]) >= FRAMES,
+                "the last frame",
+                120,
+            )
+            process.communicate("stop\nquit\n", 60)
+        finally:
+            process.kill()
+        log.seek(0)
+        assert process.returncode == 0, log.read()
+
+
 def test_every_frame_is_forwarded_unchanged(tmp_path: Path) -> None:
     source, target = tmp_path / "source.pcap", tmp_path / "target.pcap"
     frames = [frame(number) for number in range(FRAMES)]
     write_capture(source, frames)
     near, far = (hwsim.add(name, wire="Y") for name in ("near", "far"))
     try:
-        argv = forwarder(near.chardev, far.chardev, source, target)
-        with (
-            (tmp_path / "log").open("w+") as log,
-            subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True) as process,
-        ):
-            try:
-                assert process.stdin is not None
-                process.stdin.write("set fwd io retry\nset burst tx delay 100 retry 1000\nstart\n")
-                process.stdin.flush()
-                lab.wait_for(
-                    lambda: process.poll() is not None or int(far.read("stats")["vq0.packets"]) >= FRAMES,
-                    "the last frame",
-                    120,
-                )
-                process.communicate("stop\nquit\n", 60)
-            finally:
-                process.kill()
-            log.seek(0)
-            assert process.returncode == 0, log.read()
+        forward(forwarder(near.chardev, far.chardev, source, target), far, tmp_path)
         assert read_capture(target) == frames
         assert near.read("stats")["vq1.packets"] == far.read("stats")["vq0.packets"] == str(FRAMES)
         assert [sim.read("state")["fault"] for sim in (near, far)] == ["", ""]

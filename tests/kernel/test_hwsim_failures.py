@@ -1,4 +1,4 @@
-"""Guests, devices and descriptors that die or lie: what it costs, who is told, and what goes on."""
+"""Guests, devices and descriptors that die or lie: the cost, which side gets a report, and which queues continue."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pyvhostvdpa.net.features import SUPPORTED
 MAC = bytes([2, 0, 0, 0, 0, 7])
 
 
-def is_told(guest: HwGuest) -> bool:
+def is_notified(guest: HwGuest) -> bool:
     """Whether the guest gets an interrupt and then finds NEEDS_RESET in its device's status."""
     while guest.is_interrupted():
         if guest.nic.config.status & Status.NEEDS_RESET:
@@ -47,20 +47,20 @@ def closed(fd: int) -> Iterator[None]:
             os.close(fresh)
 
 
-def goes_on(pair: NicPair, frames: int = 200) -> None:
+def still_receives(pair: NicPair, frames: int = 200) -> None:
     goal = pair.counts().received + frames
     lab.wait_for(lambda: pair.counts().received > goal, f"{frames} frames on the other pair", 60)
 
 
 @pytest.mark.parametrize("mode", [State.PASSTHROUGH, State.SHADOW])
-def test_a_device_that_stops_completing_is_noticed_and_hangs_nobody(make: Make, mode: State) -> None:
+def test_device_that_stops_completing_is_noticed_and_hangs_no_thread(make: Make, mode: State) -> None:
     guest = make(2)
     guest.start(mode)
     guest.use_all_pairs()
     guest.traffic.run()
     guest.receives(100)
     guest.sim.write("fault/stall", "Y")
-    lab.wait_for(lambda: guest.device.standing().get(1, 0) > 1, "the queue to be seen standing")
+    lab.wait_for(lambda: guest.device.stalled().get(1, 0) > 1, "the queue to be reported as stalled")
     begin = time.monotonic()
     guest.switch()
     assert time.monotonic() - begin < 10
@@ -69,7 +69,7 @@ def test_a_device_that_stops_completing_is_noticed_and_hangs_nobody(make: Make, 
     guest.start()
     guest.receives(100)
     guest.settle()
-    assert guest.device.standing() == {}
+    assert guest.device.stalled() == {}
 
 
 def test_a_device_that_lies_in_its_used_ring_breaks_that_queue_alone(make: Make) -> None:
@@ -80,11 +80,11 @@ def test_a_device_that_lies_in_its_used_ring_breaks_that_queue_alone(make: Make)
     guest.receives(100)
     assert not guest.nic.config.status & Status.NEEDS_RESET
     guest.sim.write("fault/corrupt_used_id", 1)
-    lab.wait_for(lambda: any(shadow.broken for shadow in guest.device.shadows), "the queue that is given up")
+    lab.wait_for(lambda: any(shadow.broken for shadow in guest.device.shadows), "the queue to be marked broken")
     broken = [shadow.queue.index // 2 for shadow in guest.device.shadows if shadow.broken]
     assert len(broken) == 1
-    assert is_told(guest)
-    goes_on(guest.nic.pairs[1 - broken[0]])
+    assert is_notified(guest)
+    still_receives(guest.nic.pairs[1 - broken[0]])
     with pytest.raises(QueueBroken, match="device: used id that it was not given"):
         guest.device.check()
     with pytest.raises(QueueBroken):
@@ -99,7 +99,7 @@ def test_a_broken_queue_leaves_other_devices_alone(make: Make) -> None:
         guest.traffic.run()
         guest.receives(100)
     first.sim.write("fault/corrupt_used_id", 1)
-    assert is_told(first)
+    assert is_notified(first)
     for _ in range(2):
         second.receives(200)
         second.switch()
@@ -107,7 +107,7 @@ def test_a_broken_queue_leaves_other_devices_alone(make: Make) -> None:
     second.settle()
 
 
-def test_a_guest_that_breaks_its_control_queue_is_told_and_its_frames_go_on(make: Make) -> None:
+def test_a_guest_that_breaks_its_control_queue_is_reported_and_its_frames_continue(make: Make) -> None:
     guest = make()
     guest.start()
     guest.traffic.run()
@@ -116,41 +116,41 @@ def test_a_guest_that_breaks_its_control_queue_is_told_and_its_frames_go_on(make
     ring = guest.nic.control._driver.ring
     ring.avail.idx = (ring.avail.idx + ring.num + 1) & 0xFFFF
     os.eventfd_write(guest.nic.control.queue.kick, 1)
-    assert is_told(guest)
+    assert is_notified(guest)
     with pytest.raises(QueueBroken, match=r"control queue: guest: avail\.idx moved"):
         guest.device.check()
-    goes_on(guest.nic.pairs[0])
+    still_receives(guest.nic.pairs[0])
     guest.settle()
 
 
-def test_a_guest_is_told_of_a_device_without_answers(make: Make) -> None:
+def test_a_guest_is_reported_of_a_device_without_answers(make: Make) -> None:
     guest = make()
     guest.start()
     guest.sim.write("fault/cvq_mute", "Y")
     assert guest.send(Class.MAC, control.MAC_ADDR_SET, MAC) == control.ERR
-    assert is_told(guest)
+    assert is_notified(guest)
 
 
 @pytest.mark.parametrize("mode", [State.PASSTHROUGH, State.SHADOW])
-def test_a_device_that_gives_up_is_reported_to_the_guest_and_by_check(make: Make, mode: State) -> None:
+def test_device_that_sets_needs_reset_is_reported_to_the_guest_and_by_check(make: Make, mode: State) -> None:
     guest = make()
     guest.start(mode)
     guest.device.check()
     guest.device.iotlb.space(0).unmap(guest.memory.regions[0].gpa, guest.memory.regions[0].size)
     guest.traffic.run()
-    assert is_told(guest)
+    assert is_notified(guest)
     assert guest.sim.read("state")["fault"]
     with pytest.raises(DeviceNeedsReset, match="NEEDS_RESET"):
         guest.device.check()
 
 
-def test_a_guest_that_resets_starts_anew(make: Make) -> None:
+def test_a_guest_that_resets_starts_again(make: Make) -> None:
     guest = make()
     guest.start(State.SHADOW)
     guest.traffic.run()
     guest.receives(100)
     guest.sim.write("fault/corrupt_used_id", 1)
-    assert is_told(guest)
+    assert is_notified(guest)
     guest.traffic.pause()
     with pytest.raises(QueueBroken):
         guest.device.stop()
@@ -180,11 +180,11 @@ def test_a_closed_eventfd_breaks_its_queue_alone(make: Make, face: str) -> None:
     guest.traffic.run()
     guest.receives(50)
     with closed(FACES[face](guest)):
-        lab.wait_for(lambda: victim.broken, "the queue that is given up")
+        lab.wait_for(lambda: victim.broken, "the queue to be marked broken")
         assert "eventfd" in victim.broken
-        goes_on(guest.nic.pairs[1])
+        still_receives(guest.nic.pairs[1])
         guest.traffic.pause()
-    assert is_told(guest)
+    assert is_notified(guest)
     assert [shadow.broken for shadow in guest.device.shadows[2:]] == ["", ""]
 
 
@@ -193,7 +193,7 @@ def test_a_closed_eventfd_of_the_control_queue_is_reported(make: Make) -> None:
     guest.start()
     assert guest.nic.control is not None
     with closed(guest.nic.control.queue.kick):
-        assert is_told(guest)
+        assert is_notified(guest)
     with pytest.raises(QueueBroken, match="control queue: an eventfd of the control queue was closed"):
         guest.device.check()
     guest.device.stop()
@@ -220,11 +220,11 @@ def test_a_guest_thread_that_ends_is_seen_and_stops_nothing_else(make: Make, mod
     dead, alive = guest.nic.pairs
     dead.c.stop = 1
     os.eventfd_write(dead.wake, 1)
-    lab.wait_for(lambda: guest.traffic.dead == [0], "the thread's end to be seen")
-    goes_on(alive)
+    lab.wait_for(lambda: guest.traffic.dead == [0], "the thread to be reported as dead")
+    still_receives(alive)
     for _ in range(4):
         guest.switch()
-        goes_on(alive, 50)
+        still_receives(alive, 50)
     guest.traffic.pause()
     guest.traffic.run()
     guest.receives(50)
@@ -264,7 +264,7 @@ def test_a_guest_killed_anywhere_leaves_rings_that_a_new_one_can_use(make: Make,
     guest.settle()
 
 
-# -- what else the guest is told --------------------------------------------------
+# -- what else the guest is notified of -------------------------------------------
 
 
 def test_a_guest_is_interrupted_when_its_link_changes(make: Make) -> None:

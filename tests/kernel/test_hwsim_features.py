@@ -35,16 +35,16 @@ def test_every_backend_feature_is_offered() -> None:
 
 
 @pytest.mark.parametrize("parameter", PARAMETERS)
-def test_each_that_a_parent_has_a_say_in_goes_alone(parameter: str) -> None:
+def test_backend_feature_of_the_parent_can_be_switched_off_alone(parameter: str) -> None:
     assert offered(**{parameter: "N"}) == EVERYTHING & ~PARAMETERS[parameter]
 
 
-def test_all_of_them_can_go() -> None:
-    """What is left is the core's own: MSG_V2, BATCH and ASID."""
+def test_backend_features_of_the_parent_can_all_be_switched_off() -> None:
+    """The remaining ones are those of the vhost core: MSG_V2, BATCH and ASID."""
     assert offered(**dict.fromkeys(PARAMETERS, "N")) == BackendFeature(0xE)
 
 
-def test_what_makes_asid_usable_can_go() -> None:
+def test_asid_without_its_parts_is_not_usable() -> None:
     """One group in one address space: the bit stays, and there is nothing to bind."""
     sim = hwsim.add("hw0", single_group="Y", nas=1)
     try:

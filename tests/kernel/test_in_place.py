@@ -9,11 +9,11 @@ from row_rig import Rig
 
 from pyvhostvdpa import MissingFeature, State, VdpaNetDevice
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
-from pyvhostvdpa.bench.ladder.rows import PLANS, LadderRow
+from pyvhostvdpa.bench.ladder.rows import LADDER_ROWS, LadderRow
 from pyvhostvdpa.device.procedure.in_place import InPlace
 from pyvhostvdpa.net.control import OK, Class, command
 
-BEYOND = PLANS["beyond"]
+BEYOND = LADDER_ROWS["beyond"]
 QUEUES = 4
 CTRL_VLAN_ADD = 0
 
@@ -36,7 +36,7 @@ def moved(index: int) -> list[str]:
 
 
 BASES = [f"GET_VRING_BASE{index}" for index in range(QUEUES)]
-GO_ON = [*(call for index in range(QUEUES) for call in moved(index)), "RESUME", f"ENABLE{QUEUES}"]
+GO_ON = [*(call for index in range(QUEUES) for call in moved(index)), f"ENABLE{QUEUES}", "RESUME"]
 
 
 def test_a_switch_is_a_suspend_other_rings_and_a_resume(make: Callable[..., Rig]) -> None:
@@ -75,7 +75,7 @@ def test_frames_flow_after_a_first_start_in_shadow_mode(make: Callable[..., Rig]
     rig.settle()
 
 
-def test_what_the_control_queue_set_stays(make: Callable[..., Rig]) -> None:
+def test_control_queue_state_survives_switches(make: Callable[..., Rig]) -> None:
     rig = make()
     rig.start(State.PASSTHROUGH)
     assert rig.nic.control is not None
@@ -89,8 +89,8 @@ def test_what_the_control_queue_set_stays(make: Callable[..., Rig]) -> None:
     assert rig.nic.control.send(command(Class.VLAN, CTRL_VLAN_ADD, (8).to_bytes(2, "little"))) == OK
 
 
-def test_a_guest_that_was_elsewhere_meanwhile_finds_its_state(make: Callable[..., Rig]) -> None:
-    """Its control queue's state may have changed there, so the device is reset and told all of it."""
+def test_guest_back_from_another_device_finds_its_state(make: Callable[..., Rig]) -> None:
+    """Its control queue's state may have changed there, so the device is reset and gets all of it again."""
     rig = make()
     rig.start(State.PASSTHROUGH)
     rig.device.stop()

@@ -83,7 +83,7 @@ def test_the_cases_name_kinds_of_devices_that_are_run() -> None:
     assert {c.kind for c in CASES} == {"sim", "sim_dma", "vduse"}
 
 
-def test_a_doorbell_that_the_parent_has_not_is_explained(devices: tuple[str, str]) -> None:
+def test_missing_doorbell_is_explained(devices: tuple[str, str]) -> None:
     with VhostVdpa(devices[0]) as dev:
         with pytest.raises(KernelError, match="no doorbell page") as refused:
             dev.mmap_doorbell(0)

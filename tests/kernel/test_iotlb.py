@@ -1,4 +1,4 @@
-"""Maps on the kernel's own tree: what it refuses is what we refuse beforehand."""
+"""Maps on the kernel's own tree: the package refuses, before it asks, what the kernel would refuse."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 
 from pyvhostvdpa import Access, KernelError, MapRejected, VdpaNetDevice, VhostVdpa
 from pyvhostvdpa.base.uapi import BackendFeature, IotlbType
-from pyvhostvdpa.chardev.door import IotlbMessage
-from pyvhostvdpa.memory.guest import DEFAULT_GPA, PAGE_SIZE, Gpa, GuestMemory, SharedMemory, pinned_bytes
+from pyvhostvdpa.chardev.message import IotlbMessage
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, PAGE_SIZE, Gpa, GuestMemory
+from pyvhostvdpa.memory.mapped import SharedMemory
+from pyvhostvdpa.memory.pinned import pinned_bytes
 
 IOVA = 1 << 30
 
@@ -29,7 +31,7 @@ def update(iova: int, size: int, uaddr: int, asid: int = 0) -> IotlbMessage:
         ("ASID never used", 0),
     ],
 )
-def test_the_kernel_says_efault_to_everything_and_how_many_it_took(
+def test_write_iotlb_reports_efault_and_how_many_messages_were_applied(
     devices: tuple[str, str], messages: str, applied: int
 ) -> None:
     with VhostVdpa(devices[0]) as dev, SharedMemory("test", 1 << 20) as memory:
@@ -83,7 +85,7 @@ def test_guest_memory_is_contiguous_enough_for_the_entry_limit(pinned: tuple[str
         assert 1 <= mapping.entries <= 128
 
 
-def test_a_map_over_the_entry_limit_is_refused_beforehand_as_the_kernel_would(pinned: tuple[str, str]) -> None:
+def test_map_over_the_entry_limit_is_refused_as_the_kernel_would(pinned: tuple[str, str]) -> None:
     with VdpaNetDevice(pinned[0]) as dev, SharedMemory("test", 1 << 20) as memory:
         limit = dev.iotlb.limits.entries
         assert limit, "this kernel has no max_iotlb_entries"
@@ -112,7 +114,7 @@ def migrate_with_little_memlock(devices: tuple[str, str], *privileges: str) -> s
     )
 
 
-def test_root_raises_its_own_memlock_limit_and_says_so(pinned: tuple[str, str]) -> None:
+def test_root_raises_its_own_memlock_limit_and_reports_it(pinned: tuple[str, str]) -> None:
     done = migrate_with_little_memlock(pinned)
     assert done.returncode == 0, done.stderr
     assert "RLIMIT_MEMLOCK raised from 64 KiB" in done.stderr
@@ -125,7 +127,7 @@ def test_a_memlock_limit_that_cannot_be_raised_is_explained(pinned: tuple[str, s
     assert "next: ulimit -l unlimited" in done.stderr
 
 
-def test_the_limit_is_what_it_says(devices: tuple[str, str]) -> None:
+def test_limits_of_a_simulator_report_no_pinning(devices: tuple[str, str]) -> None:
     assert devices == lab.DEVICES
     with VdpaNetDevice(devices[0]) as dev:
         assert not dev.iotlb.limits.pinned

@@ -14,7 +14,7 @@ from pyvhostvdpa.host import mgmt
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
 
 
-def test_list_tells_names_drivers_and_addresses(fresh: tuple[str, str]) -> None:
+def test_list_prints_names_drivers_and_addresses(fresh: tuple[str, str]) -> None:
     done = subprocess.run(["vhost-vdpa", "list", "--json"], capture_output=True, text=True, check=True)
     listed = json.loads(done.stdout)
     assert listed["schema"] == "pyvhostvdpa/list/1"

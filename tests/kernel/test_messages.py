@@ -8,8 +8,9 @@ import pytest
 
 from pyvhostvdpa import Access, KernelError, VdpaNetDevice, VhostVdpa
 from pyvhostvdpa.base.uapi import IotlbType, MessageFormat
-from pyvhostvdpa.chardev.door import IotlbMessage
-from pyvhostvdpa.memory.guest import PAGE_SIZE, SharedMemory
+from pyvhostvdpa.chardev.message import IotlbMessage
+from pyvhostvdpa.memory.guest import PAGE_SIZE
+from pyvhostvdpa.memory.mapped import SharedMemory
 
 IOVA = 1 << 30
 
@@ -19,7 +20,7 @@ def message(kind: IotlbType, uaddr: int = 0, asid: int = 0, perm: int = 3, size:
 
 
 def is_mapped(dev: VhostVdpa, memory: SharedMemory, asid: int = 0) -> bool:
-    """Whether the kernel has something there: it refuses to map it once more."""
+    """Whether the kernel has something there: it refuses to map it a second time."""
     try:
         dev.write_iotlb([message(IotlbType.UPDATE, memory.hva, asid)])
     except KernelError as e:
@@ -72,7 +73,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_map_is_refused(owned: tuple[VhostVdpa, SharedMemory], case: str) -> None:
+def test_iotlb_message_that_is_not_a_map_is_refused(owned: tuple[VhostVdpa, SharedMemory], case: str) -> None:
     dev, _ = owned
     refused, number = REFUSED[case]
     with pytest.raises(KernelError) as error:
@@ -80,7 +81,7 @@ def test_what_is_no_map_is_refused(owned: tuple[VhostVdpa, SharedMemory], case: 
     assert error.value.errno == number
 
 
-def test_who_is_not_the_owner_is_told_so(devices: tuple[str, str]) -> None:
+def test_map_without_being_the_owner_is_explained(devices: tuple[str, str]) -> None:
     with VdpaNetDevice(devices[0]) as dev, SharedMemory("test", 1 << 20) as memory:
         dev.iotlb.chardev, taken = _unowned(devices[1]), dev.iotlb.chardev
         with pytest.raises(KernelError, match="not the device's owner") as refused:
@@ -103,16 +104,16 @@ def test_a_map_over_one_that_was_written_past_the_mirror_is_explained(devices: t
         assert refused.value.hint
 
 
-def test_an_address_that_is_no_memory_is_explained(pinned: tuple[str, str]) -> None:
+def test_address_outside_memory_is_explained(pinned: tuple[str, str]) -> None:
     with VdpaNetDevice(pinned[0]) as dev, pytest.raises(KernelError, match="no memory of this process at 0x1000"):
         dev.iotlb.space(0).map(IOVA, 0x1000, PAGE_SIZE)
 
 
-def test_an_open_batch_of_another_address_space_is_told_beforehand(devices: tuple[str, str]) -> None:
+def test_open_batch_of_another_address_space_is_reported_before_the_message(devices: tuple[str, str]) -> None:
     with VdpaNetDevice(devices[0]) as dev, SharedMemory("test", 1 << 20) as memory:
         dev.chardev.write_iotlb([IotlbMessage(IotlbType.BATCH_BEGIN, 1)])
         dev.reset()
-        with pytest.raises(ValueError, match="a batch of ASID 1 is open"):
+        with pytest.raises(ValueError, match="a batch of ASID 1 is still open"):
             dev.iotlb.space(0).map(IOVA, memory.hva, PAGE_SIZE)
         dev.chardev.write_iotlb([IotlbMessage(IotlbType.BATCH_END, 1)])
         dev.iotlb.space(0).map(IOVA, memory.hva, PAGE_SIZE)

@@ -1,4 +1,4 @@
-"""Everything that can go wrong, at every phase boundary: who has the guest afterwards, and how it goes on.
+"""Everything that can go wrong, at every phase boundary: which side has the guest afterwards, and how it continues.
 
 One guest lives through all of it, with traffic and a CPU that writes memory;
 each case ends with a migration that works. Here is one case in four; all of
@@ -23,7 +23,7 @@ SOURCE = ("handshake", "switch", "memory", "stop", "state", "ready", "go")
 DESTINATION = ("map", "memory", "load", "ready", "start", "running")
 """Where the destination is held. At "start" the guest is its own."""
 
-HERE, THERE = "goes on at the source", "runs at the destination"
+HERE, THERE = "continues at the source", "runs at the destination"
 TAKE, RESUME, LOST = "is taken from the file", "is resumed from the file", "died with its process"
 
 
@@ -60,7 +60,7 @@ CASES = list(cases())
 CHOSEN = CASES if os.environ.get("PYVHOSTVDPA_EVERY_FAULT") else CASES[::4]
 
 
-def test_there_are_enough_cases() -> None:
+def test_chosen_cases_cover_every_phase_and_fault() -> None:
     assert len(CASES) >= 60
     assert {(case.side, case.phase) for case in CHOSEN} == {(case.side, case.phase) for case in CASES}
     assert {case.fault for case in CHOSEN} == {case.fault for case in CASES}
@@ -75,7 +75,7 @@ def sims() -> Iterator[list[hwsim.HwSim]]:
 
 
 class Lives:
-    """The world, made anew after a test that left it in pieces."""
+    """The world, made again after a test that left it in pieces."""
 
     def __init__(self, sims: list[hwsim.HwSim], folder: Path) -> None:
         self.sims, self.folder = sims, folder
@@ -139,7 +139,7 @@ def end_of(world: World, name: str) -> Failed | None:
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
-def test_a_fault(world: World, case: Case) -> None:
+def test_guest_survives_fault_at_phase_boundary(world: World, case: Case) -> None:
     killed = case.fault.partition(" ")[0] if case.fault.endswith("killed") else ""
     with world.migration(hold=(case.side, case.phase)) as stream:
         held = world.here if case.side == "source" else world.there
@@ -150,7 +150,7 @@ def test_a_fault(world: World, case: Case) -> None:
         first = case.fault.partition(" ")[0]
         ends: dict[str, Failed | None] = {}
         if case.fault.endswith("cancels") and first != case.side and case.end == HERE:
-            # who waits for the stream notices at once
+            # the side that waits for the stream notices at once
             ends[first] = end_of(world, first)
         if killed != case.side:
             held.go_on()
@@ -164,16 +164,16 @@ def test_a_fault(world: World, case: Case) -> None:
 
 
 def check_words(world: World, case: Case, ends: dict[str, Failed | None]) -> None:
-    """Whoever is left says what state there is."""
+    """Each side that is still alive reports where the guest is."""
     source, destination = ends.get("source"), ends.get("destination")
     if case.end == HERE:
         assert source is not None
-        assert f"the guest goes on in passthrough on {world.paths[world.here.name][0]}" in source.message
+        assert f"the guest continues in passthrough on {world.paths[world.here.name][0]}" in source.message
         if destination is not None and not world.files():
             assert "nothing of the guest is left here, the source has it" in destination.message
         elif destination is not None:
             [path] = world.files()
-            assert f"saved in {path}; the source may have let it go on" in destination.message
+            assert f"saved in {path}; the source may have resumed it" in destination.message
             assert f"rm {path}" in destination.hint
     if case.end == LOST:
         assert destination is not None
@@ -232,7 +232,7 @@ def is_resumed(world: World, killed: str) -> None:
 def is_lost(world: World, killed: str) -> None:
     assert not world.files()
     world.here = world.fork(world.here.name)
-    world.start_anew()
+    world.start_again()
 
 
 # -- the device fails -----------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_a_device_fails_and_the_guest_stays(world: World, lives: Lives, broken: 
     assert source is not None
     assert destination is not None
     assert broken.words in source.message
-    assert "the guest goes on in passthrough" in source.message
+    assert "the guest continues in passthrough" in source.message
     assert not world.files()
     world.lives()
     world.migrates()
@@ -315,7 +315,7 @@ def test_a_device_that_is_not_suspended_for_the_way_back_either_is_reset(world: 
         assert end_of(world, "destination") is not None
     assert int((hwsim.DEBUGFS / sim.name / "fault/fail_suspend").read_text(), 0) == 0
     assert source is not None
-    assert "the guest goes on in passthrough" in source.message
+    assert "the guest continues in passthrough" in source.message
     world.lives()
     world.migrates()
     world.lives()

@@ -11,6 +11,7 @@ from pathlib import Path
 import lab
 import pytest
 
+from pyvhostvdpa.cli import main
 from pyvhostvdpa.host import mgmt
 
 QUICK = ("--memory", "32M", "--downtime", "10000", "--seconds", "1.5")
@@ -30,15 +31,19 @@ def names_of(device: dict[str, str]) -> tuple[str, str, str]:
     return device["name"], device["chardev"], os.path.basename(device["chardev"])
 
 
-def test_every_name_of_a_device_resolves_to_it(devices: tuple[str, str]) -> None:
+def test_every_name_of_a_device_resolves_to_it(devices: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process: a start of the command takes seconds here, and there would be one for each."""
     for device, node in zip(listed(), devices, strict=True):
         for name in names_of(device):
             assert mgmt.chardev_of(name) == node
             assert mgmt.vdpa_name(name) == device["name"]
-            shown = json.loads(vhost_vdpa("dev", "show", name, "-j").stdout)["devices"]
+            capsys.readouterr()
+            assert main(["dev", "show", name, "-j"]) == 0
+            shown = json.loads(capsys.readouterr().out)["devices"]
             assert [each["name"] for each in shown] == [device["name"]]
-            assert vhost_vdpa("probe", name, "--no-open").returncode == 0
-            assert "no vDPA device" not in vhost_vdpa("doctor", name).stderr
+            assert main(["probe", name, "--no-open"]) == 0
+            main(["doctor", name])
+            assert "no vDPA device" not in capsys.readouterr().err
 
 
 def test_migrate_and_ladder_take_names(devices: tuple[str, str]) -> None:
@@ -145,10 +150,10 @@ def test_receive_at_its_limits_has_no_traceback(
     status, said = receive_with(limit, value, devices[1], tmp_path)
     assert "Traceback" not in said
     assert status in (0, 1, 130, -15), said
-    lab.wait_for(lambda: not any(map(mgmt.holders, devices)), "both sides to let go")
+    lab.wait_for(lambda: not any(map(mgmt.holders, devices)), "both sides to close the device")
 
 
-def test_a_migration_whose_reader_of_progress_left_goes_on(devices: tuple[str, str]) -> None:
+def test_a_migration_whose_reader_of_progress_left_continues(devices: tuple[str, str]) -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What the kernel tells about written pages, on memory of each kind, and pre-copy that leans on it."""
+"""What the kernel reports about written pages, on memory of each kind, and pre-copy that relies on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from conftest import Guest
+from conftest import RunningGuest
 from movers import GuestCpu, copying
 
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GUEST_PAGE, HUGE_PAGE, Gpa, GuestMemory
@@ -64,7 +64,7 @@ def test_these_kernels_have_the_better_interface() -> None:
 
 
 @pytest.mark.parametrize("interface", INTERFACES)
-def test_every_written_page_is_told_once_and_no_other(memory: GuestMemory, interface: Interface) -> None:
+def test_every_written_page_is_reported_once_and_no_other(memory: GuestMemory, interface: Interface) -> None:
     random = Random(7)
     with DirtyTracker(memory, interface) as tracker:
         assert tracker.collect().count == 0
@@ -80,7 +80,7 @@ def test_every_written_page_is_told_once_and_no_other(memory: GuestMemory, inter
 
 
 @pytest.mark.parametrize("interface", INTERFACES)
-def test_reading_a_page_is_no_writing(memory: GuestMemory, interface: Interface) -> None:
+def test_read_page_is_not_dirty(memory: GuestMemory, interface: Interface) -> None:
     with DirtyTracker(memory, interface) as tracker:
         before = memory_hash(memory)
         assert tracker.collect().count == 0
@@ -88,7 +88,7 @@ def test_reading_a_page_is_no_writing(memory: GuestMemory, interface: Interface)
 
 
 @pytest.mark.parametrize("interface", INTERFACES)
-def test_what_was_written_before_the_start_is_not_told(memory: GuestMemory, interface: Interface) -> None:
+def test_dirty_tracker_ignores_writes_before_its_start(memory: GuestMemory, interface: Interface) -> None:
     write(memory, SECOND)
     tracker = DirtyTracker(memory, interface)
     for _ in range(3):
@@ -100,7 +100,7 @@ def test_what_was_written_before_the_start_is_not_told(memory: GuestMemory, inte
         write(memory, SECOND)
 
 
-def test_none_is_missed_while_threads_write(memory: GuestMemory) -> None:
+def test_dirty_tracker_misses_no_page_while_threads_write(memory: GuestMemory) -> None:
     cpus = [GuestCpu(memory, part * (SIZE // 4), SIZE // 4 // GUEST_PAGE, 20_000) for part in range(3)]
     with copying(memory) as copy, DirtyTracker(memory) as tracker:
         assert tracker.atomic
@@ -121,7 +121,7 @@ def test_none_is_missed_while_threads_write(memory: GuestMemory) -> None:
         cpu.close()
 
 
-def test_none_is_missed_by_soft_dirty_with_the_guest_paused_for_each_look(memory: GuestMemory) -> None:
+def test_soft_dirty_misses_no_page_if_the_guest_is_paused_at_each_collect(memory: GuestMemory) -> None:
     cpu = GuestCpu(memory, 0, SIZE // GUEST_PAGE, 20_000)
     with copying(memory) as copy, DirtyTracker(memory, Interface.SOFT_DIRTY) as tracker:
         assert not tracker.atomic
@@ -138,7 +138,7 @@ def test_none_is_missed_by_soft_dirty_with_the_guest_paused_for_each_look(memory
     cpu.close()
 
 
-def precopy_with_traffic(guest: Guest) -> None:
+def precopy_with_traffic(guest: RunningGuest) -> None:
     guest.device.start_shadow(guest.nic.queues)
     with copying(guest.memory) as copy, DirtyTracker(guest.memory) as tracker:
         guest.traffic.run()
@@ -153,15 +153,15 @@ def precopy_with_traffic(guest: Guest) -> None:
         assert memory_hash(copy.memory) == memory_hash(guest.memory)
 
 
-def test_what_a_device_writes_is_told(guest: Guest) -> None:
+def test_dirty_tracker_reports_device_writes(guest: RunningGuest) -> None:
     precopy_with_traffic(guest)
 
 
-def test_what_a_device_writes_past_the_page_tables_is_told(pinned_guest: Guest) -> None:
+def test_dirty_tracker_reports_device_writes_past_the_page_tables(pinned_guest: RunningGuest) -> None:
     precopy_with_traffic(pinned_guest)
 
 
-def test_only_shadow_virtqueues_know_what_a_pinning_device_writes(pinned_guest: Guest) -> None:
+def test_only_shadow_virtqueues_know_what_a_pinning_device_writes(pinned_guest: RunningGuest) -> None:
     guest = pinned_guest
     guest.device.start_shadow(guest.nic.queues)
     with DirtyTracker(guest.memory) as tracker:
@@ -179,7 +179,7 @@ def test_only_shadow_virtqueues_know_what_a_pinning_device_writes(pinned_guest: 
         assert not buffers & set(tracker.collect())
 
 
-def test_a_write_to_a_huge_page_of_shared_memory_is_told_as_one_small_page() -> None:
+def test_a_write_to_a_huge_page_of_shared_memory_is_reported_as_one_small_page() -> None:
     with setting(SHMEM_HUGE, "advise"), GuestMemory([(DEFAULT_GPA, SIZE)]) as memory:
         assert mapped_huge(memory) == SIZE >> 10
         with DirtyTracker(memory) as tracker:
@@ -187,7 +187,7 @@ def test_a_write_to_a_huge_page_of_shared_memory_is_told_as_one_small_page() -> 
             assert list(tracker.collect()) == [DEFAULT_GPA + 3 * HUGE_PAGE + 9 * GUEST_PAGE]
 
 
-def test_soft_dirty_tells_huge_pages_of_shared_memory_as_a_whole() -> None:
+def test_soft_dirty_reports_huge_pages_of_shared_memory_as_a_whole() -> None:
     with (
         setting(SHMEM_HUGE, "advise"),
         GuestMemory([(DEFAULT_GPA, SIZE)]) as memory,
@@ -213,7 +213,7 @@ def test_pre_copy_converges_on_huge_pages_of_shared_memory() -> None:
         cpu.close()
 
 
-def test_hugetlb_pages_are_told_as_a_whole() -> None:
+def test_hugetlb_pages_are_reported_as_a_whole() -> None:
     with (
         setting(SHMEM_HUGE, "never"),
         setting(HUGETLB, str(2 * SIZE // HUGE_PAGE)),
@@ -228,7 +228,7 @@ def test_hugetlb_pages_are_told_as_a_whole() -> None:
         assert tracker.collect().count == 0
 
 
-def test_a_device_goes_on_while_pages_are_watched(guest: Guest) -> None:
+def test_a_device_continues_while_pages_are_watched(guest: RunningGuest) -> None:
     guest.device.start_passthrough(guest.nic.queues)
     guest.traffic.run()
     with DirtyTracker(guest.memory) as tracker:

@@ -1,4 +1,4 @@
-"""`vhost-vdpa probe`: what it tells is what the device does."""
+"""`vhost-vdpa probe`: its output is what the device does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOLD = (
 
 
 def vhost_vdpa(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run the command; in this process unless it is to be another user or place: a new one takes seconds here."""
+    """Run the command: in this process, or in a new one (slow here) if ``prefix`` changes the user or namespace."""
     if prefix:
         return subprocess.run([*prefix, "vhost-vdpa", *arguments], capture_output=True, text=True, check=False)
     out, err = io.StringIO(), io.StringIO()
@@ -53,7 +53,7 @@ def held(path: str) -> Iterator[int]:
             holder.kill()
 
 
-def test_a_simulated_device_is_told_and_proved(devices: tuple[str, str]) -> None:
+def test_a_simulated_device_is_reported_and_proved(devices: tuple[str, str]) -> None:
     told = as_json("probe", devices[0], "--verify")
     features = told["backend_features"]
     assert {name: features[name] for name in ("advertised", "usable", "proved")} == {
@@ -85,20 +85,20 @@ def test_a_device_that_maps_piece_by_piece_is_proved_too(unbatched: tuple[str, s
     assert told["backend_features"]["proved"] == "0x17e"
 
 
-def test_a_daemons_device_lacks_what_a_migration_needs_and_says_why(vduse: str) -> None:
+def test_probe_of_a_vduse_device_reports_why_it_cannot_be_migrated(vduse: str) -> None:
     told = as_json("probe", vduse, "--verify")
     features = told["backend_features"]
     assert [features[name] for name in ("advertised", "usable", "proved")] == ["0xe", "0x6", "0x6"]
     assert features["why"]["IOTLB_ASID"] == "the device has one address space"
-    # a parent without groups says so, or that all queues are in the first
+    # a parent without groups reports none, or that all queues are in the first
     assert told["vring_groups"] in (None, [0, 0])
     assert told["vring_desc_groups"] is None
     assert told["control_queue"] is None
     assert told["config"]["link_up"]
     assert not told["migratable"]
-    assert told["blockers"] == ["no SUSPEND: its queues cannot be taken over without loss (not advertised)"]
+    assert told["blockers"] == ["no SUSPEND: its queues cannot be stopped without loss (not advertised)"]
     shown = vhost_vdpa("probe", vduse).stdout
-    assert "migratable: no\n  - no SUSPEND" in shown
+    assert "cannot be migrated:\n  - no SUSPEND" in shown
 
 
 def test_without_proof_nothing_is_called_proved(devices: tuple[str, str]) -> None:
@@ -116,7 +116,7 @@ def test_the_device_is_left_reset(devices: tuple[str, str]) -> None:
             assert dev.get_vring_base(0) == 0
 
 
-def test_a_busy_device_is_refused_by_name_and_told_unopened(devices: tuple[str, str]) -> None:
+def test_busy_device_is_refused_with_its_holder_and_listed_unopened(devices: tuple[str, str]) -> None:
     with held(devices[0]) as pid:
         done = vhost_vdpa("probe", devices[0], "--verify")
         assert done.returncode == 1
@@ -135,11 +135,11 @@ def test_which_device_is_asked_for_when_there_are_several(devices: tuple[str, st
     assert len(devices) == 2
     done = vhost_vdpa("probe")
     assert done.returncode == 1
-    assert "which device?; this machine has:" in done.stderr
+    assert "which device? None was named; this machine has:" in done.stderr
     assert "vdpa1 (/dev/vhost-vdpa-1)" in done.stderr
 
 
-def test_another_user_is_told_what_he_needs(devices: tuple[str, str]) -> None:
+def test_user_without_rights_gets_the_udev_rule(devices: tuple[str, str]) -> None:
     done = vhost_vdpa("probe", devices[0], prefix=("setpriv", "--reuid=1000", "--clear-groups"))
     assert done.returncode == 1
     assert "the node belongs to root" in done.stderr
@@ -150,7 +150,7 @@ def test_another_user_is_told_what_he_needs(devices: tuple[str, str]) -> None:
 
 
 class Liar(VhostVdpa):
-    """A real device behind a door that leaves out what it is told to leave out."""
+    """A real device behind a door that leaves out the call named in ``leave_out``."""
 
     leave_out = ""
 
@@ -195,7 +195,7 @@ def test_a_device_that_forgets_its_maps_does_not_pass_for_one_that_keeps_them(
     assert BackendFeature.IOTLB_PERSIST not in found.backend.proved
 
 
-def test_a_refused_request_is_told_in_the_proof(devices: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_request_is_reported_in_the_proof(devices: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     class Refuses(VhostVdpa):
         def suspend(self) -> None:
             raise KernelError(errno.EIO, "VHOST_VDPA_SUSPEND")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import hwsim
 import lab
 import pytest
-from conftest import Guest
+from conftest import RunningGuest
 from test_ioctls import run_case
 
 from pyvhostvdpa import BackendFeature, GuestMemory, VdpaNetDevice
@@ -70,7 +70,7 @@ def test_a_lie_is_caught(device: hwsim.HwSim, lie: str) -> None:
     ],
     indirect=["device"],
 )
-def test_what_is_not_advertised_is_not_usable(device: hwsim.HwSim, lacking: BackendFeature) -> None:
+def test_probe_feature_not_advertised_is_not_usable(device: hwsim.HwSim, lacking: BackendFeature) -> None:
     found = probe(device.chardev)
     assert lacking not in found.backend.advertised
     assert lacking not in found.backend.usable
@@ -100,7 +100,7 @@ def test_requests_that_only_this_parent_serves(device: hwsim.HwSim) -> None:
 def test_a_doorbell_that_is_rung_notifies_the_device(device: hwsim.HwSim) -> None:
     with GuestMemory([(DEFAULT_GPA, lab.SMALL)]) as memory, VdpaNetDevice(device.chardev) as dev:
         dev.attach(memory)
-        guest = Guest(dev, memory)
+        guest = RunningGuest(dev, memory)
         dev.start_passthrough(guest.nic.queues)
         for queue in guest.nic.queues:
             dev.chardev.set_vring_kick(queue.index, -1)

@@ -1,4 +1,4 @@
-"""Which procedure a device gets by itself, and that it is said."""
+"""Which procedure is chosen for a device, and that the choice is reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_device_that_can_be_switched_in_place_is(make_sim: MakeSim) -> None:
 
 
 @pytest.mark.parametrize("without", [BackendFeature.RESUME, BackendFeature.DESC_ASID])
-def test_a_device_that_cannot_gets_the_next_best_and_says_why(make_sim: MakeSim, without: BackendFeature) -> None:
+def test_device_without_a_feature_gets_the_next_best_procedure(make_sim: MakeSim, without: BackendFeature) -> None:
     with VdpaNetDevice(make_sim().chardev, use=ALL_BACKEND_FEATURES & ~without) as device:
         assert device.procedure.name == "direct"
         assert f"{without.name} is not offered" in device.procedure.why_not_better
@@ -49,7 +49,9 @@ def test_a_device_that_cannot_gets_the_next_best_and_says_why(make_sim: MakeSim,
     ],
     ids=["one address space", "no descriptor group", "no RESUME"],
 )
-def test_what_a_device_lacks_decides_and_is_said(make_sim: MakeSim, parameters: dict[str, object], why: str) -> None:
+def test_missing_device_feature_decides_the_procedure_and_is_named(
+    make_sim: MakeSim, parameters: dict[str, object], why: str
+) -> None:
     with VdpaNetDevice(make_sim(**parameters).chardev) as device:
         assert device.procedure.name == "direct"
         assert why in device.procedure.why_not_better
@@ -83,11 +85,11 @@ def migrated(source: str, destination: str, *options: str) -> dict[str, dict[str
 def test_migrate_uses_the_best_of_each_device_and_reports_it(make_sim: MakeSim) -> None:
     able, unable = make_sim(), make_sim(resume="N")
     told = migrated(able.chardev, unable.chardev)
-    assert told["source"] == {"name": "in-place", "why_not_better": None}
+    assert told["source"] == {"name": "in-place", "why_not_better": None, "shadow": "full"}
     assert told["destination"]["name"] == "direct"
     assert "RESUME is not offered" in str(told["destination"]["why_not_better"])
 
 
-def test_migrate_can_be_told_which_procedure_to_use(make_sim: MakeSim) -> None:
+def test_migrate_uses_the_procedure_that_the_option_names(make_sim: MakeSim) -> None:
     told = migrated(make_sim().chardev, make_sim().chardev, "--procedure", "direct")
     assert {each["name"] for each in told.values()} == {"direct"}

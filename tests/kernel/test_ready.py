@@ -1,4 +1,4 @@
-"""A destination that stands ready before its guest comes, and devices that are stopped and started at once."""
+"""A destination that is prepared before its guest comes, and devices that are stopped and started at once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from row_rig import Rig
 from world import OPTIONS, World
 
 from pyvhostvdpa import KernelError, State
-from pyvhostvdpa.bench.ladder.rows import PLANS, LadderRow
+from pyvhostvdpa.bench.ladder.rows import LADDER_ROWS, LadderRow
 from pyvhostvdpa.migration.pages import memory_hash
 from pyvhostvdpa.net.control import Class, command
 
-BEYOND, OURS = PLANS["beyond"], PLANS["ours"]
+BEYOND, OURS = LADDER_ROWS["beyond"], LADDER_ROWS["ours"]
 QUEUES = 4
 CTRL_VLAN_ADD = 0
 
@@ -40,12 +40,11 @@ def stand_by(rig: Rig) -> str:
     return rig.device.stand_by(rig.nic.queues, rig.control)
 
 
-def test_a_device_in_place_stands_suspended_and_is_given_rings_and_resumed(make: Callable[..., Rig]) -> None:
+def test_a_device_in_place_is_suspended_with_its_rings_and_is_given_bases_and_resumed(make: Callable[..., Rig]) -> None:
     rig = make()
     assert "stands suspended" in stand_by(rig)
     made = rig.calls(lambda: rig.device.start_passthrough(rig.nic.queues, rig.control))
-    moved = [call for index in range(QUEUES) for call in (f"BASE{index}", f"ADDR{index}")]
-    assert made == [*moved, "RESUME", f"ENABLE{QUEUES}"]
+    assert made == [*(f"BASE{index}" for index in range(QUEUES)), f"ENABLE{QUEUES}", "RESUME"]
     rig.use_all_pairs()
     rig.receives(50)
     rig.to(State.SHADOW)
@@ -74,7 +73,7 @@ def test_standing_ready_changes_nothing_of_the_guest(make: Callable[..., Rig], p
 
 
 @pytest.mark.parametrize("plan", [BEYOND, OURS], ids=lambda plan: plan.row)
-def test_what_the_control_queue_set_meanwhile_is_known_to_the_device(make: Callable[..., Rig], plan: LadderRow) -> None:
+def test_ready_device_knows_control_commands_sent_meanwhile(make: Callable[..., Rig], plan: LadderRow) -> None:
     rig = make(plan)
     stand_by(rig)
     rig.control.model.apply(command(Class.VLAN, CTRL_VLAN_ADD, (9).to_bytes(2, "little")))
@@ -86,7 +85,7 @@ def test_what_the_control_queue_set_meanwhile_is_known_to_the_device(make: Calla
     rig.settle()
 
 
-def test_a_request_to_announce_is_no_matter_of_the_devices(make: Callable[..., Rig]) -> None:
+def test_stand_by_does_not_depend_on_the_announce_request(make: Callable[..., Rig]) -> None:
     rig = make()
     rig.control.model.announce = True
     stand_by(rig)
@@ -95,7 +94,7 @@ def test_a_request_to_announce_is_no_matter_of_the_devices(make: Callable[..., R
 
 
 @pytest.mark.parametrize("plan", [BEYOND, OURS], ids=lambda plan: plan.row)
-def test_other_queues_than_those_it_stands_ready_for_are_started_by_a_reset(
+def test_other_queues_than_those_it_is_ready_for_are_started_by_a_reset(
     make: Callable[..., Rig], plan: LadderRow
 ) -> None:
     rig = make(plan)
@@ -117,7 +116,7 @@ def test_a_device_that_cannot_be_made_ready_is_left_reset(make: Callable[..., Ri
     rig.settle()
 
 
-def test_a_switch_opens_nothing_while_the_device_stands_still(
+def test_a_switch_opens_nothing_while_the_device_is_paused(
     make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig = make()
@@ -154,7 +153,7 @@ def two(tmp_path: Path) -> Iterator[tuple[World, list[hwsim.HwSim]]]:
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-def test_one_of_two_devices_fails_to_stop_and_the_guest_goes_on_on_both(
+def test_guest_continues_on_both_devices_if_one_fails_to_stop(
     two: tuple[World, list[hwsim.HwSim]], broken: int
 ) -> None:
     world, sims = two
@@ -163,7 +162,7 @@ def test_one_of_two_devices_fails_to_stop_and_the_guest_goes_on_on_both(
         world.here.until("stop")
         sims[broken].write("fault/fail_suspend", 1)
         world.here.go_on()
-        with pytest.raises(Failed, match="the guest goes on in passthrough"):
+        with pytest.raises(Failed, match="the guest continues in passthrough"):
             world.here.result()
         with pytest.raises(Failed):
             world.there.result()
@@ -173,7 +172,7 @@ def test_one_of_two_devices_fails_to_stop_and_the_guest_goes_on_on_both(
     world.is_sound()
 
 
-def test_one_of_two_devices_fails_to_start_and_the_guest_goes_on_at_the_source(
+def test_guest_continues_at_the_source_if_one_of_two_devices_fails_to_start(
     two: tuple[World, list[hwsim.HwSim]],
 ) -> None:
     world, sims = two
@@ -184,7 +183,7 @@ def test_one_of_two_devices_fails_to_start_and_the_guest_goes_on_at_the_source(
         world.there.go_on()
         with pytest.raises(Failed, match="RESUME"):
             world.there.result()
-        with pytest.raises(Failed, match="the guest goes on in passthrough"):
+        with pytest.raises(Failed, match="the guest continues in passthrough"):
             world.here.result()
     world.lives()
     world.migrates()

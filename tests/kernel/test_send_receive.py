@@ -18,7 +18,7 @@ import pytest
 from peers import Failed
 from world import OPTIONS, World
 
-from pyvhostvdpa.guest.state import DeviceShape, GuestShape
+from pyvhostvdpa.guest.shape import DeviceShape, GuestShape
 from pyvhostvdpa.guest.synthetic import GuestOptions
 from pyvhostvdpa.memory.guest import DEFAULT_GPA
 from pyvhostvdpa.migration.endpoint import Address, connect
@@ -52,11 +52,11 @@ def test_a_guest_moves_to_another_process_and_back(devices: tuple[str, str], tmp
     there_and_back([devices[0]], [devices[1]], tmp_path, OPTIONS)
 
 
-def test_it_moves_between_devices_that_pin(pinned: tuple[str, str], tmp_path: Path) -> None:
+def test_send_receive_between_pinning_devices_moves_the_guest(pinned: tuple[str, str], tmp_path: Path) -> None:
     there_and_back([pinned[0]], [pinned[1]], tmp_path, OPTIONS)
 
 
-def test_it_moves_with_its_control_queue_and_several_pairs(hw_devices: list[str], tmp_path: Path) -> None:
+def test_send_receive_moves_control_queue_and_several_pairs(hw_devices: list[str], tmp_path: Path) -> None:
     options = GuestOptions(memory=32 << 20, pairs=2, ring_size=64, write_rate=1 << 20)
     there_and_back(hw_devices[:1], hw_devices[1:2], tmp_path, options)
 
@@ -72,7 +72,7 @@ def test_a_guest_that_writes_faster_than_the_stream_moves_stays(devices: tuple[s
         with world.migration(limit=4 << 20) as stream:
             stream.close()
             with pytest.raises(
-                Failed, match=r"faster than the stream moves it: after \d+ rounds .* goes on in passthrough"
+                Failed, match=r"faster than the stream moves it: after \d+ rounds .* continues in passthrough"
             ):
                 world.here.result()
             with pytest.raises(Failed, match="the source has it"):
@@ -153,7 +153,7 @@ def test_either_side_records_what_it_does(devices: tuple[str, str], tmp_path: Pa
     assert sum(spans) == pytest.approx(result["dt2_ms"]["sum"], abs=0.001)
 
 
-def test_ctrl_c_cancels_and_the_guest_goes_on(devices: tuple[str, str], tmp_path: Path) -> None:
+def test_ctrl_c_cancels_and_the_guest_continues(devices: tuple[str, str], tmp_path: Path) -> None:
     where = f"unix:{tmp_path}/socket"
     with run("receive", devices[1], "--listen", where, "--state", str(tmp_path)) as there:
         words_until(there, "waiting for a source")
@@ -164,7 +164,7 @@ def test_ctrl_c_cancels_and_the_guest_goes_on(devices: tuple[str, str], tmp_path
             sent, told = here.communicate()
         _, said = there.communicate()
     assert here.returncode == 130
-    assert f"the guest goes on in passthrough on {devices[0]}" in told
+    assert f"the guest continues in passthrough on {devices[0]}" in told
     report = json.loads(sent)
     assert report["outcome"] == "stayed on source"
     assert report["parts"]["source again"]["received"] > 100
@@ -184,7 +184,7 @@ def test_a_destination_that_lacks_a_feature_refuses_and_waits_on(devices: tuple[
             rest = ("--memory", "16M", "--seconds", "1", "--state", str(tmp_path))
             with run("send", devices[0], "--to", where, *rest) as here:
                 _, told = here.communicate()
-            # before the guest was started, the source looked whether somebody listens here
+            # before the guest was started, the source checked that a process listens here
             words_until(there, "lacks features")
             words_until(there, "waiting for a source")
             assert there.poll() is None
@@ -194,7 +194,7 @@ def test_a_destination_that_lacks_a_feature_refuses_and_waits_on(devices: tuple[
         assert there.returncode == 130
         assert "the destination says: " in told
         assert "lacks features that the guest uses on the source" in told
-        assert "the guest goes on in passthrough" in told
+        assert "the guest continues in passthrough" in told
     finally:
         lab.command("vdpa", "dev", "del", "vdpa1")
         lab.command(*add)
@@ -227,30 +227,26 @@ def test_strangers_and_a_guest_that_does_not_fit_keep_no_source_out(devices: tup
     assert (frames["lost"], frames["duplicated"], frames["corrupted"]) == (0, 0, 0)
 
 
-def test_a_folder_on_a_read_only_mount_is_refused_beforehand(devices: tuple[str, str], tmp_path: Path) -> None:
-    folder = tmp_path / "read-only"
+def refused_for_its_folder(device: str, folder: Path, mounted: str) -> str:
+    """Mount a file system with these options as the folder for saved guests; what `send` says to it."""
     folder.mkdir()
-    lab.command("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder))
+    lab.command("mount", "-t", "tmpfs", "-o", mounted, "tmpfs", str(folder))
     try:
-        rest = ("--memory", "16M", "--state", str(folder))
-        with run("send", devices[0], "--to", f"unix:{tmp_path}/none", *rest) as here:
+        with run("send", device, "--to", f"unix:{folder}-none", "--memory", "16M", "--state", str(folder)) as here:
             _, told = here.communicate()
-        assert here.returncode == 1
-        assert f"no place to save a guest: {folder}: Read-only file system" in told
-        assert "--state DIR" in told
     finally:
         lab.command("umount", str(folder))
+    assert here.returncode == 1
+    return str(told)
+
+
+def test_folder_on_a_read_only_mount_is_refused_at_the_start(devices: tuple[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "read-only"
+    told = refused_for_its_folder(devices[0], folder, "ro")
+    assert f"no place to save a guest: {folder}: Read-only file system" in told
+    assert "--state DIR" in told
 
 
 def test_a_place_too_small_for_a_saved_guest_is_refused(devices: tuple[str, str], tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    lab.command("mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(small))
-    try:
-        rest = ("--memory", "16M", "--state", str(small))
-        with run("send", devices[0], "--to", f"unix:{tmp_path}/none", *rest) as here:
-            _, told = here.communicate()
-        assert here.returncode == 1
-        assert "MiB free; a guest whose stream breaks at the hand-over is saved there" in told
-    finally:
-        lab.command("umount", str(small))
+    told = refused_for_its_folder(devices[0], tmp_path / "small", "size=1M")
+    assert "MiB free; a guest whose stream breaks at the hand-over is saved there" in told

@@ -11,7 +11,7 @@ import pytest
 from row_rig import Count, Rig
 
 from pyvhostvdpa import State
-from pyvhostvdpa.bench.ladder.rows import PLANS, LadderRow
+from pyvhostvdpa.bench.ladder.rows import LADDER_ROWS, LadderRow
 from pyvhostvdpa.device.procedure.series import Optimization
 
 
@@ -37,7 +37,7 @@ OTHERS = {
         LadderRow("persist_batch", "", EARLY | Optimization.PERSIST | BATCHED),
     )
 }
-ROWS = {row: plan for row, plan in {**PLANS, **OTHERS}.items() if plan.procedure is None}
+ROWS = {row: plan for row, plan in {**LADDER_ROWS, **OTHERS}.items() if plan.procedure is None}
 SIZES = [(1, 4), (2, 4), (4, 4), (8, 6)]
 
 
@@ -90,7 +90,7 @@ def cancel(row: str, q: int, r: int) -> Count | None:
 
 @pytest.mark.parametrize(("q", "r"), SIZES)
 @pytest.mark.parametrize("row", ROWS)
-def test_a_row_makes_as_many_calls_as_its_formulas_say(make: Callable[..., Rig], row: str, q: int, r: int) -> None:
+def test_row_makes_as_many_calls_as_its_formulas_predict(make: Callable[..., Rig], row: str, q: int, r: int) -> None:
     rig = make(ROWS[row], q, r)
     rig.start(State.PASSTHROUGH)
     assert rig.count(lambda: rig.to(State.SHADOW)) == dt1(row, q, r)
@@ -218,7 +218,7 @@ for _row in ("iterative_map", "desc_asid_literal", "desc_asid_keep"):
 
 @pytest.mark.parametrize("row", SWITCHES)
 def test_a_row_makes_its_calls_in_qemus_order(make: Callable[..., Rig], row: str) -> None:
-    rig = make(PLANS[row])
+    rig = make(LADDER_ROWS[row])
     rig.start(State.PASSTHROUGH)
     assert rig.calls(lambda: rig.to(State.SHADOW)) == SWITCHES[row]
     assert rig.calls(rig.device.stop) == STOPS[row]
@@ -228,7 +228,7 @@ def test_a_row_makes_its_calls_in_qemus_order(make: Callable[..., Rig], row: str
 
 
 def test_a_cancelled_migration_binds_the_descriptors_back(make: Callable[..., Rig]) -> None:
-    rig = make(PLANS["batch"])
+    rig = make(LADDER_ROWS["batch"])
     rig.start(State.PASSTHROUGH)
     rig.to(State.SHADOW)
     assert rig.calls(lambda: rig.to(State.PASSTHROUGH)) == [*STOPS["batch"], "GROUP2=0", *STARTS["batch"]]

@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from conftest import Guest
+from conftest import RunningGuest
 
 from pyvhostvdpa import QueueBroken, State
 from pyvhostvdpa._cdefs import ffi
@@ -15,17 +15,17 @@ from pyvhostvdpa.chardev.iotlb import GuestMapping
 from pyvhostvdpa.memory.guest import PAGE_SIZE
 
 
-def to_shadow(guest: Guest) -> None:
+def to_shadow(guest: RunningGuest) -> None:
     guest.device.stop()
     guest.device.start_shadow(guest.nic.queues)
 
 
-def to_passthrough(guest: Guest) -> None:
+def to_passthrough(guest: RunningGuest) -> None:
     guest.device.stop()
     guest.device.start_passthrough(guest.nic.queues)
 
 
-def switch_back_and_forth(guest: Guest, times: int) -> None:
+def switch_back_and_forth(guest: RunningGuest, times: int) -> None:
     device = guest.device
     device.start_passthrough(guest.nic.queues)
     guest.traffic.run()
@@ -41,22 +41,22 @@ def switch_back_and_forth(guest: Guest, times: int) -> None:
     guest.settle()
 
 
-def test_traffic_survives_switching_back_and_forth(guest: Guest) -> None:
+def test_traffic_survives_switching_back_and_forth(guest: RunningGuest) -> None:
     switch_back_and_forth(guest, 10)
 
 
-def test_traffic_survives_on_a_device_that_pins(pinned_guest: Guest) -> None:
+def test_traffic_survives_on_a_device_that_pins(pinned_guest: RunningGuest) -> None:
     switch_back_and_forth(pinned_guest, 5)
 
 
-def test_traffic_survives_on_a_device_that_forgets_its_maps_at_reset(forgetful_guest: Guest) -> None:
+def test_traffic_survives_on_a_device_that_forgets_its_maps_at_reset(forgetful_guest: RunningGuest) -> None:
     switch_back_and_forth(forgetful_guest, 5)
 
 
-def test_guest_memory_stays_mapped_while_only_rings_come_and_go(guest: Guest) -> None:
+def test_guest_memory_stays_mapped_while_only_rings_come_and_go(guest: RunningGuest) -> None:
     space = guest.device.iotlb.space(0)
     before = space.mappings
-    assert space.layout is GuestMapping.IDENTITY
+    assert space.guest_mapping is GuestMapping.IDENTITY
     guest.device.start_shadow(guest.nic.queues)
     assert set(before) < set(space.mappings)
     assert len(space.mappings) == len(before) + 2 * len(guest.nic.queues)
@@ -64,7 +64,7 @@ def test_guest_memory_stays_mapped_while_only_rings_come_and_go(guest: Guest) ->
     assert space.mappings == before
 
 
-def test_received_frames_are_dirty(guest: Guest) -> None:
+def test_received_frames_are_dirty(guest: RunningGuest) -> None:
     guest.memory.start_dirty_log()
     guest.device.start_shadow(guest.nic.queues)
     guest.traffic.run()
@@ -78,7 +78,7 @@ def test_received_frames_are_dirty(guest: Guest) -> None:
     assert not sent & dirty
 
 
-def test_a_guest_that_breaks_its_ring_is_stopped_and_the_device_can_be_used_again(guest: Guest) -> None:
+def test_a_guest_that_breaks_its_ring_is_stopped_and_the_device_can_be_used_again(guest: RunningGuest) -> None:
     guest.device.start_shadow(guest.nic.queues)
     guest.traffic.run()
     guest.receives()
@@ -99,7 +99,7 @@ def test_a_guest_that_breaks_its_ring_is_stopped_and_the_device_can_be_used_agai
     ffi.memmove(guest.nic.pairs[0].c.tx.desc, guest.nic.pairs[0].c.tx.desc, 16)
 
 
-def test_no_python_runs_per_frame(guest: Guest) -> None:
+def test_no_python_runs_per_frame(guest: RunningGuest) -> None:
     calls = 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:

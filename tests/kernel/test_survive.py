@@ -15,7 +15,7 @@ from peers import Failed
 from world import OPTIONS, World
 
 from pyvhostvdpa import GuestOptions, VdpaNetDevice
-from pyvhostvdpa.guest.state import GuestShape
+from pyvhostvdpa.guest.shape import GuestShape
 from pyvhostvdpa.guest.synthetic import SyntheticGuest
 from pyvhostvdpa.migration.saved import SavedGuest, save
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED

@@ -10,11 +10,11 @@ from typing import Any
 import lab
 import pytest
 
-from pyvhostvdpa import GuestOptions, MigrationRefused, Options, Trace, migrate
+from pyvhostvdpa import GuestOptions, MigrationOptions, MigrationRefused, Trace, migrate
 from pyvhostvdpa.trace.downtime import DT1, DT2, milliseconds
 from pyvhostvdpa.trace.spans import downtimes
 
-QUICK = Options(GuestOptions(lab.SMALL), lab.SLOW_STREAM, 1.5)
+QUICK = MigrationOptions(GuestOptions(lab.SMALL), lab.SLOW_STREAM, 1.5)
 
 
 def run(devices: tuple[str, str], *options: str) -> subprocess.CompletedProcess[str]:
@@ -97,7 +97,7 @@ def test_a_migration_that_was_refused_leaves_its_trace(devices: tuple[str, str],
 def test_the_caller_has_the_trace_of_what_failed(devices: tuple[str, str]) -> None:
     trace = Trace()
     with pytest.raises(MigrationRefused):
-        migrate(*devices, Options(GuestOptions(lab.SMALL, pairs=9)), trace=trace)
+        migrate(*devices, MigrationOptions(GuestOptions(lab.SMALL, pairs=9)), trace=trace)
     assert trace.events[0].event == "open"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import lab
 import pytest
-from conftest import Guest
+from conftest import RunningGuest
 
 from pyvhostvdpa import GuestMemory, KernelError, MissingFeature, Status, VdpaNetDevice, VhostVdpa
 from pyvhostvdpa.memory.guest import DEFAULT_GPA
@@ -17,43 +17,45 @@ from pyvhostvdpa.net.config import NetConfig
 from pyvhostvdpa.net.features import Feature, negotiate
 
 
+def carries_frames(guest: RunningGuest) -> None:
+    """Let it run on its started device, demand that every frame arrives, and end it."""
+    guest.traffic.run()
+    guest.receives(500)
+    guest.settle()
+    guest.close()
+
+
 def test_frames_come_back_whole_in_passthrough_and_through_shadow_queues(vduse: str) -> None:
     for start in ("start_passthrough", "start_shadow"):
         with GuestMemory([(DEFAULT_GPA, lab.SMALL)]) as memory, VdpaNetDevice(vduse) as device:
             device.attach(memory)
-            guest = Guest(device, memory)
+            guest = RunningGuest(device, memory)
             getattr(device, start)(guest.nic.queues)
-            guest.traffic.run()
-            guest.receives(500)
-            guest.settle()
-            guest.close()
+            carries_frames(guest)
 
 
-def test_it_is_started_directly_and_stands_ready_before(vduse: str) -> None:
+def test_vduse_device_is_started_directly_and_is_ready_before(vduse: str) -> None:
     with GuestMemory([(DEFAULT_GPA, lab.SMALL)]) as memory, VdpaNetDevice(vduse) as device:
         assert device.procedure.name == "direct"
         assert device.procedure.why_not_better.startswith("in-place is not possible: ")
         device.attach(memory)
-        guest = Guest(device, memory)
+        guest = RunningGuest(device, memory)
         assert "DRIVER_OK" in device.stand_by(guest.nic.queues)
         device.start_passthrough(guest.nic.queues)
-        guest.traffic.run()
-        guest.receives(500)
-        guest.settle()
-        guest.close()
+        carries_frames(guest)
 
 
-def test_a_device_that_cannot_suspend_is_not_taken_over(vduse: str) -> None:
+def test_device_that_cannot_suspend_is_refused_for_migration(vduse: str) -> None:
     with GuestMemory([(DEFAULT_GPA, lab.SMALL)]) as memory, VdpaNetDevice(vduse) as device:
         device.attach(memory)
-        guest = Guest(device, memory)
+        guest = RunningGuest(device, memory)
         device.start_passthrough(guest.nic.queues)
         with pytest.raises(MissingFeature, match="cannot be suspended"):
             device.stop()
         guest.close()
 
 
-def test_a_config_interrupt_tells_that_the_link_changed(vduse: str) -> None:
+def test_config_interrupt_reports_a_change_of_the_link(vduse: str) -> None:
     fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     daemon = _daemon()
     with VhostVdpa(vduse) as dev:

@@ -35,7 +35,7 @@ class World:
         self.procedure: str | None = ANY
         """What the next destination is driven by."""
         self.here, self.there = self.fork("left"), self.fork("right")
-        self.start_anew()
+        self.start_again()
 
     # -- migrations ----------------------------------------------------------------
 
@@ -64,7 +64,7 @@ class World:
             right.close()
 
     def migrates(self, limit: float | None = None) -> dict[str, Any]:
-        """One that nobody harms; memory is compared by hash. The guest then is in the other process."""
+        """Migrate without a fault; memory is compared by hash. The guest then is in the other process."""
         with self.migration(hashed=True, limit=limit) as stream:
             stream.close()
             sent, received = self.here.result(), self.there.result()
@@ -84,7 +84,7 @@ class World:
     # -- what has to hold ----------------------------------------------------------------
 
     def lives(self) -> None:
-        """The guest runs where it is thought to be, and nothing is left of it elsewhere."""
+        """The guest runs where it is thought to be, and nothing is left of it on the other side."""
         self.here.call("receives", 100)
         assert self.there.call("mappings") == 0
         assert self.there.call("resources") == self._empty[self.there.name]
@@ -106,7 +106,7 @@ class World:
         self._empty[name] = peer.call("resources")
         return peer
 
-    def start_anew(self) -> None:
+    def start_again(self) -> None:
         """A new guest, because the last one died with its process."""
         self.here.call("start", self.paths[self.here.name], self.options, self._random.choice(PROCEDURES))
 

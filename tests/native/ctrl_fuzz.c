@@ -62,7 +62,7 @@ static void take_command(struct world *w)
 
 	if (w->taken) /* one at a time */
 		return;
-	length = ctrl_guest_take(g, w->buffer, BUFFER);
+	length = ctrl_guest_pop(g, w->buffer, BUFFER);
 	CHECK(g->last_avail == (uint16_t)(before + !!length));
 	CHECK(!length || !g->broken);
 	w->taken = !!length;
@@ -103,7 +103,7 @@ static void drive(struct world *w, uint32_t what)
 	case 1:
 		ctrl_driver_kick(d);
 		break;
-	case 2: /* a device that answers, or says so */
+	case 2: /* a device that answers, or claims to have answered */
 		d->ring.used->idx += what >> 2 & 1 ? 1 : what >> 3;
 		break;
 	default:

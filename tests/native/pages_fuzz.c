@@ -36,7 +36,7 @@ static uint64_t below(uint64_t n)
 
 /* ---------------------------------------------------------------------- */
 
-/* The first two regions touch, the third is apart. */
+/* The first two regions touch, the third does not. */
 static const uint64_t base[REGIONS] = { 0x40000000, 0x40000000 + REGION,
 					0x80000000 };
 
@@ -209,7 +209,7 @@ static void apply(struct guest *g, const struct frame *f)
 	}
 }
 
-/* The payload, the whole frame once more, and the header of another one. */
+/* The payload, the whole frame again, and the header of another one. */
 static uint8_t *stream_of(const struct frame *f, uint64_t *size)
 {
 	const struct { uint32_t type, count; uint64_t length, sum; } header[2] = {

@@ -47,7 +47,7 @@ static int is_marked(const struct memory_region *r, uint64_t at)
 	return r->dirty[page / 64] >> page % 64 & 1;
 }
 
-/* What the device could write is marked once it says that it has. */
+/* What the device says that it wrote is marked. */
 static void check_marked(const struct model *m, uint64_t iova, uint32_t len)
 {
 	const struct memory_region *r;
@@ -61,6 +61,22 @@ static void check_marked(const struct model *m, uint64_t iova, uint32_t len)
 	CHECK(is_marked(r, iova + len - 1 - r->iova));
 }
 
+/* The chain as it would be written, where descriptors are the guest's own; a table at most, or nothing. */
+static uint16_t guest_chain(const struct model *m, uint32_t id, struct vring_desc *chain)
+{
+	const struct vring *ring = &m->q.guest;
+	uint16_t n = 0, i = (uint16_t)id;
+
+	while (n < ring->num && i < ring->num) {
+		chain[n] = ring->desc[i];
+		if (chain[n].flags & VRING_DESC_F_INDIRECT)
+			return 0;
+		i = chain[n].flags & VRING_DESC_F_NEXT ? chain[n].next : ring->num;
+		n++;
+	}
+	return n;
+}
+
 /* Take back what the device used, and look at the marks of the first of it. */
 static void take_back(struct model *m)
 {
@@ -69,8 +85,11 @@ static void take_back(struct model *m)
 		&q->device.used->ring[q->device_used % q->device.num];
 	struct vring_desc chain[256];
 	uint16_t n = 0, i = (uint16_t)u->id, k;
+	uint32_t left = u->len;
 
-	if (u->id < q->device.num)
+	if (q->given_at)
+		n = guest_chain(m, u->id, chain);
+	else if (u->id < q->device.num)
 		for (; n < q->elements[u->id].segments; n++) {
 			chain[n] = q->device.desc[i];
 			i = q->next[i];
@@ -79,9 +98,14 @@ static void take_back(struct model *m)
 		memset(m->regions[k].dirty, 0, MODEL_REGION / 4096 / 8);
 	if (!svq_return(q))
 		return;
-	for (k = 0; k < n; k++)
-		if (chain[k].flags & VRING_DESC_F_WRITE)
-			check_marked(m, chain[k].addr, chain[k].len);
+	for (k = 0; k < n && left; k++) {
+		const uint32_t len = chain[k].len < left ? chain[k].len : left;
+
+		if (!(chain[k].flags & VRING_DESC_F_WRITE))
+			continue;
+		check_marked(m, chain[k].addr, len);
+		left -= len;
+	}
 }
 
 static void check_given(const struct model *m, uint16_t head)
@@ -109,13 +133,16 @@ static void check(const struct model *m)
 	uint16_t heads[256], num = q->device.num;
 	uint32_t open = 0, elements = 0, i;
 
-	for (i = 0; i < num; i++) {
+	for (i = 0; q->given_at && i < num; i++)
+		elements += !!q->given_at[i];
+	for (i = 0; !q->given_at && i < num; i++) {
 		open += q->elements[i].segments;
 		elements += !!q->elements[i].segments;
 		if (q->elements[i].segments)
 			check_given(m, (uint16_t)i);
 	}
-	CHECK(open + q->free_count == num);
+	CHECK(q->given_at || open + q->free_count == num);
+	CHECK(!svq_reaches(q, 0, 0x1000) || q->given_at);
 	CHECK(svq_in_flight(q, heads) == elements);
 	CHECK(elements == (uint16_t)(q->last_avail - q->used_idx));
 	CHECK(q->forwarded - q->returned == elements);
@@ -189,8 +216,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	struct model m;
 
 	model_init(&m, (uint16_t)(2 << (kind & 3)), REGIONS, kind >> 2 & 3,
-		   kind >> 4 & 3);
+		   kind >> 4 & (kind & 0x40 ? MODEL_ADJACENT : 3));
 	m.q.guest.avail->idx = m.q.guest.used->idx = kind & 0x80 ? 0xfffe : 0;
+	if (kind & 0x40)
+		model_share(&m);
 	svq_start(&m.q);
 	while (in.left) {
 		step(&m, &in);

@@ -22,7 +22,7 @@
 
 /* How guest memory lies. */
 #define MODEL_ADJACENT 1	/* regions follow each other without a gap */
-#define MODEL_TRANSLATED 2	/* the device sees them elsewhere, and in reverse order */
+#define MODEL_TRANSLATED 2	/* the device sees them at other addresses, and in reverse order */
 #define MODEL_IOVA 0x700000000000ULL
 
 struct model {
@@ -105,6 +105,16 @@ static inline void model_init(struct model *m, uint16_t num, uint32_t regions,
 	svq_start(q);
 }
 
+/* From now on the device works on the guest's descriptors. */
+static inline void model_share(struct model *m)
+{
+	struct svq *q = &m->q;
+
+	q->device.desc = q->guest.desc;
+	q->given_at = model_alloc(q->guest.num * sizeof(*q->given_at));
+	svq_start(q);
+}
+
 static inline void model_free(struct model *m)
 {
 	model_free_memory(m);
@@ -113,6 +123,7 @@ static inline void model_free(struct model *m)
 	free(m->q.elements);
 	free(m->q.pieces);
 	free(m->q.next);
+	free(m->q.given_at);
 }
 
 #endif

@@ -123,7 +123,7 @@ def source() -> None:
     stranger = send(Tls(named("a", "other").cert, named("a", "other").key, f"{FOLDER}/ca.pem"))
     assert stranger.returncode == 1, stranger
     assert "does not know the authority of this side's certificate" in stranger.stderr, stranger.stderr
-    assert "the guest goes on" in stranger.stderr, stranger.stderr
+    assert "the guest continues" in stranger.stderr, stranger.stderr
     assert json.loads(stranger.stdout)["frames"]["lost"] == 0
     for data in hostile():
         say(named("a"), data)

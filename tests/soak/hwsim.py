@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernel"))
 
 import hostile
 import unharmed
+import visits
 from unharmed import Usage
 
-from pyvhostvdpa.memory.guest import pinned_bytes
+from pyvhostvdpa.memory.pinned import pinned_bytes
 
 CYCLES = int(os.environ.get("PYVHOSTVDPA_SOAK_CYCLES", "1000"))
 MINUTES = float(os.environ.get("PYVHOSTVDPA_SOAK_MINUTES", "10"))
@@ -52,10 +53,10 @@ def demand_no_leak(before: Usage, times: int) -> None:
 
 def test_devices_come_are_used_and_go() -> None:
     for _ in range(WARM_UP):
-        hostile.cycle()
+        visits.cycle()
     before, begin = Usage.now(), time.monotonic()
     for number in range(1, CYCLES + 1):
-        hostile.cycle()
+        visits.cycle()
         if number % 50 == 0:
             print(f"{number} cycles, {time.monotonic() - begin:.0f} s", flush=True)
     demand_no_leak(before, CYCLES)

@@ -3,8 +3,8 @@
 # also: tests/kernel/test_hwsim_control.py -k "not migrates_with_all_its_pairs"
 """vdpa_hwsim's own tests and a hostile client, in a kernel that checks memory accesses, locks and leaks.
 
-User Mode Linux cannot tell which pages a process wrote (no userfaultfd for writes, no soft-dirty bits), so no memory
-migrates there; guests that go on with another device are in test_hwsim_control.py.
+User Mode Linux cannot track which pages a process wrote (no userfaultfd for writes, no soft-dirty bits), so no memory
+migrates there; guests that continue with another device are in test_hwsim_control.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernel"))
 
 import hostile
 import pytest
+import visits
 
 CYCLES = int(os.environ.get("PYVHOSTVDPA_SOAK_CYCLES", "100"))
 SECONDS = float(os.environ.get("PYVHOSTVDPA_SOAK_MINUTES", "3")) * 60
@@ -34,4 +35,4 @@ def test_a_client_that_writes_what_it_likes(variant: str) -> None:
 
 def test_devices_come_are_used_and_go() -> None:
     for _ in range(CYCLES):
-        hostile.cycle()
+        visits.cycle()

@@ -8,8 +8,8 @@ import random
 import signal
 import time
 
-from pyvhostvdpa import GuestOptions, MigrationCancelled, Options, migrate
-from pyvhostvdpa.memory.guest import pinned_bytes
+from pyvhostvdpa import GuestOptions, MigrationCancelled, MigrationOptions, migrate
+from pyvhostvdpa.memory.pinned import pinned_bytes
 
 DEVICES = ("/dev/vhost-vdpa-0", "/dev/vhost-vdpa-1")
 PARTS = (
@@ -29,7 +29,7 @@ def migrate_once(number: int, chance: random.Random) -> int:
 
     guest = GuestOptions(64 << 20, ring_size=chance.choice([16, 64, 256]), write_rate=chance.choice([0, 1 << 20]))
     try:
-        report = migrate(source, destination, Options(guest, seconds=1.5), observe)
+        report = migrate(source, destination, MigrationOptions(guest, seconds=1.5), observe)
     except KeyboardInterrupt:
         return 0
     except MigrationCancelled as e:

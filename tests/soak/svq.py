@@ -1,4 +1,4 @@
-# lab: --memory 2G
+# lab: --no-vm
 """Random schedules of guest, shadow virtqueue and device: as many programs as asked for, 20,000 if not."""
 
 from __future__ import annotations

@@ -22,12 +22,15 @@ from pyvhostvdpa._cdefs import ffi
 from pyvhostvdpa.base.errors import DeviceClosed, KernelError
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, VIRTIO_ID_NET, Access, BackendFeature, IotlbType, Status
 from pyvhostvdpa.chardev.calls import PreparedCalls
-from pyvhostvdpa.chardev.door import IotlbMessage, IotlbWriteError
+from pyvhostvdpa.chardev.message import IotlbMessage, IotlbWriteError
+from pyvhostvdpa.net.features import CONTROL, SUPPORTED, Feature
 from pyvhostvdpa.trace import Trace
 
 PAIRS = 2
 RING_MAX = 256
 DATA_GROUP, CONTROL_GROUP, DESC_GROUP = 0, 1, 2
+OFFERED = int(SUPPORTED | CONTROL | Feature.INDIRECT_DESC)
+"""Features of the devices that the fixture ``opened`` opens."""
 
 
 @dataclass
@@ -286,13 +289,13 @@ class DoorDouble:
         self._call("SUSPEND")
         self._rule(BackendFeature.SUSPEND not in self.advertised, errno.EOPNOTSUPP, "SUSPEND")
         self.suspended = bool(self.status & Status.DRIVER_OK)
+        # mlx5_vdpa forgets that its control queue is ready, and RESUME does not undo that
+        self.vrings[2 * PAIRS].ready = False
 
     def resume(self) -> None:
         self._call("RESUME")
         self._rule(BackendFeature.RESUME not in self.advertised, errno.EOPNOTSUPP, "RESUME")
         self.suspended = False
-        # mlx5_vdpa forgets that its control queue is ready
-        self.vrings[2 * PAIRS].ready = False
 
     def write_iotlb(self, messages: Sequence[IotlbMessage]) -> None:
         for number, message in enumerate(messages):

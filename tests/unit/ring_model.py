@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.guest.arena import GuestArena, place_queue
-from pyvhostvdpa.memory.guest import Gpa, GuestMemory, SharedMemory
+from pyvhostvdpa.memory.guest import Gpa, GuestMemory
+from pyvhostvdpa.memory.mapped import SharedMemory
 from pyvhostvdpa.virtqueue.layout import map_queue
 from pyvhostvdpa.virtqueue.shadow import ShadowVirtqueue
+from pyvhostvdpa.virtqueue.used import UsedRelay
 
 NEXT, WRITE, INDIRECT = lib.VRING_DESC_F_NEXT, lib.VRING_DESC_F_WRITE, lib.VRING_DESC_F_INDIRECT
 BASE = Gpa(1 << 30)
@@ -27,9 +29,15 @@ class Segment:
 
 
 class Model:
-    """A guest's queue of ``num``, shadowed, with memory regions of 1 MiB, ``moved`` bytes away for the device."""
+    """A guest's queue of ``num``, shadowed, with memory regions of 1 MiB, ``moved`` bytes away for the device.
 
-    def __init__(self, num: int = 8, regions: int = 1, gap: int = 0, start_idx: int = 0, moved: int = 0) -> None:
+    With ``used`` the device has the guest's descriptors, and only rings are relayed.
+    """
+
+    def __init__(
+        self, num: int = 8, regions: int = 1, gap: int = 0, start_idx: int = 0, moved: int = 0, used: int = 0
+    ) -> None:
+        self.used_only = bool(used)
         size = 1 << 20
         self.memory = GuestMemory([(Gpa(BASE + i * (size + gap)), size) for i in range(regions)])
         self.memory.start_dirty_log()
@@ -46,8 +54,10 @@ class Model:
 
     def shadow(self, features: int = 0) -> ShadowVirtqueue:
         """Begin to shadow the queue, for a device that was reset."""
-        self.device_avail = 0
-        return ShadowVirtqueue(self.queue, self.memory, self.shadow_memory.hva, features, self.translation)
+        kind = UsedRelay if self.used_only else ShadowVirtqueue
+        made = kind(self.queue, self.memory, self.shadow_memory.hva, features, self.translation)
+        self.device_avail = made.base
+        return made
 
     def close(self) -> None:
         self.svq.close()
@@ -103,6 +113,9 @@ class Model:
             segments, i = [], head
             while True:
                 d = ring.desc[i]
+                if d.flags & INDIRECT:
+                    segments += self._table(d.addr, d.len // 16)
+                    break
                 segments.append(Segment(d.addr, d.len, bool(d.flags & WRITE)))
                 if not d.flags & NEXT:
                     break
@@ -110,6 +123,12 @@ class Model:
             found.append((head, segments))
             self.device_avail = (self.device_avail + 1) & 0xFFFF
         return found
+
+    def _table(self, at: int, count: int) -> list[Segment]:
+        """Return the buffers of an indirect table, which may lie across regions; its entries are in order."""
+        table = ffi.new("struct vring_desc[]", count)
+        assert lib.memory_read(self.memory.c_map, at, table, 16 * count) == 0
+        return [Segment(d.addr, d.len, bool(d.flags & WRITE)) for d in table]
 
     def complete(self, head: int, length: int = 0) -> None:
         ring = self.svq.c.device
@@ -124,3 +143,8 @@ class Model:
 
     def give_back(self) -> int:
         return int(lib.svq_return(self.svq.c))
+
+
+def publish_indirect(m: Model, head: int, table: int, segments: list[Segment]) -> None:
+    m.describe_indirect(head, table, segments)
+    m.publish(head)

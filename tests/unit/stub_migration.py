@@ -11,6 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from device_states import Resettable
+
+from pyvhostvdpa._cdefs import ffi
 from pyvhostvdpa.base.errors import StreamBroken
 from pyvhostvdpa.base.uapi import BackendFeature
 from pyvhostvdpa.device.net import State
@@ -28,7 +31,7 @@ from pyvhostvdpa.trace.recorder import Trace
 MEMORY = 1 << 20
 
 
-class StubDevice:
+class StubDevice(Resettable):
     """Is in the state that it was brought to; ``failures`` has what the next call of a method raises, in turn."""
 
     def __init__(self, path: str = "stub0", trace: Trace | None = None) -> None:
@@ -38,14 +41,15 @@ class StubDevice:
         self.backend_features = BackendFeature.SUSPEND | BackendFeature.RESUME
         self.guest_config: object = None
         self.control_deadline = 1.0
+        self.no_job = ffi.new("struct device_job *")
         self.failures: dict[str, list[BaseException | None]] = {}
         self.calls: list[str] = []
-        self.stalled: dict[int, float] = {}
+        self.still: dict[int, float] = {}
         self.features = Feature.VERSION_1
-        self.procedure = Choice("direct")
-        self.iotlb = SimpleNamespace(limits=SimpleNamespace(pinned=None, entries=None))
+        self.procedure, self.shadow = Choice("direct"), "full"
+        self.iotlb = SimpleNamespace(limits=SimpleNamespace(pinned=None, entries=None, private=False))
 
-    def _call(self, name: str) -> None:
+    def _call(self, name: str, what: Any = None) -> None:
         self.calls.append(name)
         now = self.trace.phase and name
         if now:
@@ -59,13 +63,13 @@ class StubDevice:
         self._call("stop")
         self.state = State.RESET
 
-    def halt(self) -> None:
-        self._call("halt")
-        self.state = State.RESET
+    def prepare_stop(self) -> None: ...
 
-    def reset(self) -> None:
-        self._call("reset")
-        self.state = State.RESET
+    def prepare_start(self, queues: Any, control: Any = None) -> None: ...
+
+    def prepare_config(self) -> SimpleNamespace:
+        """Ask nothing, and find what is expected."""
+        return SimpleNamespace(fill=lambda answer: setattr(answer, "job", self.no_job), settle=lambda: None)
 
     def start_shadow(self, queues: Any, control: Any = None) -> None:
         self._call("start_shadow")
@@ -78,8 +82,8 @@ class StubDevice:
     def check(self) -> None:
         self._call("check")
 
-    def standing(self) -> dict[int, float]:
-        return self.stalled
+    def stalled(self) -> dict[int, float]:
+        return self.still
 
     def close(self) -> None: ...
 
@@ -92,6 +96,8 @@ class StubDestination:
         self.memory = GuestMemory([(DEFAULT_GPA, MEMORY)])
         self.heard: list[Frame] = []
         self.words = b""
+        self.hash = b""
+        """What READY has of its memory."""
         self.thread = threading.Thread(target=self._serve)
         self.thread.start()
 
@@ -113,7 +119,9 @@ class StubDestination:
                 answer = self.answers.get(kind, right.get(kind))
                 if kind in self.answers and answer is None:
                     return
-                if answer is not None:
+                if answer is Frame.READY:
+                    self.channel.send_frame(answer, self.hash)
+                elif answer is not None:
                     self.channel.send_text(answer, "so it was told" if answer is Frame.FAILED else "")
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pyvhostvdpa.base.errors import MissingFeature
 from pyvhostvdpa.memory import available
-from pyvhostvdpa.memory.available import from_pool, ordinary, pool
+from pyvhostvdpa.memory.available import from_pool, ordinary, pool_left
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -50,7 +50,7 @@ def test_ordinary_memory_without_cgroups_is_the_machines(put: Put, tmp_path: Pat
         from_pool(8 * GIB + MIB, root=tmp_path)
 
 
-def test_nothing_is_refused_where_nothing_is_known(tmp_path: Path) -> None:
+def test_from_pool_refuses_nothing_if_the_limits_are_unknown(tmp_path: Path) -> None:
     assert not from_pool(1 << 50, root=tmp_path)
 
 
@@ -97,7 +97,7 @@ def test_from_pool_where_the_memory_lies_in_the_pool_takes_it(put: Put, tmp_path
     """The whole memory of a host for guests is there, and MemAvailable is near 0; advice would do otherwise."""
     put("proc/meminfo", "MemAvailable: 20480 kB")
     huge(put, 600, reserved=50, advice="advise")
-    assert pool(tmp_path).free == 1100 * MIB
+    assert pool_left(tmp_path).free == 1100 * MIB
     assert from_pool(GIB, root=tmp_path)
     with pytest.raises(MissingFeature, match=r"20 MiB available .*in huge pages 1100 MiB available"):
         from_pool(GIB, 2, tmp_path)
@@ -120,7 +120,7 @@ def test_hugetlb_limit_of_a_cgroup_keeps_memory_out_of_the_pool(put: Put, tmp_pa
     put(f"sys/fs/cgroup/pod/{file}.max", 64 * MIB)
     put(f"sys/fs/cgroup/pod/{file}.current", 2 * MIB)
     put("sys/fs/cgroup/pod/guest/memory.max", "max")
-    assert pool(tmp_path).free == 62 * MIB
+    assert pool_left(tmp_path).free == 62 * MIB
     assert not from_pool(GIB, root=tmp_path)
     put("proc/meminfo", "MemAvailable: 20480 kB")
     with pytest.raises(MissingFeature, match=rf"{file}.max of cgroup .*pod is 64 MiB"):

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import json
 import random
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from pyvhostvdpa.base.uapi import IotlbType
 from pyvhostvdpa.bench import plot
 from pyvhostvdpa.bench.memory import Backing, BenchMemory, Page, PhysicalLayout
 from pyvhostvdpa.bench.plan import HOLE, MapBenchOptions, MessagePlace, Mode, Point, messages, refusal
-from pyvhostvdpa.bench.report import SCHEMA, MapReport, Result, compare, load
+from pyvhostvdpa.bench.report import SCHEMA, MapReport, Result, compare, load_report
 from pyvhostvdpa.bench.stats import fit, percentile, summarize
 from pyvhostvdpa.chardev.burst import PreparedMessages
-from pyvhostvdpa.chardev.door import IotlbMessage
 from pyvhostvdpa.chardev.iotlb import Limits
+from pyvhostvdpa.chardev.message import IotlbMessage
 from pyvhostvdpa.cli import main
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, PAGE_SIZE
 
@@ -33,7 +34,7 @@ FIRST = IotlbMessage(IotlbType.UPDATE, 1, 1 << 30, PAGE_SIZE, 0x7000_0000, 3)
 # -- bursts ------------------------------------------------------------------------
 
 
-def test_messages_stand_in_the_buffer_as_they_were_added() -> None:
+def test_prepared_messages_keep_their_order() -> None:
     burst = PreparedMessages(8)
     burst.add(IotlbMessage(IotlbType.BATCH_BEGIN, 1))
     burst.add_pieces(FIRST, 5, 2 * PAGE_SIZE, uaddr_step=PAGE_SIZE)
@@ -44,7 +45,7 @@ def test_messages_stand_in_the_buffer_as_they_were_added() -> None:
         assert burst.message(1 + i) == expected
 
 
-def test_a_full_buffer_is_told_and_can_be_filled_anew() -> None:
+def test_a_full_buffer_is_reported_and_can_be_filled_again() -> None:
     burst = PreparedMessages(2)
     burst.add_pieces(FIRST, 2, PAGE_SIZE)
     with pytest.raises(ValueError, match="2 of 2 are in the buffer"):
@@ -83,7 +84,7 @@ def test_holes_lie_behind_each_region() -> None:
         (Mode.PER_REGION, "BEGIN UPDATE END BEGIN UPDATE END"),
     ],
 )
-def test_each_mode_sends_its_messages(mode: Mode, kinds: str) -> None:
+def test_messages_depend_on_the_mode(mode: Mode, kinds: str) -> None:
     pieces = MessagePlace(WIDE, PhysicalLayout.CONTIGUOUS).pieces(Point(MIB, 2))
     sent = messages(mode, pieces, 0x7000_0000, asid=1)
     assert [m.type.name.removeprefix("BATCH_") for m in sent] == kinds.split()
@@ -124,7 +125,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_measured_is_known_before(case: str) -> None:
+def test_bench_refuses_unmeasurable_points_before_it_starts(case: str) -> None:
     point, options, limits, why = REFUSED[case]
     refused = refusal(point, options, limits, [])
     assert refused is not None
@@ -132,7 +133,7 @@ def test_what_cannot_be_measured_is_known_before(case: str) -> None:
     assert refused.hint
 
 
-def test_what_fits_is_not_refused() -> None:
+def test_bench_does_not_refuse_points_that_fit() -> None:
     assert refusal(Point(MIB, 16), MapBenchOptions(), WIDE, []) is None
 
 
@@ -147,7 +148,7 @@ def test_memory_is_allocated_and_can_be_written(backing: Backing) -> None:
         ctypes.memset(memory.hva, 1, MIB)
 
 
-def test_memory_that_is_not_to_be_had_is_told() -> None:
+def test_memory_that_is_not_to_be_had_is_reported() -> None:
     with pytest.raises(MissingFeature, match="pages of 1G are free") as refused:
         BenchMemory(1 << 40, Page.HUGE)
     assert "nr_hugepages" in refused.value.hint
@@ -156,7 +157,7 @@ def test_memory_that_is_not_to_be_had_is_told() -> None:
 # -- statistics ----------------------------------------------------------------------
 
 
-def test_a_summary_tells_median_spread_and_outliers() -> None:
+def test_summary_has_median_spread_and_outliers() -> None:
     summary = summarize([100, 101, 102, 103, 104, 500])
     assert summary.median == 102.5
     assert summary.spread == pytest.approx(2.5)
@@ -229,9 +230,9 @@ def test_a_report_has_its_schema() -> None:
     assert found["fits"]["batch"]["quadratic_ns"] == 0
 
 
-def test_a_comparison_says_what_got_slower(tmp_path: Path) -> None:
+def test_comparison_names_what_got_slower(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(json.dumps(report().to_dict()))
-    old = load(tmp_path / "old.json")
+    old = load_report(tmp_path / "old.json")
     changes = list(compare(old, report(slow=2).to_dict()))
     slower = [c for c in changes if c.verdict == "slower"]
     assert len(changes) == 16
@@ -241,7 +242,7 @@ def test_a_comparison_says_what_got_slower(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": "something/1"}'])
-def test_what_is_no_report_is_refused_before_anything_runs(
+def test_bench_compare_refuses_other_files_before_anything_runs(
     tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "old.json").write_text(text)
@@ -258,12 +259,11 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_runs(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "map", "/dev/null", "--plot", "out.svg"]) == 1
     said = capsys.readouterr().err
-    assert "pip install 'pyvhostvdpa[plot]'" in said
-    assert "apt install python3-matplotlib" in said
+    assert ("-m pip install matplotlib" if sys.prefix != sys.base_prefix else "apt install python3-matplotlib") in said
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib, an extra, is not installed")
-def test_a_picture_says_what_batching_buys(tmp_path: Path) -> None:
+def test_picture_shows_the_gain_of_batching(tmp_path: Path) -> None:
     target = tmp_path / "out.svg"
     plot.check_plot(target)
     plot.draw(report(), target)
@@ -271,6 +271,8 @@ def test_a_picture_says_what_batching_buys(tmp_path: Path) -> None:
     assert drawn.startswith("<?xml")
     assert "Mapping 512 runs in one batch is 24 times as fast as message by message" in drawn
     assert "physically contiguous runs" in drawn
+    # names are below the panels, where they cross no line: test_pictures.py
+    assert drawn.count('id="legend_') == 2
     plot.draw(report(), tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_text() == drawn
 

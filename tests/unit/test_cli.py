@@ -18,13 +18,13 @@ def test_sizes_are_read_as_people_write_them(text: str, value: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "0", "1.0001k", "lots"])
-def test_what_is_no_size_is_told(text: str) -> None:
+def test_size_option_with_an_invalid_value_is_reported(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="not a size"):
         size(text)
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "nan", "soon"])
-def test_what_is_no_time_is_told(text: str) -> None:
+def test_time_option_with_an_invalid_value_is_reported(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="not a"):
         seconds(text)
 
@@ -34,7 +34,7 @@ def test_tables_align_numbers_to_the_right() -> None:
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/vhost-vdpa-missing", "/etc/passwd"])
-def test_a_path_that_is_no_device_is_refused_unopened(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_path_that_is_not_a_device_is_refused_unopened(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["migrate", path, path]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""

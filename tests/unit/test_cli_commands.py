@@ -22,9 +22,9 @@ from pyvhostvdpa.bench.ladder.run import LadderOptions
 from pyvhostvdpa.bench.ladder.stage import Given, Simulated
 from pyvhostvdpa.bench.page import ladder as ladder_page
 from pyvhostvdpa.cli import main, tracing
-from pyvhostvdpa.cli.commands import COMMANDS
+from pyvhostvdpa.cli.commands import COMMANDS, full_parser, subparsers
 from pyvhostvdpa.cli.dev import _render
-from pyvhostvdpa.cli.ladder import _Progress
+from pyvhostvdpa.cli.ladder import _RowProgress
 from pyvhostvdpa.cli.table import table
 from pyvhostvdpa.cli.units import count, guest_memory, size, stream_rate
 from pyvhostvdpa.host import mgmt
@@ -62,7 +62,7 @@ def test_binary_suffixes_are_sizes(text: str, value: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["64i", "64x", "Mi", "i", "1_", "9" * 40])
-def test_other_suffixes_are_no_sizes(text: str) -> None:
+def test_size_with_another_suffix_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="not a size"):
         size(text)
 
@@ -177,7 +177,7 @@ def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path: Path) -> None:
     assert Path("/dev/null").is_char_device()
 
 
-def test_a_full_disk_is_said_with_the_files_name() -> None:
+def test_full_disk_is_reported_with_the_files_name() -> None:
     with pytest.raises(OSError, match="/dev/full") as full:
         replace_file("/dev/full", lambda out: out.write("x"))
     assert full.value.errno == 28
@@ -246,14 +246,16 @@ def test_a_name_that_can_be_handled_goes_to_the_kernel() -> None:
         (["name", "a", "mgmtdev", "b", "mac"], "mac has no value"),
         (["name", "a", "name", "b", "mgmtdev", "c"], "name was given twice"),
         (["name", "a"], "no mgmtdev"),
+        (["vdpa9"], "usage: vhost-vdpa dev add name NAME mgmtdev MGMTDEV"),
+        (["vdpa9"], "needs a name and a management device"),
     ],
 )
-def test_dev_add_says_which_word_is_wrong(words: list[str], said: str, capsys: Capture) -> None:
-    assert said in refused(capsys, "dev", "add", *words)
+def test_dev_add_names_the_wrong_word(words: list[str], said: str, capsys: Capture) -> None:
+    assert said in wrong(capsys, "dev", "add", *words)
 
 
 @pytest.mark.parametrize("command", [["dev", "del"], ["dev", "show"], ["doctor"]])
-def test_a_path_that_is_no_device_is_said_to_be_none(command: list[str], capsys: Capture) -> None:
+def test_path_that_is_not_a_device_is_refused_by_the_command(command: list[str], capsys: Capture) -> None:
     assert "/dev/null: not a vhost-vdpa character device" in refused(capsys, *command, "/dev/null")
 
 
@@ -313,10 +315,10 @@ def test_send_looks_for_its_listener_before_the_guest_starts(
 # -- progress ------------------------------------------------------------------------
 
 
-def test_a_long_step_of_the_ladder_says_that_it_is_under_way(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_long_step_of_the_ladder_prints_that_it_is_under_way(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr("pyvhostvdpa.cli.ladder._SILENCE", 0.05)
     before = threading.active_count()
-    with _Progress() as progress:
+    with _RowProgress() as progress:
         progress("baseline: stop (DT2), device 1 of 2")
         time.sleep(0.3)
     said = capsys.readouterr().err.splitlines()
@@ -366,8 +368,22 @@ def test_help_of_a_command_has_examples_and_its_exit_status(command: str, capsys
 def test_help_of_an_action_and_its_page(capsys: Capture) -> None:
     assert main(["help", "dev", "add"]) == 0
     assert "mgmtdev MGMTDEV" in capsys.readouterr().out
-    assert "no sub-command 'x'" in wrong(capsys, "help", "dev", "x")
-    assert "one page" in wrong(capsys, "help", "memory", "x")
+
+
+@pytest.mark.parametrize(
+    ("words", "why", "following"),
+    [
+        (["dev", "x"], "dev has no sub-command 'x': one of add, del, show", "vhost-vdpa help dev"),
+        (["doctor", "K01"], "doctor has no sub-command 'K01': it has none", "vhost-vdpa help doctor"),
+        (["errors", "EFAULT"], "topic errors is one page, it has no 'EFAULT'", "vhost-vdpa help errors"),
+    ],
+)
+def test_help_on_a_part_that_has_none_leads_to_the_whole(
+    words: list[str], why: str, following: str, capsys: Capture
+) -> None:
+    said = wrong(capsys, "help", *words)
+    assert why in said
+    assert said.endswith(f"  next: {following}\n")
 
 
 @pytest.mark.parametrize(
@@ -393,6 +409,19 @@ def test_an_unknown_command_names_those_there_are(capsys: Capture) -> None:
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert all(name in said for name in COMMANDS)
+
+
+def test_unknown_option_prints_the_usage_of_its_sub_command(capsys: Capture) -> None:
+    parsers = subparsers(full_parser())
+    words = [[name] for name in parsers if not subparsers(parsers[name])]
+    words += [[name, inner] for name, parser in parsers.items() for inner in subparsers(parser)]
+    required = {"compat": ["a", "b"], "migrate": ["a", "b"], "report": ["a"], "dev add": ["name"], "dev del": ["a"]}
+    required |= {"send": ["a", "--to", "unix:/a"], "receive": ["a", "--listen", "unix:/a"]}
+    for command in words:
+        name = " ".join(command)
+        said = wrong(capsys, *command, *required.get(name, []), "--no-such-option").splitlines()
+        assert said[0].startswith(f"usage: vhost-vdpa {name} ")
+        assert said[1] == f"vhost-vdpa {name}: unrecognized arguments: --no-such-option"
 
 
 def test_usage_is_one_line_with_what_is_required(capsys: Capture) -> None:

@@ -78,7 +78,7 @@ def command(*arguments: str, **options: object) -> subprocess.CompletedProcess[s
 
 
 def explained(done: subprocess.CompletedProcess[str], status: int = 1) -> str:
-    """What was said on standard error, which is no traceback."""
+    """Return what was printed to standard error, and check that it contains no traceback."""
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
     assert done.returncode == status, done.stderr
@@ -265,3 +265,16 @@ def test_a_mistake_of_the_program_is_not_hidden() -> None:
 def test_main_returns_the_status_of_a_refusal(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", "/dev/null"]) == 1
     assert "next: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_name_that_somebody_else_chose_cannot_control_the_terminal(
+    stream: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "vdpa0\x1b[2J\x9b31m\x07\tnext\n"
+    with failure.Streams():
+        if stream == "stdout":
+            print(name, end="")
+        else:
+            failure.report(name.rstrip())
+    assert getattr(capsys.readouterr(), "out" if stream == "stdout" else "err") == "vdpa0?[2J?31m?\tnext\n"

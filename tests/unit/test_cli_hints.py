@@ -24,7 +24,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def words_of(node: ast.expr) -> str:
-    """A string as far as it stands in the source; what is put in later is ``X``."""
+    """Return a string as the source has it, with ``X`` for each inserted value."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -116,7 +116,7 @@ def sharing(module: Path) -> list[str]:
     ]
 
 
-def test_there_are_hints_to_look_at() -> None:
+def test_more_than_100_hints_are_found() -> None:
     assert len(HINTS) > 100
 
 

@@ -15,7 +15,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize("command", [("send", "DEV", "--to"), ("receive", "DEV", "--listen")], ids=lambda c: c[0])
 def test_an_address_has_to_be_one(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
     said = refusal(capsys, *command, "host:4444")
-    assert "'host:4444' is no address" in said
+    assert "'host:4444' is not a valid address" in said
     assert "next: unix:PATH or tcp:HOST:PORT" in said
 
 
@@ -26,7 +26,7 @@ def test_tcp_wants_tls(capsys: pytest.CaptureFixture[str], command: tuple[str, .
     assert "--tls-cert FILE" in said
 
 
-def test_half_of_a_certificate_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomplete_tls_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(capsys, "send", "DEV", "--to", "tcp:host:4444", "--tls-cert", "x.pem")
     assert "takes all of --tls-cert, --tls-key and --tls-ca" in said
 
@@ -44,4 +44,4 @@ def test_either_a_peer_or_a_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_stream_that_was_not_given(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "fd:987 is no stream" in refusal(capsys, "receive", "DEV", "--listen", "fd:987")
+    assert "fd:987 is not a stream" in refusal(capsys, "receive", "DEV", "--listen", "fd:987")

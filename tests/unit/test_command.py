@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,14 @@ from pyvhostvdpa.host.command import outcome
 
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def children() -> set[str]:
+    found: set[str] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError):
+            found.update(Path(f"/proc/self/task/{thread}/children").read_text().split())
+    return found
 
 
 def test_status_and_both_outputs_are_returned() -> None:
@@ -27,11 +37,15 @@ def test_more_than_a_pipe_holds_is_read_from_both() -> None:
 
 
 def test_a_program_that_does_not_end_is_killed_in_time() -> None:
-    before, begin = open_descriptors(), time.monotonic()
+    # the first process of a container has orphans of other tests as well
+    before, others, begin = open_descriptors(), children(), time.monotonic()
     with pytest.raises(TimeoutError):
         outcome(["sleep", "60"], 0.2)
     assert time.monotonic() - begin < 10
     assert open_descriptors() == before
+    while children() - others:
+        assert time.monotonic() - begin < 10, "it is left as a zombie"
+        time.sleep(0.01)
 
 
 def test_a_program_that_does_not_exist_leaves_no_descriptor() -> None:

@@ -139,7 +139,7 @@ def test_a_table_too_large_means_promiscuous_until_a_smaller_one() -> None:
 
 BAD = {
     "RSS without a table": command(Class.MQ, control.RSS_CONFIG, rss([0, 2], 1)[:7]),
-    "RSS table that is no power of two": command(Class.MQ, control.RSS_CONFIG, rss([0, 2, 4], 1)),
+    "RSS table whose size is not a power of two": command(Class.MQ, control.RSS_CONFIG, rss([0, 2, 4], 1)),
     "RSS table longer than the command": command(Class.MQ, control.RSS_CONFIG, rss([0, 2], 1)[:12]),
     "RSS key of 41 bytes": command(Class.MQ, control.RSS_CONFIG, rss([0, 2], 1, bytes(41))),
     "bytes behind the key": command(Class.MQ, control.HASH_CONFIG, hashes() + b"\0"),
@@ -158,5 +158,5 @@ def test_the_control_queue_comes_behind_all_pairs(max_pairs: int | None, index: 
     assert control_index(CONTROL, max_pairs) == index
 
 
-def test_without_its_feature_there_is_no_control_queue() -> None:
+def test_control_queue_does_not_exist_without_its_feature() -> None:
     assert control_index(CONTROL & ~Feature.CTRL_VQ, 8) is None

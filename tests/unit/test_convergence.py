@@ -1,4 +1,4 @@
-"""What is said of the time that sending the rest of memory takes."""
+"""What is reported about the time that sending the rest of memory takes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_round_of_zeros_gives_no_estimate(left: PageSet) -> None:
     assert not rule.done(left, FIRST_ROUND)
 
 
-def test_a_lower_limit_that_is_enough_is_said_as_one(left: PageSet) -> None:
+def test_measured_rate_that_suffices_is_reported_as_at_most(left: PageSet) -> None:
     rule = Convergence(downtime=1.0)
     enough = 260 * GUEST_PAGE / 0.5
     assert rule.words(left, enough, measured=False) == "at most 500 ms to send"
@@ -43,7 +43,7 @@ def test_a_round_of_written_pages_gives_an_estimate(left: PageSet) -> None:
     assert Convergence(downtime=0.01).words(left, rate, measured=True) == "190 ms to send"
 
 
-def test_nothing_left_takes_no_time(left: PageSet) -> None:
+def test_empty_page_set_takes_0_ms_to_send(left: PageSet) -> None:
     with GuestMemory([(DEFAULT_GPA, 2 << 20)]) as memory:
         assert Convergence(downtime=1.0).words(PageSet(memory), None, measured=False) == "0 ms to send"
     assert "not known" in Convergence(downtime=1.0).words(left, None, measured=False)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import os
 import signal
 import socket
 import struct
+import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,18 +19,22 @@ from typing import Any
 
 import pytest
 from stub_migration import MEMORY, StubDevice
+from waiting import wait_for
 
 from pyvhostvdpa.base.errors import KernelError, MigrationFailed, MigrationRefused, StreamBroken
 from pyvhostvdpa.device.net import State
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
-from pyvhostvdpa.guest.state import ID_BYTES, GuestShape
-from pyvhostvdpa.guest.synthetic import SyntheticGuest
+from pyvhostvdpa.guest.shape import ID_BYTES, GuestShape
+from pyvhostvdpa.guest.state import GuestState
+from pyvhostvdpa.guest.synthetic import KINDS, SyntheticGuest
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.migration import destination
+from pyvhostvdpa.migration import saved as saved_guests
 from pyvhostvdpa.migration.cancel import Cancel
 from pyvhostvdpa.migration.common import hash_bytes
 from pyvhostvdpa.migration.destination import Arrived, Destination
 from pyvhostvdpa.migration.dirty import PageSet
+from pyvhostvdpa.migration.handover import Arriving
 from pyvhostvdpa.migration.pages import PageSender
 from pyvhostvdpa.migration.stream import Channel, Frame
 from pyvhostvdpa.net.features import SUPPORTED, Feature
@@ -38,7 +46,7 @@ Answer = tuple[Frame, bytes]
 
 
 class Space:
-    """An address space that refuses maps while ``error`` says so."""
+    """An address space that refuses maps while ``error`` is set."""
 
     def __init__(self) -> None:
         self.mappings: list[Any] = []
@@ -62,7 +70,7 @@ class Device(StubDevice):
         self.spaces = [config := SPACE, config]
         """The configuration space when it is opened, and later."""
         self.space = Space()
-        limits = SimpleNamespace(first=0, last=(1 << 48) - 1, pinned=None, entries=None)
+        limits = SimpleNamespace(first=0, last=(1 << 48) - 1, pinned=None, entries=None, private=False)
         self.iotlb = SimpleNamespace(limits=limits, space=lambda asid: self.space)
 
     @property
@@ -77,6 +85,10 @@ class Device(StubDevice):
 
     def attach(self, memory: GuestMemory) -> None:
         self._call("attach")
+
+    def stand_by(self, queues: Any, control: Any = None) -> str:
+        self._call("stand_by")
+        return "stands by"
 
     def __enter__(self) -> Device:
         return self
@@ -102,7 +114,7 @@ class Source:
         return self.ask(Frame.SHAPE, self.shape.encode())
 
     def load(self, devices: tuple[int, ...] = (0,), state: bool = True) -> Answer:
-        """Send memory and state up to FINAL, and return what is said to it."""
+        """Send memory and state up to FINAL, and return the answer."""
         assert self.offer()[0] is Frame.ACCEPT
         PageSender(self.guest.memory, self.channel).send(PageSet.all(self.guest.memory))
         guest, [device] = self.guest.state()
@@ -134,7 +146,7 @@ class World:
 
     def receive(
         self, does: Callable[[Source], Answer | None], observer: Callable[[str], None] = lambda phase: None
-    ) -> Arrived:
+    ) -> Arrived[SyntheticGuest]:
         """Let a source do something, and the destination receive what comes of it."""
         near, far = socket.socketpair()
 
@@ -148,7 +160,7 @@ class World:
         with Channel(near, self.cancel.fileno(), stall=5.0) as channel:
             thread.start()
             try:
-                return Destination(["stub1"], channel, self.cancel, folder=self.folder, observer=observer).run()
+                return Destination(["stub1"], channel, self.cancel, KINDS, folder=self.folder, observer=observer).run()
             finally:
                 channel.close()
                 thread.join()
@@ -203,6 +215,41 @@ def test_device_that_did_not_take_its_maps_is_refused(world: World) -> None:
     assert [kind for kind, _ in world.heard] == [Frame.REFUSE]
 
 
+LIMITS = [OSError(errno.EMFILE, "Too many open files"), MemoryError("no room")]
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", LIMITS)
+def test_limit_that_is_met_before_memory_moves_is_reported_and_refuses_the_guest(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The listener continues after a refusal: another source may need less, and strangers may have left meanwhile."""
+    monkeypatch.setattr(destination, "GuestMemory", failing(error))
+    with pytest.raises(MigrationRefused, match=f"{error}; nothing of the guest is left here".replace("[", "\\[")):
+        world.receive(Source.offer)
+    [(kind, said)] = world.heard
+    assert kind is Frame.REFUSE
+    assert str(error) in said.decode()
+
+
+@pytest.mark.parametrize("error", LIMITS)
+def test_limit_that_is_met_while_state_is_loaded_gives_the_guest_back(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(SyntheticGuest, "restore", failing(error))
+    with pytest.raises(MigrationFailed, match="nothing of the guest is left here, the source has it"):
+        world.receive(Source.load)
+    [(kind, said)] = world.heard
+    assert kind is Frame.FAILED
+    assert str(error) in said.decode()
+
+
 def test_device_whose_configuration_changed_meanwhile_gives_the_guest_back(world: World) -> None:
     world.device.spaces[1] = SMALLER_MTU
     with pytest.raises(MigrationFailed, match="MTU is 1000"):
@@ -243,6 +290,47 @@ def test_stream_that_breaks_between_ready_and_go_saves_the_guest(world: World) -
     [path] = world.files()
     assert f"vhost-vdpa receive --take {path} stub1" in failed.value.hint
     assert "start_passthrough" not in world.device.calls
+
+
+def unread(channel: Channel) -> int:
+    """Return the bytes that the other end has not read (unix(7), SIOCOUTQ)."""
+    return int.from_bytes(fcntl.ioctl(channel.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
+def test_guest_that_is_saved_is_the_one_that_was_loaded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the source has sent another state of it before the one that is taken in one go."""
+    now = world.guest.outline()[0].encode()
+    state, [rest] = world.guest.rest()
+    assert isinstance(state, GuestState)
+    earlier = dataclasses.replace(state, clock=state.clock - 1)
+
+    def send(source: Source) -> None:
+        assert source.offer()[0] is Frame.ACCEPT
+        source.channel.send_frame(Frame.STAND_BY, now)
+        PageSender(source.guest.memory, source.channel).send(PageSet.all(source.guest.memory))
+        source.channel.send_frame(Frame.GUEST, earlier.encode())
+        # what arrives with a GUEST frame is read with it, and taken step by step
+        wait_for(lambda: not unread(source.channel))
+        source.channel.send_frame(Frame.ROUND, bytes(8))
+        together = [(Frame.GUEST, state.encode(), 0), (Frame.REST, rest.encode(), 0), (Frame.FINAL, b"", 0)]
+        source.channel.send_frames(*together)
+        assert source.channel.expect(Frame.READY, Frame.ALIVE, seconds=30.0)[0] is Frame.READY
+
+    taken: list[bool] = []
+
+    def run(arriving: Arriving) -> None:
+        before(arriving)
+        taken.append(arriving.taken)
+
+    before = Arriving.run
+    monkeypatch.setattr(Arriving, "run", run)
+    with pytest.raises(MigrationFailed, match="saved in"):
+        world.receive(send)
+    assert taken == [True]
+    [path] = world.files()
+    saved, memory = saved_guests.load(path, KINDS)
+    memory.close()
+    assert saved.guest == state
 
 
 def test_source_that_cancels_between_ready_and_go_keeps_its_guest(world: World) -> None:

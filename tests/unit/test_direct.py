@@ -1,4 +1,4 @@
-"""The package's own procedure against a recorded door: what the device is told, and what is given back.
+"""The package's own procedure against a recorded door: what the device is given, and what is released.
 
 The chardev is a stand-in that records calls and remembers status and bases.
 tests/kernel asks real kernels; here each step can be looked at by itself.
@@ -16,8 +16,8 @@ from ring_model import Model, Segment
 
 from pyvhostvdpa.base.errors import OutOfOrder
 from pyvhostvdpa.base.uapi import Access, BackendFeature, IotlbType, Status
-from pyvhostvdpa.chardev.door import IotlbMessage
 from pyvhostvdpa.chardev.iotlb import Iotlb, Limits
+from pyvhostvdpa.chardev.message import IotlbMessage
 from pyvhostvdpa.device.groups import Groups
 from pyvhostvdpa.device.procedure.base import GUEST_ASID, OWN_ASID, Procedure, State, Target
 from pyvhostvdpa.device.procedure.direct import Direct
@@ -98,7 +98,7 @@ class Rig:
         self.procedure.release()
 
     @property
-    def ours(self) -> list[tuple[int, int]]:
+    def extra_maps(self) -> list[tuple[int, int]]:
         """(ASID, IOVA) of everything mapped beside guest memory."""
         return [(asid, m.iova) for asid in (GUEST_ASID, OWN_ASID) for m in self.iotlb.space(asid).mappings][1:]
 
@@ -135,14 +135,14 @@ def test_a_device_may_write_the_used_ring_and_only_read_the_rest(
 
 
 @pytest.mark.parametrize("kind", [Direct, InPlace])
-def test_iova_ranges_are_given_back_at_every_reset(rig: Callable[..., Rig], kind: type[Procedure]) -> None:
+def test_iova_ranges_are_released_at_every_reset(rig: Callable[..., Rig], kind: type[Procedure]) -> None:
     r = rig(kind)
     seen = set()
     for mode in [State.SHADOW, State.PASSTHROUGH] * 5:
         r.start(mode)
-        seen.update(r.ours)
+        seen.update(r.extra_maps)
         r.procedure.reset()
-        assert (r.ours, r.taken) == ([], 0)
+        assert (r.extra_maps, r.taken) == ([], 0)
     # the same ranges each time: none was lost on the way
     assert len(seen) <= 4
 
@@ -165,7 +165,7 @@ def disorder(m: Model) -> None:
     m.ring.used.idx = 1
 
 
-def test_a_device_out_of_order_goes_on_and_the_stop_is_refused(rig: Callable[..., Rig]) -> None:
+def test_a_device_out_of_order_continues_and_the_stop_is_refused(rig: Callable[..., Rig]) -> None:
     r = rig()
     r.start(State.PASSTHROUGH)
     disorder(r.m)
@@ -176,7 +176,7 @@ def test_a_device_out_of_order_goes_on_and_the_stop_is_refused(rig: Callable[...
     assert r.procedure.state is State.PASSTHROUGH
 
 
-def test_a_device_out_of_order_that_cannot_go_on_is_reset(rig: Callable[..., Rig]) -> None:
+def test_a_device_out_of_order_that_cannot_continue_is_reset(rig: Callable[..., Rig]) -> None:
     r = rig(backend=ALL & ~BackendFeature.RESUME)
     r.start(State.PASSTHROUGH)
     disorder(r.m)

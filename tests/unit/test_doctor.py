@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pyvhostvdpa.host import mgmt
 from pyvhostvdpa.host.doctor import CHECKS, GuestSize, Level, examine, healthy, to_dict
 from pyvhostvdpa.host.doctor.finding import Finding
 from pyvhostvdpa.host.machine import Firmware, Machine, Nic, Node, gather
@@ -49,7 +51,7 @@ def parent(module: str, pinned: bool = True, entries: int | None = 2048) -> dict
     return {"vdpa0": Parent(module, pinned, entries)}
 
 
-def test_there_are_twenty_checks_and_each_says_something_anywhere() -> None:
+def test_doctor_has_twenty_checks_that_report_on_any_machine() -> None:
     assert len(CHECKS) == 20
     for machine in (Machine(), SOUND, replace(SOUND, uid=1000)):
         assert {finding.id for finding in examine(machine)} == set(CHECKS)
@@ -90,7 +92,7 @@ PAINS = {
     "K01 a container that sees no modules": (
         replace(SOUND, installed=None, loaded=frozenset(), devices=()),
         Level.WARN,
-        "not to be seen from here",
+        "cannot be read from here",
     ),
     "K01 vhost_vdpa and nothing that makes devices": (
         replace(SOUND, installed=frozenset({"vhost_vdpa"}), loaded=frozenset(), devices=()),
@@ -165,7 +167,7 @@ PAINS = {
         Level.WARN,
         "cannot suspend, so its guest cannot be migrated",
     ),
-    "G13 a parent that nobody knows": (replace(SOUND, parents=parent("acme_vdpa")), Level.INFO, "nothing is known"),
+    "G13 an unknown parent": (replace(SOUND, parents=parent("acme_vdpa")), Level.INFO, "nothing is known"),
     "G14 a base that is the used index": (SOUND, Level.WARN, "reports the used index"),
     "G15 resume by firmware": (SOUND, Level.WARN, "resumes by firmware"),
     "G16 a guest in small pages": (replace(SOUND, shmem_huge="never"), Level.WARN, "262144 contiguous runs"),
@@ -196,7 +198,7 @@ def test_a_pain_is_found(pain: str) -> None:
     assert any(finding.level is level and what in finding.what for finding in findings), findings
 
 
-def test_each_of_the_twenty_pains_is_among_the_tests() -> None:
+def test_pains_cover_all_twenty_checks() -> None:
     assert {pain.partition(" ")[0] for pain in PAINS} == set(CHECKS)
 
 
@@ -212,7 +214,7 @@ def test_memlock_is_counted_once_per_pinning_device() -> None:
     assert only(two, "M05", memory=GIB // 2).level is Level.PASS
 
 
-def test_root_is_told_that_the_limit_is_raised_for_him() -> None:
+def test_memlock_finding_for_root_reports_that_the_limit_is_raised() -> None:
     assert "raises its own limit" in only(replace(SOUND, memlock=8 << 20), "M05").what
 
 
@@ -267,7 +269,7 @@ def test_the_running_kernels_own_configuration_comes_first(tmp_path: Path) -> No
     assert machine.config_source.endswith("proc/config.gz")
 
 
-def test_an_empty_root_is_no_error(tmp_path: Path) -> None:
+def test_gather_of_an_empty_root_succeeds(tmp_path: Path) -> None:
     machine = gather(tmp_path)
     assert (machine.config, machine.installed, machine.nics) == (None, None, ())
     assert {finding.id for finding in examine(machine)} == set(CHECKS)
@@ -287,7 +289,7 @@ UNKNOWN = replace(
 )
 
 
-def test_an_unknown_parent_is_never_said_to_pin_memory() -> None:
+def test_unknown_parent_is_never_reported_to_pin_memory() -> None:
     findings = examine(UNKNOWN)
     assert not any(
         "devices here pin" in f.what or "pinning the guest takes" in f.what for f in findings if f.level is Level.FAIL
@@ -300,14 +302,14 @@ def test_an_unknown_parent_is_never_said_to_pin_memory() -> None:
     assert f"unknown driver ({WHY})" in only(UNKNOWN, "G13").what
 
 
-def test_management_devices_that_netlink_does_not_tell_are_unknown_and_not_missing() -> None:
+def test_management_devices_that_netlink_does_not_report_are_unknown_and_not_missing() -> None:
     finding = only(replace(SOUND, management={}, management_unknown="'vdpa' failed (no netlink)"), "D02")
     assert "lists nothing: 'vdpa' failed (no netlink)" in finding.what
     assert "unknown" in finding.why
     assert "unknown" not in only(replace(SOUND, management={}), "D02").why
 
 
-def test_an_unknown_mac_address_is_not_said_to_be_zero() -> None:
+def test_unknown_mac_address_is_not_reported_as_zero() -> None:
     creation = only(UNKNOWN, "D20")
     assert creation.level is Level.INFO
     assert f"MAC address, MTU and link are unknown: {WHY}" in creation.what
@@ -338,8 +340,18 @@ def test_a_vduse_daemon_that_is_stopped_is_named_with_the_command_that_continues
     )
 
 
-def test_a_vduse_daemon_that_is_gone_is_said_only_where_all_processes_can_be_seen() -> None:
+def test_missing_vduse_daemon_is_reported_only_if_all_processes_are_visible() -> None:
     gone = replace(SERVED, daemons={"vdpa0": None})
     assert any(f.level is Level.FAIL and "no process serves it" in f.what for f in found(gone, "O10"))
     assert not any("no process" in f.what for f in found(replace(gone, sees_all=False), "O10"))
-    assert any("as far as this user may see" in f.what for f in found(replace(gone, sees_all=False), "O10"))
+    assert any("this user cannot see all processes" in f.what for f in found(replace(gone, sees_all=False), "O10"))
+
+
+@pytest.mark.parametrize("bus", [True, False])
+def test_every_process_is_looked_at_only_where_there_is_vdpa(monkeypatch: pytest.MonkeyPatch, bus: bool) -> None:
+    looks: list[None] = []
+    is_there = os.path.isdir
+    monkeypatch.setattr(mgmt, "stuck", lambda: (looks.append(None), ())[1])
+    monkeypatch.setattr(os.path, "isdir", lambda path: bus if str(path).endswith("/sys/bus/vdpa") else is_there(path))
+    gather()
+    assert bool(looks) is bus

@@ -28,7 +28,7 @@ def test_a_downtime_runs_from_its_first_call_to_its_last() -> None:
     assert milliseconds(trace, "c", DT1) == 0.0
 
 
-def test_a_phase_counts_ioctls_and_messages_apart() -> None:
+def test_phase_counts_ioctls_and_messages_separately() -> None:
     trace = recorded()
     start = cost(trace, "dt1.start")
     stop = cost(trace, "dt1.stop")

@@ -1,4 +1,4 @@
-"""What may be negotiated: nothing that this package does not implement, whoever asks for it."""
+"""What may be negotiated: nothing that this package does not implement, whichever caller asks for it."""
 
 from __future__ import annotations
 

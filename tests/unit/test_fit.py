@@ -9,8 +9,7 @@ import pytest
 
 from pyvhostvdpa.base.errors import StreamCorrupt
 from pyvhostvdpa.guest.codec import Writer
-from pyvhostvdpa.guest.state import SHAPE as SECTION
-from pyvhostvdpa.guest.state import DeviceShape, GuestShape
+from pyvhostvdpa.guest.shape import SECTION, DeviceShape, GuestShape
 from pyvhostvdpa.memory.guest import PAGE_SIZE
 from pyvhostvdpa.net.config import MAX_CONFIG, NetConfig
 from pyvhostvdpa.net.features import CONTROL, REQUIRED, SUPPORTED, Feature

@@ -1,4 +1,4 @@
-"""Files of saved guests: they appear whole, nobody can put others in their place, and one process at a time has one."""
+"""Files of saved guests: they appear whole, cannot be replaced by other users, and one process at a time has one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pytest
 
 from pyvhostvdpa.base.errors import MigrationFailed, MigrationRefused
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
-from pyvhostvdpa.guest.state import GuestShape
-from pyvhostvdpa.guest.synthetic import SyntheticGuest
+from pyvhostvdpa.guest.shape import GuestShape
+from pyvhostvdpa.guest.synthetic import KINDS, SyntheticGuest
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.migration import folder as folders
 from pyvhostvdpa.migration import saved as saving
@@ -159,7 +159,7 @@ def test_a_missing_file_is_refused_with_its_folder(tmp_path: Path) -> None:
 
 
 def test_four_claimants_that_are_killed_at_random_start_a_guest_exactly_once(tmp_path: Path) -> None:
-    """The guest "runs" when its line is written; who dies before that leaves the file to the others."""
+    """The guest "runs" when its line is written; a process that dies before that leaves the file to the others."""
     chance = random.Random(int(os.environ.get("PYVHOSTVDPA_SEED", "7")))
     for number in range(60):
         path, journal = tmp_path / f"guest-{number}.saved", tmp_path / f"journal-{number}"
@@ -210,7 +210,7 @@ def test_a_symlink_in_the_folder_is_not_followed(guest: SyntheticGuest, tmp_path
     path = save(tmp_path, "source", saved(guest), guest.memory)
     assert victim.read_bytes() == b"precious"
     assert not path.is_symlink()
-    load(path)[1].close()
+    load(path, KINDS)[1].close()
 
 
 def test_a_second_guest_of_the_same_number_replaces_none(guest: SyntheticGuest, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_folder_without_hard_links_serves_as_well(
     monkeypatch.setattr(os, "link", refuse)
     paths = [save(tmp_path, "source", saved(guest), guest.memory) for _ in range(2)]
     assert sorted(tmp_path.iterdir()) == sorted(paths)
-    load(paths[1])[1].close()
+    load(paths[1], KINDS)[1].close()
 
 
 def test_the_folder_is_written_out_after_the_file_has_its_name(
@@ -321,12 +321,12 @@ def test_cleaning_follows_no_symlink_and_waits_for_no_pipe(tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.half", "b.half", "c.half", "victim"]
 
 
-# -- folders that are refused beforehand ---------------------------------------------------------
+# -- folders that are refused before anything is written -----------------------------------------
 
 
 @pytest.fixture
 def readable() -> Iterator[Path]:
-    """A folder that everybody can look into."""
+    """A folder that all users can read."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o555)
     yield folder
@@ -334,7 +334,7 @@ def readable() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_a_folder_that_cannot_be_written_is_refused_beforehand(readable: Path) -> None:
+def test_folder_that_cannot_be_written_is_refused_by_check_room(readable: Path) -> None:
     def check() -> None:
         with pytest.raises(MigrationRefused, match=r"no place to save a guest: .*Permission denied"):
             check_room(readable, 1)
@@ -345,7 +345,7 @@ def test_a_folder_that_cannot_be_written_is_refused_beforehand(readable: Path) -
 @pytest.mark.parametrize("mode", [0o777, 0o770])
 def test_a_folder_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
     tmp_path.chmod(mode)
-    with pytest.raises(MigrationRefused, match="other users, who could exchange a saved guest") as refused:
+    with pytest.raises(MigrationRefused, match="other users: they could exchange a saved guest") as refused:
         check_room(tmp_path, 1)
     assert f"chmod go-w {tmp_path}" in refused.value.hint
 
@@ -355,7 +355,7 @@ def test_a_folder_where_others_cannot_rename_is_allowed(tmp_path: Path) -> None:
     check_room(tmp_path, 1)
 
 
-def test_a_failed_save_leaves_nothing_and_says_where(
+def test_failed_save_leaves_no_file_and_names_its_path(
     guest: SyntheticGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -372,8 +372,8 @@ def test_a_file_is_never_written_through_a_link_of_its_random_name(
 ) -> None:
     monkeypatch.setattr("pyvhostvdpa.migration.folder.secrets.token_hex", lambda size: "guessed")
     other = tmp_path / "other"
-    other.write_text("of somebody else")
+    other.write_text("of another user")
     (tmp_path / "guessed.half").symlink_to(other)
     with pytest.raises(FileExistsError):
         Draft(tmp_path)
-    assert other.read_text() == "of somebody else"
+    assert other.read_text() == "of another user"

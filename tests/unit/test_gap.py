@@ -1,4 +1,4 @@
-"""Stop to run: what a trace says of the time in which the guest stood still."""
+"""Stop to run: what a trace shows of the time in which the guest was stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WHOLE = [
 ]
 
 
-def test_it_ends_with_the_last_queue_running_over_all_devices() -> None:
+def test_stop_to_run_ends_with_the_last_running_queue_of_all_devices() -> None:
     whole = gap.stop_to_run(gap.steps(WHOLE))
     assert whole is not None
     assert whole.ms == 14
@@ -60,7 +60,7 @@ def test_only_the_last_pause_counts_after_a_cancelled_migration() -> None:
     assert whole.ms == 14
 
 
-def test_both_sides_of_a_machine_are_joined_by_their_clock() -> None:
+def test_steps_of_both_sides_are_joined_by_their_common_clock() -> None:
     here, there = WHOLE[:4], WHOLE[4:]
     told = gap.from_numbers(gap.to_numbers(gap.steps(there)))
     assert gap.stop_to_run([*gap.steps(here), *told]) == gap.stop_to_run(gap.steps(WHOLE))
@@ -88,8 +88,8 @@ def test_a_step_is_recorded_also_when_it_fails() -> None:
     assert (recorded.phase, recorded.event, recorded.result) == (gap.PAUSE, gap.PAUSE, None)
 
 
-def test_what_calls_took_is_that_of_the_slowest_device() -> None:
+def test_time_taken_by_calls_is_that_of_the_slowest_device() -> None:
     trace = Trace()
-    trace.events += WHOLE
+    trace.extend(WHOLE)
     assert gap.taken(trace, ("dt2.stop",), gap.suspends) == 4.0
     assert gap.taken(trace, ("dest.start",), gap.sets_running) == 5.0

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_state import LAYOUT, Path_, World, cohere, full, plain, put
+from hostile_world import LAYOUT, Path_, World, cohere, full, plain, put
 
 import pyvhostvdpa
 from pyvhostvdpa.base.errors import MissingFeature, StreamCorrupt
-from pyvhostvdpa.guest.nic_state import BadState, RingPlace, check_place
+from pyvhostvdpa.guest.nic_state import RingPlace, check_place
+from pyvhostvdpa.guest.shape import BadState
 from pyvhostvdpa.guest.state import DeviceState, GuestState
-from pyvhostvdpa.guest.synthetic import MAX_WRITER_RATE, SyntheticGuest
+from pyvhostvdpa.guest.synthetic import SyntheticGuest
+from pyvhostvdpa.guest.writer import MAX_RATE
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, PAGE_SIZE, GuestMemory
 from pyvhostvdpa.net.features import Feature
 
@@ -65,7 +67,7 @@ def test_state_of_an_honest_source_is_restored_unchanged(world: World) -> None:
         assert guest.shapes() == world.shapes
         assert guest.state()[1] == [world.device]
     finally:
-        guest.let_go()
+        guest.detach()
 
 
 def test_control_ring_larger_than_its_indirect_tables_is_refused(world: World) -> None:
@@ -134,7 +136,7 @@ WRITER: dict[str, tuple[str, int, str]] = {
     "too long": ("writer_pages", 65, "writer_gpa"),
     "without end": ("writer_pages", 1 << 63, "writer_gpa"),
     "unaligned": ("writer_gpa", LAYOUT[1][0] + 8, "writer_gpa"),
-    "too fast": ("writer_rate", MAX_WRITER_RATE + 1, "writer_rate"),
+    "too fast": ("writer_rate", MAX_RATE + 1, "writer_rate"),
 }
 
 
@@ -182,7 +184,7 @@ def test_clock_of_go_is_taken_whatever_it_is(world: World, clock: int) -> None:
         assert guest.longest_gap(-(1 << 63), 1 << 63) >= 0
         assert restored(world, guest.state()[1][0]).counts() == guest.counts()
     finally:
-        guest.let_go()
+        guest.detach()
 
 
 def test_clock_of_another_host_moves_times_exactly(world: World) -> None:
@@ -193,7 +195,7 @@ def test_clock_of_another_host_moves_times_exactly(world: World) -> None:
         assert guest.nics[0].pairs[0].c.last_rx == 3000
         assert guest.nics[0].pairs[0].gaps() == [(-1000, 1000)]
     finally:
-        guest.let_go()
+        guest.detach()
 
 
 def test_restore_without_descriptors_left_names_the_limit(world: World) -> None:
@@ -213,7 +215,7 @@ def test_restore_without_descriptors_left_names_the_limit(world: World) -> None:
 def test_nic_without_control_queue_is_restored() -> None:
     world = World(plain)
     try:
-        restored(world, world.device).let_go()
+        restored(world, world.device).detach()
     finally:
         world.memory.close()
 

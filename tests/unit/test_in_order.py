@@ -1,4 +1,4 @@
-"""What the rings of a passthrough device tell of the order in which it finished."""
+"""What the rings of a passthrough device show of the order in which it finished."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Passthrough:
 
 @pytest.mark.parametrize("start_idx", [0, 65530])
 @given(finished=st.lists(st.tuples(st.integers(0, NUM - 1), st.booleans()), max_size=40))
-def test_a_full_ring_tells_exactly_whether_what_is_open_is_what_was_given_last(
+def test_full_ring_shows_exactly_whether_open_descriptors_are_the_newest(
     start_idx: int, finished: list[tuple[int, bool]]
 ) -> None:
     with closing(Model(NUM, start_idx=start_idx)) as m:
@@ -80,7 +80,7 @@ def test_the_driver_need_not_have_given_anything_again(model: Make) -> None:
     assert not device.looks_in_order
     for _ in range(3):
         device.finish(0)
-    # nothing that is open is out of order any more, and still this device is none to rely on
+    # nothing that is open is out of order any more, but this device has proved to be unreliable
     assert device.is_in_order
     assert not device.looks_in_order
 
@@ -179,3 +179,20 @@ def test_open_heads_are_those_between_used_and_avail(model: Callable[..., Model]
     heads = ffi.new("uint16_t[]", 8)
     assert lib.vring_open_heads(m.ring, heads) == 3
     assert list(heads)[:3] == [5, 2, 7]
+
+
+@pytest.mark.parametrize("start_idx", [0, 65534])
+def test_a_base_lies_between_used_and_avail_index_of_its_ring(model: Callable[..., Model], start_idx: int) -> None:
+    first, second = model(num=NUM, start_idx=start_idx), model(num=NUM, start_idx=start_idx)
+    for head in (5, 2, 7):
+        second.publish(head)
+    rings = ffi.new("struct vring[]", [first.ring[0], second.ring[0]])
+
+    def wrong(base: int) -> int:
+        bases = ffi.new("uint16_t[]", [start_idx, (start_idx + base) & 0xFFFF])
+        return int(lib.rings_hold_bases(rings, 2, bases))
+
+    assert [wrong(base) for base in (-1, 0, 3, 4)] == [1, 2, 2, 1]
+    # an avail index that is further than the ring is long makes no base right that is
+    second.ring.avail.idx = (start_idx + 4 * NUM) & 0xFFFF
+    assert [wrong(base) for base in (0, NUM, NUM + 1, 2 * NUM)] == [2, 2, 1, 1]

@@ -13,9 +13,9 @@ import pytest
 
 from pyvhostvdpa.base.errors import MapRejected
 from pyvhostvdpa.base.uapi import Access, IotlbType
-from pyvhostvdpa.chardev.door import IotlbMessage, IotlbWriteError
 from pyvhostvdpa.chardev.iotlb import Iotlb, Limits
-from pyvhostvdpa.memory.guest import SharedMemory
+from pyvhostvdpa.chardev.message import IotlbMessage, IotlbWriteError
+from pyvhostvdpa.memory.mapped import SharedMemory
 
 LIMITS = Limits(first=0, last=(1 << 48) - 1, as_num=2, pinned=False, entries=4)
 
@@ -99,7 +99,7 @@ def test_an_address_space_the_device_lacks_is_refused() -> None:
         iotlb.space(2)
 
 
-def test_the_entry_limit_is_told_with_its_remedy() -> None:
+def test_the_entry_limit_is_reported_with_its_remedy() -> None:
     iotlb, _ = make()
     space = iotlb.space(1)
     for i in range(1, 5):
@@ -122,7 +122,7 @@ def test_only_what_was_mapped_can_be_unmapped() -> None:
     iotlb, recorder = make()
     space = iotlb.space(0)
     space.map(0x10000, 0x1000, 0x2000)
-    with pytest.raises(MapRejected, match="not mapped like that"):
+    with pytest.raises(MapRejected, match="no mapping with exactly this range"):
         space.unmap(0x10000, 0x1000)
     space.unmap(0x10000, 0x2000)
     assert space.mappings == ()
@@ -182,16 +182,16 @@ def test_a_batch_the_kernel_refuses_midway_is_closed_and_the_mirror_is_true(
     assert [m.iova for m in space.mappings] == mapped
 
 
-def test_another_address_spaces_open_batch_is_told_beforehand() -> None:
+def test_open_batch_of_another_address_space_is_reported_before_a_request() -> None:
     iotlb, recorder = make()
     recorder.batch_asid = 1
-    with pytest.raises(MapRejected, match="a batch of ASID 1 is open"):
+    with pytest.raises(MapRejected, match="a batch of ASID 1 is still open"):
         iotlb.space(0).map(0x10000, 0x1000, 0x1000)
     iotlb.space(1).map(0x10000, 0x1000, 0x1000)
     assert [m.asid for m in recorder.sent] == [1]
 
 
-def test_what_only_the_kernel_knew_is_told_with_its_likely_cause() -> None:
+def test_rejected_map_is_reported_with_its_likely_cause() -> None:
     iotlb, _ = make(fail_at=0)
     with pytest.raises(IotlbWriteError, match="there is no memory of this process at 0x1000") as refused:
         iotlb.space(0).map(0x10000, 0x1000, 0x1000)

@@ -11,14 +11,14 @@ import pytest
 from pyvhostvdpa.base.errors import MigrationRefused, MissingFeature
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
 from pyvhostvdpa.bench.ladder.report import Counts, LadderReport, RowResult, Run
-from pyvhostvdpa.bench.ladder.rows import PLANS, LadderRow, plan
+from pyvhostvdpa.bench.ladder.rows import LADDER_ROWS, LadderRow, ladder_row
 from pyvhostvdpa.bench.ladder.run import regions
 from pyvhostvdpa.bench.ladder.stage import Simulated
 from pyvhostvdpa.cli import main
 from pyvhostvdpa.device.groups import Groups
 from pyvhostvdpa.device.procedure.base import Target
 from pyvhostvdpa.device.procedure.series import Optimization
-from pyvhostvdpa.guest.nic import FrameCounts
+from pyvhostvdpa.guest.protocol import FrameCounts
 from pyvhostvdpa.memory.guest import HUGE_PAGE
 from pyvhostvdpa.net.features import SUPPORTED
 
@@ -32,24 +32,24 @@ def target(row: LadderRow, offered: BackendFeature = ALL_BACKEND_FEATURES, descr
     return Target(cast(Any, None), cast(Any, iotlb), SUPPORTED, offered & row.use, groups)
 
 
-@pytest.mark.parametrize("row", [row for row in PLANS if row != "desc_asid_keep"])
+@pytest.mark.parametrize("row", [row for row in LADDER_ROWS if row != "desc_asid_keep"])
 def test_a_device_with_everything_can_do_every_row(row: str) -> None:
-    found = PLANS[row].resolve(target(PLANS[row]))
+    found = LADDER_ROWS[row].resolve(target(LADDER_ROWS[row]))
     assert (found.left_out, found.impossible) == ({}, "")
-    assert found.switches == PLANS[row].switches
+    assert found.switches == LADDER_ROWS[row].switches
 
 
 def test_maps_are_kept_without_persist_only_where_resets_drop_none() -> None:
-    row = PLANS["desc_asid_keep"]
+    row = LADDER_ROWS["desc_asid_keep"]
     assert "clean_map=N" in row.resolve(target(row)).impossible
     assert not row.resolve(target(row), keeps_maps=True).impossible
 
 
-def test_what_a_device_lacks_is_left_out_and_said() -> None:
-    row = PLANS["persist"]
+def test_ladder_row_leaves_out_and_names_missing_features() -> None:
+    row = LADDER_ROWS["persist"]
     found = row.resolve(target(row, ALL_BACKEND_FEATURES & ~BackendFeature.DESC_ASID))
     assert found.left_out == {Optimization.DESC_ASID: "DESC_ASID is not offered"}
-    assert found.switches == PLANS["persist"].switches & ~Optimization.DESC_ASID
+    assert found.switches == LADDER_ROWS["persist"].switches & ~Optimization.DESC_ASID
     assert not found.impossible
 
 
@@ -64,16 +64,16 @@ def test_what_a_device_lacks_is_left_out_and_said() -> None:
     ],
 )
 def test_a_row_without_its_own_optimization_is_not_possible(row: str, lacking: BackendFeature) -> None:
-    assert PLANS[row].resolve(target(PLANS[row], ALL_BACKEND_FEATURES & ~lacking)).impossible
+    assert LADDER_ROWS[row].resolve(target(LADDER_ROWS[row], ALL_BACKEND_FEATURES & ~lacking)).impossible
 
 
 def test_descriptors_in_the_buffers_group_have_no_address_space_of_their_own() -> None:
-    row = PLANS["desc_asid_literal"]
+    row = LADDER_ROWS["desc_asid_literal"]
     assert "group of their own" in row.resolve(target(row, descriptors=None)).impossible
 
 
 def test_only_the_rows_that_are_about_it_acknowledge_a_feature() -> None:
-    asked = {row: plan.use for row, plan in PLANS.items()}
+    asked = {row: plan.use for row, plan in LADDER_ROWS.items()}
     assert BackendFeature.DESC_ASID not in asked["iterative_map"]
     assert BackendFeature.IOTLB_PERSIST not in asked["desc_asid_keep"]
     assert BackendFeature.IOTLB_PERSIST in asked["persist"]
@@ -82,7 +82,7 @@ def test_only_the_rows_that_are_about_it_acknowledge_a_feature() -> None:
 
 def test_an_unknown_row_names_those_there_are() -> None:
     with pytest.raises(MissingFeature) as caught:
-        plan("fast")
+        ladder_row("fast")
     assert "baseline,iterative_map" in caught.value.hint
 
 
@@ -123,7 +123,7 @@ def report(*rows: RowResult) -> LadderReport:
 
 
 def test_dt1_is_the_worst_device_and_dt2_the_sum_of_all() -> None:
-    found = report(RowResult(PLANS["baseline"], [run(24.0, 5.0)])).to_dict()
+    found = report(RowResult(LADDER_ROWS["baseline"], [run(24.0, 5.0)])).to_dict()
     [row] = found["rows"]
     assert found["schema"] == "pyvhostvdpa/ladder/1"
     assert (row["dt1_ms"]["worst"], row["dt2_ms"]["sum"]) == (24.0, 10.0)
@@ -134,7 +134,7 @@ def test_dt1_is_the_worst_device_and_dt2_the_sum_of_all() -> None:
 
 
 def test_several_runs_give_the_median_and_each_of_them() -> None:
-    row = RowResult(PLANS["batch"], [run(3.0, 1.0), run(5.0, 2.0), run(4.0, 9.0)])
+    row = RowResult(LADDER_ROWS["batch"], [run(3.0, 1.0), run(5.0, 2.0), run(4.0, 9.0)])
     found = row.to_dict(None)
     assert (found["dt1_ms"]["worst"], found["dt2_ms"]["sum"]) == (4.0, 4.0)
     assert len(found["dt1_ms"]["runs"]) == 3
@@ -142,24 +142,24 @@ def test_several_runs_give_the_median_and_each_of_them() -> None:
 
 
 def test_a_row_is_compared_with_the_baseline() -> None:
-    rows = RowResult(PLANS["baseline"], [run(20.0, 10.0)]), RowResult(PLANS["batch"], [run(2.0, 1.0)])
+    rows = RowResult(LADDER_ROWS["baseline"], [run(20.0, 10.0)]), RowResult(LADDER_ROWS["batch"], [run(2.0, 1.0)])
     assert report(*rows).to_dict()["rows"][1]["speedup"] == {"dt1": 10.0, "dt2": 10.0}
 
 
-def test_an_impossible_row_has_no_figures_and_says_why() -> None:
-    row = RowResult(PLANS["beyond"], (), {}, "it takes RESUME").to_dict(None)
+def test_impossible_row_has_a_reason_and_no_figures() -> None:
+    row = RowResult(LADDER_ROWS["beyond"], (), {}, "it takes RESUME").to_dict(None)
     assert row["impossible"] == "it takes RESUME"
     assert (row["dt1_ms"]["worst"], row["ioctls"]["dt1"]) == (None, None)
 
 
 def test_a_lost_frame_or_unlike_devices_make_the_report_unsound() -> None:
     lost = FrameCounts(sent=10, received=9, lost=1, duplicated=0, corrupted=0, reordered=0)
-    assert report(RowResult(PLANS["batch"], [run(1.0, 1.0)])).sound
-    assert not report(RowResult(PLANS["batch"], [run(1.0, 1.0, lost)])).sound
-    assert not report(RowResult(PLANS["batch"], [run(1.0, 1.0, messages=27)])).sound
+    assert report(RowResult(LADDER_ROWS["batch"], [run(1.0, 1.0)])).sound
+    assert not report(RowResult(LADDER_ROWS["batch"], [run(1.0, 1.0, lost)])).sound
+    assert not report(RowResult(LADDER_ROWS["batch"], [run(1.0, 1.0, messages=27)])).sound
 
 
-def test_without_devices_the_command_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ladder_command_without_devices_explains_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ladder", "--memory", "64M", "--charge", "63M"]) == 1
     assert "cannot be charged" in capsys.readouterr().err
     with pytest.raises(SystemExit):

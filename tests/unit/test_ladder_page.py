@@ -15,7 +15,7 @@ import traces
 from pyvhostvdpa.base.errors import VhostVdpaError
 from pyvhostvdpa.bench.page import ladder
 from pyvhostvdpa.bench.page.charts import Bar, stacked, sums
-from pyvhostvdpa.bench.page.svg import duration
+from pyvhostvdpa.bench.page.svg import time_label
 from pyvhostvdpa.trace.downtime import DT1, DT2, milliseconds
 from pyvhostvdpa.trace.recorder import Trace
 from pyvhostvdpa.trace.spans import Kind, downtimes
@@ -102,7 +102,7 @@ def table_rows(html: str) -> Iterator[list[str]]:
         yield [re.sub(r"<.*?>", "", each) for each in re.findall(r"<t[hd].*?</t[hd]>", line, re.S)]
 
 
-def test_it_is_well_formed_and_fetches_nothing(html: str) -> None:
+def test_ladder_page_is_well_formed_and_fetches_nothing(html: str) -> None:
     page = Page(html)
     assert page.open == []
     assert not re.search(r"<script|<link|<img|@import|url\(|https?:", html)
@@ -110,20 +110,20 @@ def test_it_is_well_formed_and_fetches_nothing(html: str) -> None:
     assert all(value and "/" not in value for value in links)
 
 
-def test_measured_stands_beside_published(html: str) -> None:
+def test_ladder_table_has_measured_beside_published(html: str) -> None:
     rows = list(table_rows(html))
     assert ["baseline QEMU", "24.000 *", "20 to 30", "1.0 x", "22.800", "20", "1.0 x", "-"] in rows
     assert ["+ (un)map batching", "1.600", "1.7", "15.0 x", "1.520", "1.5", "15.0 x", "-"] in rows
     assert ["own procedure", "1.000", "-", "24.0 x", "0.950", "-", "24.0 x", "-"] in rows
 
 
-def test_what_the_calls_do_not_explain_is_marked_and_said(html: str) -> None:
+def test_ladder_page_marks_figures_that_the_calls_do_not_explain(html: str) -> None:
     assert any(text.startswith("* The calls of these rows do not account") for text in Page(html).texts)
     without = ladder.render(report(*ROWS[1:]), {})
     assert "do not account" not in without
 
 
-def test_a_row_that_is_not_possible_says_why(html: str) -> None:
+def test_page_gives_the_reason_of_an_impossible_row(html: str) -> None:
     assert ["+ maps kept", "-", "2", "-", "-", "5", "-", "-"] in list(table_rows(html))
     assert "+ maps kept: not possible on these devices: a reset drops maps" in Page(html).texts
     assert "own procedure: ran without persist: IOTLB_PERSIST is not offered" in Page(html).texts
@@ -159,9 +159,9 @@ def test_the_bars_are_what_the_downtimes_are() -> None:
     assert sum(sums(found["dt2"], worst=False).values()) / 1e6 == pytest.approx(total)
 
 
-def test_all_ticks_of_an_axis_are_in_one_unit() -> None:
+def test_ticks_of_an_axis_are_in_one_unit() -> None:
     svg = stacked([Bar("a", {Kind.SUSPEND: 2_000_000_000})], "")
-    assert re.findall(r'class="s m".*?>(.*?)<', svg) == ["0", "0.5 s", "1.0 s", "1.5 s", "2.0 s"]
+    assert re.findall(r'class="s(?: m)?".*?>(.*?)<', svg) == ["0", "0.5 s", "1.0 s", "1.5 s", "2.0 s"]
 
 
 def test_the_segments_of_a_bar_are_as_long_as_their_share() -> None:
@@ -177,7 +177,7 @@ def slower(trace: Trace, times: int) -> Trace:
     return result
 
 
-def test_rows_that_are_dwarfed_by_others_are_shown_once_more() -> None:
+def test_rows_that_are_dwarfed_by_others_are_shown_again_larger() -> None:
     fast, slow = traces.migration(), slower(traces.migration(), 20)
     larger = "DT1: the short rows, larger."
     assert larger in Page(ladder.render(report(*ROWS), {"baseline": slow, "batch": fast, "ours": fast})).texts
@@ -215,7 +215,7 @@ def test_the_folder_has_the_page_the_figures_and_the_traces(tmp_path: Path) -> N
     assert links == {"ladder.json", "batch.perfetto.json", "batch.events.jsonl"}
 
 
-def test_a_folder_that_cannot_be_written_is_told_beforehand(tmp_path: Path) -> None:
+def test_report_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     for attempt in (lambda: ladder.prepare(file / "folder"), lambda: ladder.write(report(*ROWS), {}, file)):
@@ -235,8 +235,8 @@ def test_a_folder_that_cannot_be_written_is_told_beforehand(tmp_path: Path) -> N
         (22_800_000_000, "22.8 s"),
     ],
 )
-def test_times_are_told_in_three_digits(ns: int, text: str) -> None:
-    assert duration(ns) == text
+def test_times_have_three_digits(ns: int, text: str) -> None:
+    assert time_label(ns) == text
 
 
 def test_stop_to_run_has_a_bar_and_its_floor_in_each_row_that_has_it() -> None:
@@ -256,3 +256,16 @@ def test_stop_to_run_has_a_bar_and_its_floor_in_each_row_that_has_it() -> None:
 
 def test_a_report_without_stop_to_run_has_no_section_of_it(html: str) -> None:
     assert "Stop to run" not in html
+
+
+def test_page_leads_with_the_best_row() -> None:
+    stopped = [{**row, "stop_to_run_ms": ms} for row, ms in zip(ROWS, (61_931.1, None, 1_601.2, 8.66), strict=True)]
+    shown = ladder.render(report(*stopped), {})
+    first = shown[shown.index('<ul class="headline">') :]
+    assert re.match(r'<ul class="headline"><li><small>guest stopped, baseline QEMU to own procedure</small>', first)
+    assert "61,931 ms → 8.7 ms<small>7,151 x less</small>" in first
+
+
+def test_page_has_one_name_for_the_start_at_the_destination_and_no_colour_by_name(html: str) -> None:
+    assert "destination start" in html
+    assert "black mark" not in html

@@ -16,17 +16,10 @@ from hypothesis import strategies as st
 
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.base.errors import DeviceClosed, MapRejected, MissingFeature
-from pyvhostvdpa.memory import guest, hugepages
-from pyvhostvdpa.memory.guest import (
-    HUGE_PAGE,
-    PAGE_SIZE,
-    FileMemory,
-    FileRegion,
-    Gpa,
-    GuestMemory,
-    IovaAllocator,
-    SharedMemory,
-)
+from pyvhostvdpa.memory import hugepages, mapped
+from pyvhostvdpa.memory.guest import HUGE_PAGE, PAGE_SIZE, FileRegion, Gpa, GuestMemory
+from pyvhostvdpa.memory.iova import IovaAllocator
+from pyvhostvdpa.memory.mapped import FileMemory, SharedMemory
 from pyvhostvdpa.virtqueue.layout import SplitLayout
 
 
@@ -42,7 +35,7 @@ def test_memory_is_shared_aligned_and_gone_after_close() -> None:
         _ = memory.hva
 
 
-def test_what_is_chosen_of_huge_pages_tells_whether_advice_gets_them(tmp_path: Path) -> None:
+def test_huge_page_setting_decides_whether_advice_gets_them(tmp_path: Path) -> None:
     folder = tmp_path / "sys/kernel/mm/transparent_hugepage"
     folder.mkdir(parents=True)
     for text, wanted, gets in (("always [advise] never", "advise", True), ("always madvise [never]", "never", False)):
@@ -54,16 +47,16 @@ def test_what_is_chosen_of_huge_pages_tells_whether_advice_gets_them(tmp_path: P
     assert not hugepages.advisable(None)
 
 
-def test_the_pool_of_huge_pages_tells_what_is_free_in_it(tmp_path: Path) -> None:
+def test_pool_of_huge_pages_reports_its_free_pages(tmp_path: Path) -> None:
     assert hugepages.free(HUGE_PAGE, tmp_path) == 0
     pool = tmp_path / "sys/kernel/mm/hugepages/hugepages-2048kB"
     pool.mkdir(parents=True)
     (pool / "free_hugepages").write_text("7\n")
-    assert hugepages.pool(HUGE_PAGE, tmp_path) == pool
+    assert hugepages.pool(HUGE_PAGE, tmp_path) == str(pool)
     assert hugepages.free(HUGE_PAGE, tmp_path) == 7
 
 
-def test_memory_that_the_machine_has_not_is_refused_before_it_is_touched() -> None:
+def test_memory_beyond_that_of_the_machine_is_refused_before_it_is_touched() -> None:
     with pytest.raises(MissingFeature, match="available"):
         GuestMemory([(Gpa(1 << 30), 1 << 60)])
 
@@ -90,7 +83,7 @@ def test_overlapping_regions_are_refused() -> None:
     taken=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 5)), max_size=6),
     sizes=st.lists(st.integers(1, 5 * PAGE_SIZE), min_size=1, max_size=12),
 )
-def test_what_the_allocator_gives_out_overlaps_nothing(taken: list[tuple[int, int]], sizes: list[int]) -> None:
+def test_iova_allocator_ranges_do_not_overlap(taken: list[tuple[int, int]], sizes: list[int]) -> None:
     ranges = [(start * PAGE_SIZE, pages * PAGE_SIZE) for start, pages in taken]
     allocator = IovaAllocator(0, 80 * PAGE_SIZE - 1, ranges)
     for size in sizes:
@@ -137,7 +130,7 @@ def test_physical_runs_are_counted_in_parts_as_in_one_piece(monkeypatch: pytest.
     with SharedMemory("test", 64 * PAGE_SIZE) as memory:
         whole = memory.runs()
         for pages in (1, 2, 3, 64, 100):
-            monkeypatch.setattr(guest, "_ENTRIES", pages)
+            monkeypatch.setattr(mapped, "_ENTRIES", pages)
             assert memory.runs() == whole
             assert memory.runs(PAGE_SIZE, 5 * PAGE_SIZE) <= 5
 
@@ -156,7 +149,7 @@ def test_counting_physical_runs_takes_no_memory_by_size() -> None:
 BAD_LAYOUTS: dict[str, tuple[list[tuple[int, int]], str]] = {
     "no regions": ([], "no regions"),
     "a region of nothing": ([(0x10000, 0)], "cannot be guest memory"),
-    "a negative size": ([(0x10000, -4096)], "cannot be guest memory"),
+    "a negative size": ([(0x10000, -4096)], "-4096 bytes at 0x10000 cannot be guest memory"),
     "a negative address": ([(-4096, 4096)], "cannot be guest memory"),
     "an end behind 64 bits": ([((1 << 64) - 4096, 4096)], "cannot be guest memory"),
     "regions that overlap once they are whole pages": ([(0x10000, 0x800), (0x10800, 0x1000)], "overlap"),
@@ -173,6 +166,11 @@ def test_a_layout_that_cannot_be_guest_memory_is_refused(case: str) -> None:
         GuestMemory([(Gpa(gpa), size) for gpa, size in layout])
     with pytest.raises(ValueError, match=why):
         GuestMemory.from_files([FileRegion(gpa, -(-size // PAGE_SIZE) * PAGE_SIZE, -1) for gpa, size in layout])
+
+
+def test_a_refused_size_is_named_as_it_was_given() -> None:
+    with pytest.raises(ValueError, match=r"^-1 bytes at 0x0 cannot"):
+        GuestMemory([(Gpa(0), -1)])
 
 
 def test_guest_memory_without_regions_has_no_addresses_for_the_c_loops() -> None:
@@ -305,3 +303,15 @@ def test_pages_of_a_shared_file_are_allocated_as_asked_for(populate: bool) -> No
             assert allocated >= (640 << 10) + (1 << 20) if populate else allocated == 0
     finally:
         os.close(fd)
+
+
+def test_memlock_limit_raised_for_one_device_is_enough_for_others_prepared_at_the_same_time() -> None:
+    """Each asks before the other has pinned anything: a limit of what one alone needs would fail the second map."""
+    code = (
+        "import resource as r; from pyvhostvdpa.memory.pinned import allow_pinning\n"
+        "r.setrlimit(r.RLIMIT_MEMLOCK, (1 << 16, 1 << 22))\n"
+        "assert 'raised from 64 KiB' in allow_pinning(1 << 20)\n"
+        "assert r.getrlimit(r.RLIMIT_MEMLOCK) == (1 << 22, 1 << 22)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

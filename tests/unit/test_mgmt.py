@@ -18,11 +18,11 @@ SAID = """
 """
 
 
-def test_each_queue_has_its_own_numbers() -> None:
+def test_vendor_statistics_are_parsed_per_queue() -> None:
     assert parse_vendor_statistics(SAID, "vdpa0") == {0: {"packets": 12, "overruns": 1}, 1: {"packets": 7}}
 
 
-def test_a_queue_of_which_nothing_was_said_is_left_out() -> None:
+def test_queue_without_statistics_is_left_out() -> None:
     said = SAID.replace('{"vdpa0":{"queue_type":"rx","packets":12,"overruns":1}}', "{}") + "\n2 \n3 not JSON\n"
     assert parse_vendor_statistics(said, "vdpa0") == {1: {"packets": 7}}
 
@@ -41,7 +41,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
 
-def test_add_device_that_takes_longer_than_it_may_says_how_long_and_which_option(
+def test_add_device_that_takes_too_long_names_the_limit_and_the_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool(tmp_path, monkeypatch, "exec sleep 30")
@@ -50,12 +50,17 @@ def test_add_device_that_takes_longer_than_it_may_says_how_long_and_which_option
     assert failed.value.hint == "give it more time: vhost-vdpa dev takes --timeout SECONDS"
 
 
-def test_ask_says_why_it_has_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ask_without_an_answer_gives_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool(tmp_path, monkeypatch, "echo 'Failed to connect to vdpa Netlink' >&2; exit 1")
+    monkeypatch.setattr(mgmt, "SYSFS_DEVICES", str(tmp_path))
     told, why = mgmt.ask("dev", "show")
     assert told == {}
     assert "Failed to connect to vdpa Netlink" in why
     assert "first network namespace" in why
+    monkeypatch.setattr(mgmt, "SYSFS_DEVICES", str(tmp_path / "not there"))
+    why = mgmt.ask("dev", "show")[1]
+    assert "modprobe vdpa" in why
+    assert "namespace" not in why
     tool(tmp_path, monkeypatch, "echo no json")
     assert "something else than JSON" in mgmt.ask("dev", "show")[1]
     tool(tmp_path, monkeypatch, "echo '{\"dev\":{}}'")

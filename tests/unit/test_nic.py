@@ -8,13 +8,15 @@ from collections.abc import Iterator
 import pytest
 
 from pyvhostvdpa._cdefs import ffi, lib
-from pyvhostvdpa.guest.nic import GuestNic, NicOptions, NicPair, Window
+from pyvhostvdpa.guest.nic import GuestNic, NicOptions, NicPair
+from pyvhostvdpa.guest.protocol import Window
 from pyvhostvdpa.guest.traffic import Traffic
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
+from pyvhostvdpa.net.features import CONTROL, SUPPORTED
 
 
 class Loopback:
-    """Stand-in for a device: moves TX frames into RX buffers when told to."""
+    """Stand-in for a device: moves TX frames into RX buffers on request."""
 
     def __init__(self, memory: GuestMemory, pair: NicPair) -> None:
         self.memory, self.pair = memory, pair
@@ -66,11 +68,29 @@ def looped(request: pytest.FixtureRequest) -> Iterator[tuple[NicPair, Loopback]]
         nic.close()
 
 
+def test_header_is_as_long_as_the_features_make_it() -> None:
+    """A device that reports hashes puts the frame behind 20 bytes, and looks for it there (virtio 1.3, 5.1.6)."""
+    for features, header in ((SUPPORTED, 12), (SUPPORTED | CONTROL, 20)):
+        with GuestMemory([(DEFAULT_GPA, 4 << 20)]) as memory:
+            nic = GuestNic(memory, NicOptions(ring_size=16, frame_size=128, features=features))
+            [pair] = nic.pairs
+            device = Loopback(memory, pair)
+            run(pair)
+            device.take()
+            assert {len(data) for data in device.held} == {header + 128}
+            for data in device.held:
+                device.deliver(b"\xff" * header + data[header:])
+            run(pair)
+            assert pair.counts().received == len(device.held)
+            assert pair.counts().corrupted == 0
+            nic.close()
+
+
 def run(pair: NicPair, milliseconds: int = 5) -> None:
     lib.nic_run(pair.c, time.monotonic_ns() + milliseconds * 1_000_000)
 
 
-def test_it_keeps_fewer_frames_in_flight_than_rx_buffers_posted(looped: tuple[NicPair, Loopback]) -> None:
+def test_nic_keeps_fewer_frames_in_flight_than_rx_buffers_posted(looped: tuple[NicPair, Loopback]) -> None:
     pair, device = looped
     run(pair)
     assert device.take() == 8
@@ -93,7 +113,7 @@ def test_every_frame_that_comes_back_is_counted_once(looped: tuple[NicPair, Loop
     assert (counts.lost, counts.duplicated, counts.corrupted, counts.reordered) == (0, 0, 0, 0)
 
 
-def test_loss_duplicates_corruption_and_order_are_told_apart(looped: tuple[NicPair, Loopback]) -> None:
+def test_loss_duplicates_corruption_and_order_are_counted_separately(looped: tuple[NicPair, Loopback]) -> None:
     pair, device = looped
     run(pair)
     device.take()
@@ -186,7 +206,7 @@ def test_window_begun_again_forgets_its_gap(looped: tuple[NicPair, Loopback]) ->
     assert gap < longer
 
 
-def test_nonsense_in_the_used_rings_is_counted_and_survived(looped: tuple[NicPair, Loopback]) -> None:
+def test_invalid_used_elements_are_counted_and_survived(looped: tuple[NicPair, Loopback]) -> None:
     pair, device = looped
     run(pair)
     device.take()

@@ -98,7 +98,7 @@ CALLS = st.lists(
 
 
 @given(CALLS)
-def test_it_does_so_whatever_overlaps(calls: list[tuple[int, int, str, str]]) -> None:
+def test_perfetto_slices_nest_with_any_overlap(calls: list[tuple[int, int, str, str]]) -> None:
     trace = Trace()
     device = trace.device(A)
     for begin, length, phase, event in calls:

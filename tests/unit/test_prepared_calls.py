@@ -61,11 +61,12 @@ def test_requests_are_made_in_order_until_one_fails(door: Door) -> None:
     assert lib.calls_run(door.read_end, calls, 3) == 1
     assert list(answers) == [5, -1, -1]
     assert [call.result for call in calls] == [0, -errno.ENOTTY, 0]
-    assert 0 < calls[0].begin <= calls[0].end <= calls[1].begin <= calls[1].end
+    # a request takes longer than the clock's resolution
+    assert 0 < calls[0].begin < calls[0].end <= calls[1].begin < calls[1].end
     assert calls[2].begin == 0
 
 
-def test_what_a_request_reads_and_what_it_is_given_can_be_changed_between_runs(door: Door) -> None:
+def test_prepared_request_arguments_can_be_changed_between_runs(door: Door) -> None:
     calls = PreparedCalls(door)  # type: ignore[arg-type]
     place = calls.set_vring_base(1, 0)
     calls.put(place, 9)

@@ -6,110 +6,23 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from door_double import PAIRS, DoorDouble, Fault
+from door_double import PAIRS, Fault
+from procedure_rig import OWN, PROCEDURES, RELAYED, MiB, Rig, disorder, rig
 
-from pyvhostvdpa import GuestMemory, MissingFeature, OutOfOrder, QueueBroken, State, VhostVdpaError
+from pyvhostvdpa import MissingFeature, OutOfOrder, QueueBroken, State, VhostVdpaError
 from pyvhostvdpa._cdefs import ffi
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature, Status
-from pyvhostvdpa.bench.ladder.rows import PLANS
-from pyvhostvdpa.chardev.iotlb import Iotlb, Limits
-from pyvhostvdpa.device.groups import probe_groups
 from pyvhostvdpa.device.procedure import best
-from pyvhostvdpa.device.procedure.base import Procedure, Target
 from pyvhostvdpa.device.procedure.direct import Direct
-from pyvhostvdpa.device.procedure.in_place import InPlace
-from pyvhostvdpa.guest.nic import GuestNic, NicOptions
+from pyvhostvdpa.device.shadowing import USED
 from pyvhostvdpa.memory.guest import DEFAULT_GPA
-from pyvhostvdpa.net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
-from pyvhostvdpa.net.control_queue import GuestControl
-from pyvhostvdpa.net.features import CONTROL, SUPPORTED, Feature, negotiate
-
-MiB = 1 << 20
-OFFERED = int(SUPPORTED | CONTROL)
-WITHOUT_RESUME = ALL_BACKEND_FEATURES & ~BackendFeature.RESUME
-WITHOUT_PERSIST = ALL_BACKEND_FEATURES & ~BackendFeature.IOTLB_PERSIST
-WITHOUT_DESC_ASID = ALL_BACKEND_FEATURES & ~BackendFeature.DESC_ASID
-
-Make = Callable[[Target], Procedure]
-SERIES: dict[str, Make] = {
-    f"series {plan.row}": lambda target, plan=plan: plan.resolve(target, False).make(target)  # type: ignore[misc]
-    for plan in PLANS.values()
-    if plan.procedure is None
-}
-PROCEDURES: dict[str, tuple[Make, BackendFeature]] = {
-    "direct": (Direct, ALL_BACKEND_FEATURES),
-    "direct without RESUME": (Direct, WITHOUT_RESUME),
-    "direct without PERSIST": (Direct, WITHOUT_PERSIST),
-    "direct without DESC_ASID": (Direct, WITHOUT_DESC_ASID),
-    "in place": (InPlace, ALL_BACKEND_FEATURES),
-    "in place without PERSIST": (InPlace, WITHOUT_PERSIST),
-    **{name: (make, ALL_BACKEND_FEATURES) for name, make in SERIES.items()},
-}
-OWN = [name for name in PROCEDURES if not name.startswith("series")]
-
-
-class Rig:
-    """A guest with a control queue on the double, driven by one procedure."""
-
-    def __init__(self, make: Make, advertised: BackendFeature, control: bool = True) -> None:
-        self.door = DoorDouble(OFFERED, advertised)
-        self.memory = GuestMemory([(DEFAULT_GPA, 2 * MiB)])
-        door: DoorDouble = self.door
-        features = negotiate(door.get_features(), SUPPORTED | CONTROL)
-        door.set_backend_features(advertised)
-        limits = Limits(first=0, last=(1 << 48) - 1, as_num=door.as_num, pinned=False, entries=None)
-        groups = probe_groups(door, features, door.get_vqs_count())  # type: ignore[arg-type]
-        iotlb = Iotlb(door, limits)  # type: ignore[arg-type]
-        target = Target(door, iotlb, features, advertised, groups)  # type: ignore[arg-type]
-        self.procedure = make(target)
-        self.procedure.control_deadline = 5.0
-        self.nic = GuestNic(
-            self.memory, NicOptions(pairs=PAIRS, ring_size=8, features=features, control_index=groups.control_index)
-        )
-        assert self.nic.control is not None
-        self.control = GuestControl(self.nic.control.queue, ControlModel(features)) if control else None
-        self.procedure.attach(self.memory)
-
-    def start(self, mode: State) -> None:
-        self.procedure.start(mode, self.nic.queues, self.control)
-
-    def stop(self, then: State | None = None) -> None:
-        self.procedure.stop(then)
-
-    def close(self) -> None:
-        self.procedure.abandon()
-        self.door.close()
-        self.procedure.release()
-        self.nic.close()
-        self.memory.close()
-
-    def runs(self) -> bool:
-        """Whether the device works on rings that it can reach, every queue enabled."""
-        enabled = all(ring.ready for ring in self.door.vrings)
-        return self.door.running and enabled and not self.door.unreachable_rings()
-
-    def device_is_off(self) -> bool:
-        return not self.door.running
-
-
-@contextmanager
-def rig(name: str, **options: bool) -> Iterator[Rig]:
-    """A rig that must leave no descriptor and no thread behind."""
-    fds, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-    made = Rig(*PROCEDURES[name], **options)
-    try:
-        yield made
-    finally:
-        made.close()
-    assert len(os.listdir("/proc/self/fd")) == fds
-    assert threading.active_count() == threads
-
+from pyvhostvdpa.net.control import OK, VQ_PAIRS_SET, Class, command
+from pyvhostvdpa.net.features import Feature
 
 SCENARIO: tuple[tuple[str, State | None], ...] = (
     ("start", State.PASSTHROUGH),
@@ -173,7 +86,7 @@ def test_procedure_repeated_switches_leak_no_map_and_no_iova(name: str) -> None:
 
 
 def calls_of(name: str, step_number: int) -> int:
-    """How many calls a step of the scenario makes when nothing fails."""
+    """Return the number of calls that step ``step_number`` of the scenario makes when nothing fails."""
     with rig(name) as it:
         for step in SCENARIO[:step_number]:
             act(it, step)
@@ -238,10 +151,10 @@ def test_refused_stop_resumes_with_the_control_queue_enabled(name: str) -> None:
         with pytest.raises(OutOfOrder):
             it.stop(State.SHADOW)
         assert it.procedure.state is State.PASSTHROUGH
-        assert it.runs(), "the device goes on, its control queue enabled again"
+        assert it.runs(), "the device continues, its control queue enabled again"
 
 
-def test_refused_stop_without_resume_resets_and_says_so() -> None:
+def test_refused_stop_without_resume_resets_and_reports_it() -> None:
     with rig("direct without RESUME") as it:
         it.start(State.PASSTHROUGH)
         disorder(it)
@@ -249,19 +162,6 @@ def test_refused_stop_without_resume_resets_and_says_so() -> None:
             it.stop(State.SHADOW)
         assert it.procedure.state is State.RESET
         assert not it.door.status
-
-
-def disorder(it: Rig) -> None:
-    """Make queue 0's ring look as a device leaves it that used the second of two descriptors first."""
-    queue = it.nic.queues[0]
-    avail = ffi.cast("uint16_t *", it.memory.hva(queue.avail))
-    used = ffi.cast("uint16_t *", it.memory.hva(queue.used))
-    ids = ffi.cast("uint32_t *", it.memory.hva(queue.used + 4))
-    start = used[1]
-    avail[1] = (start + 2) & 0xFFFF
-    avail[2 + start % queue.num], avail[2 + (start + 1) % queue.num] = 0, 1
-    ids[2 * (start % queue.num)] = 1
-    used[1] = (start + 1) & 0xFFFF
 
 
 @pytest.mark.parametrize("mode", [State.PASSTHROUGH, State.SHADOW])
@@ -293,7 +193,7 @@ def give_one(it: Rig) -> Any:
     while not ring.avail.idx and time.monotonic() < until:
         time.sleep(0.001)
     assert ring.avail.idx == 1
-    # the relay sleeps by then, and nobody tells it of what follows
+    # the relay sleeps by then, and is not notified of what follows
     time.sleep(0.01)
     return ffi.cast("struct vring_used *", it.memory.hva(queue.used))
 
@@ -302,8 +202,8 @@ def shadow_ring(it: Rig, index: int) -> Any:
     return it.procedure.shadows[index].c.device  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", PROCEDURES)
-def test_stop_returns_what_the_device_used_and_nobody_was_told_of(name: str) -> None:
+@pytest.mark.parametrize("name", RELAYED)
+def test_stop_returns_used_elements_that_were_not_notified(name: str) -> None:
     with rig(name) as it:
         used, ring = give_one(it), shadow_ring(it, 1)
         ring.used.ring[0].id, ring.used.idx = ring.avail.ring[0], 1
@@ -311,8 +211,8 @@ def test_stop_returns_what_the_device_used_and_nobody_was_told_of(name: str) -> 
         assert (used.idx, used.ring[0].id) == (1, 0)
 
 
-@pytest.mark.parametrize("name", PROCEDURES)
-def test_queue_that_broke_is_told_and_keeps_no_other_from_the_guest(name: str) -> None:
+@pytest.mark.parametrize("name", RELAYED)
+def test_queue_that_broke_is_reported_and_keeps_no_other_from_the_guest(name: str) -> None:
     with rig(name) as it:
         used, ring = give_one(it), shadow_ring(it, 1)
         ring.used.ring[0].id, ring.used.idx = ring.avail.ring[0], 1
@@ -343,7 +243,7 @@ def test_stop_whose_suspend_fails_leaves_the_control_queue_served(name: str) -> 
 
 
 @pytest.mark.parametrize("name", PROCEDURES)
-def test_device_goes_on_at_the_used_index_of_the_guest_s_ring(name: str) -> None:
+def test_device_continues_at_the_used_index_of_the_guest_s_ring(name: str) -> None:
     with rig(name) as it:
         queue = it.nic.queues[1]
         for part in (queue.avail, queue.used):
@@ -354,7 +254,7 @@ def test_device_goes_on_at_the_used_index_of_the_guest_s_ring(name: str) -> None
                 assert it.door.vrings[1].base == 5
 
 
-def test_switch_in_place_with_another_control_state_tells_the_device() -> None:
+def test_switch_in_place_replays_a_changed_control_state() -> None:
     with rig("in place") as it:
         assert it.control is not None
         it.start(State.PASSTHROUGH)
@@ -366,7 +266,7 @@ def test_switch_in_place_with_another_control_state_tells_the_device() -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_halt_of_a_device_out_of_order_resets_it_and_says_so(name: str) -> None:
+def test_halt_of_a_device_out_of_order_resets_it_and_reports_it(name: str) -> None:
     with rig(name) as it:
         it.start(State.PASSTHROUGH)
         disorder(it)
@@ -448,7 +348,7 @@ def test_guest_with_indirect_descriptors_is_not_switched_in_place() -> None:
 
 
 def test_shadow_after_shadow_is_started_from_reset() -> None:
-    """The ring stays where it was, so nothing tells the device that it begins anew."""
+    """The ring stays where it was, so nothing shows the device that it starts from scratch."""
     with rig("in place") as it:
         for _ in range(2):
             it.start(State.SHADOW)
@@ -457,3 +357,35 @@ def test_shadow_after_shadow_is_started_from_reset() -> None:
         it.start(State.SHADOW)
         assert it.door.resets == resets + 1
         assert it.runs()
+
+
+@pytest.mark.parametrize("name", [f"direct, {USED}", f"in place, {USED}"])
+def test_queue_that_passes_is_looked_at_as_in_passthrough(name: str) -> None:
+    """Its used ring is dirty once it is stopped, its base has to be between the indices, and it has to be in order."""
+    with rig(name) as it:
+        it.start(State.SHADOW)
+        queue = it.nic.queues[1]
+        assert [server.through for server in it.procedure.shadows] == [False, True] * PAIRS
+        assert set(it.door.vrings[1].addresses) == {queue.desc, queue.avail, queue.used}
+        it.memory.start_dirty_log()
+        it.stop()
+        assert queue.used & ~0xFFF in it.memory.dirty_pages()
+        it.start(State.SHADOW)
+        it.door.vrings[1].base += 3
+        with pytest.raises(QueueBroken, match="virtqueue 1: the device reports base 3"):
+            it.stop()
+
+
+@pytest.mark.parametrize("name", [f"direct, {USED}", f"in place, {USED}"])
+def test_new_eventfds_of_a_queue_that_passes_reach_the_device(name: str) -> None:
+    with rig(name) as it:
+        it.start(State.SHADOW)
+        fds = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
+        try:
+            it.procedure.set_eventfds(1, *fds)
+            assert (it.door.vrings[1].kick, it.door.vrings[1].call) == fds
+            assert (it.procedure.shadows[1].kick, it.procedure.shadows[1].call) == fds
+            it.stop(State.PASSTHROUGH)
+        finally:
+            for fd in fds:
+                os.close(fd)

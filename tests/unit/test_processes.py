@@ -1,4 +1,4 @@
-"""Who has a device, waits for one or serves one, by a procfs that is made for the test."""
+"""Which processes have a device open, wait for one or serve one, by a procfs that is made for the test."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def sees(pid: int) -> bool:
     return any(holder.pid == pid for holders in openers().values() for holder in holders)
 
 
-# -- who waits -----------------------------------------------------------------------------
+# -- processes that wait -------------------------------------------------------------------
 
 
 def test_stuck_names_the_removal_of_a_driver_before_the_commands_that_wait_for_it(proc: Path, add: Add) -> None:
@@ -113,7 +113,7 @@ def test_stuck_leaves_out_a_process_that_sleeps_like_that_for_a_moment(
     assert stuck(proc) == ()
 
 
-# -- who serves ------------------------------------------------------------------------------
+# -- processes that serve --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("state", "stopped"), [("S", False), ("R", False), ("T", True), ("t", True), ("Z", True)])

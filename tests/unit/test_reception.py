@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -17,10 +18,12 @@ from pathlib import Path
 import pytest
 
 from pyvhostvdpa.base.errors import MigrationRefused, StreamCorrupt
-from pyvhostvdpa.guest.state import DeviceShape, GuestShape
+from pyvhostvdpa.guest.shape import DeviceShape, GuestShape
+from pyvhostvdpa.guest.synthetic import KINDS
 from pyvhostvdpa.memory.guest import DEFAULT_GPA
 from pyvhostvdpa.migration import alive, endpoint, reception, session
 from pyvhostvdpa.migration.alive import AliveLimit
+from pyvhostvdpa.migration.cancel import Cancel
 from pyvhostvdpa.migration.destination import receive_shape
 from pyvhostvdpa.migration.endpoint import Address, Inherited, Listener, NoPeer, connect
 from pyvhostvdpa.migration.reception import Reception
@@ -74,7 +77,7 @@ def first(here: Reception, said: list[str] | None = None) -> Channel:
 
 
 @pytest.mark.parametrize("data", [b"", PREAMBLE[:3], PREAMBLE + HEADER.pack(Frame.SHAPE, 0, 1 << 20, 0) + bytes(99)])
-def test_strangers_that_say_little_keep_no_source_out(here: Reception, address: Address, data: bytes) -> None:
+def test_strangers_that_send_little_keep_no_source_out(here: Reception, address: Address, data: bytes) -> None:
     with contextlib.ExitStack() as strangers:
         for _ in range(60):
             strangers.enter_context(stranger(address, data))
@@ -83,6 +86,18 @@ def test_strangers_that_say_little_keep_no_source_out(here: Reception, address: 
             assert time.monotonic() - begin < SOON
             channel.send_frame(Frame.ACCEPT)
             assert source.expect(Frame.ACCEPT, seconds=SOON)[0] is Frame.ACCEPT
+
+
+def test_check_whether_a_process_listens_is_not_reported(here: Reception, address: Address) -> None:
+    """`send` does so before it starts its guest, and the user would read that a source was refused."""
+    for _ in range(3):
+        endpoint.check_listening(address)
+    with stranger(address, PREAMBLE[:3]):
+        pass
+    with honest(address):
+        said: list[str] = []
+        with first(here, said):
+            assert len(said) == 1
 
 
 def test_more_strangers_than_handshakes_end_the_oldest(
@@ -94,7 +109,11 @@ def test_more_strangers_than_handshakes_end_the_oldest(
         said: list[str] = []
         with honest(address), first(here, said):
             pass
-        assert any("ended for another" in text for text in said)
+        while not any("ended for another" in text for text in said):
+            # the source may be through before the threads of those that were ended
+            with pytest.raises(MigrationRefused) as refused:
+                here.next()
+            said.append(str(refused.value))
         socks[0].settimeout(SOON)
         assert socks[0].recv(64) in (b"", PREAMBLE)
 
@@ -128,7 +147,7 @@ def refused(here: Reception) -> None:
         raise NoPeer(str(e)) from e
 
 
-def test_alive_is_no_handshake(here: Reception, address: Address) -> None:
+def test_alive_frame_in_place_of_a_handshake_is_refused(here: Reception, address: Address) -> None:
     with connect(address) as source:
         source.send_text(Frame.ALIVE, "still here")
         with pytest.raises(MigrationRefused, match="a ALIVE frame where SHAPE"):
@@ -145,7 +164,7 @@ def test_deadline_of_the_handshake_ends_with_it(here: Reception, address: Addres
             assert (channel.deadline, channel.cancel) == (None, -1)
 
 
-def test_sources_beyond_those_that_may_wait_are_told(
+def test_sources_beyond_those_that_may_wait_are_refused_with_the_reason(
     here: Reception, address: Address, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reception, "MAX_WAITING", 1)
@@ -158,7 +177,7 @@ def test_sources_beyond_those_that_may_wait_are_told(
         assert not one.readable()
 
 
-def test_who_waits_when_the_guest_is_there_is_told(address: Address) -> None:
+def test_source_that_waits_when_the_guest_arrives_is_refused_with_the_reason(address: Address) -> None:
     with Listener(address) as listener, contextlib.ExitStack() as stack:
         here = Reception(listener, receive_shape, stall=1.0)
         source = stack.enter_context(honest(address))
@@ -168,7 +187,7 @@ def test_who_waits_when_the_guest_is_there_is_told(address: Address) -> None:
         assert "has received another guest" in words(source.expect(Frame.REFUSE, seconds=SOON)[1])
 
 
-def test_a_listener_without_descriptors_goes_on_when_there_are_some(
+def test_a_listener_without_descriptors_continues_when_there_are_some(
     address: Address, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Listener(address) as listener:
@@ -212,7 +231,7 @@ def receiving(monkeypatch: pytest.MonkeyPatch) -> tuple[session.Receiving, list[
     monkeypatch.setattr(session, "Destination", Fitting)
     monkeypatch.setattr(session.Receiving, "_live", lambda self, arrived: arrived)
     monkeypatch.setattr(Fitting, "refusals", 2)
-    return session.Receiving(["/dev/none"], tell=said.append), said
+    return session.Receiving(["/dev/none"], tell=said.append, kinds=KINDS), said
 
 
 def test_a_guest_that_does_not_fit_ends_no_listener(
@@ -233,6 +252,21 @@ def test_a_guest_that_does_not_fit_ends_no_listener(
     assert [text for text in said if text.startswith("refused")] == ["refused: it does not fit"] * 2
 
 
+def test_listener_needs_no_more_descriptors_for_each_source(
+    receiving: tuple[session.Receiving, list[str]], address: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Cancel] = []
+
+    def make() -> Cancel:
+        if made:
+            raise OSError(errno.EMFILE, "Too many open files")
+        made.append(Cancel())
+        return made[0]
+
+    monkeypatch.setattr(session, "Cancel", make)
+    test_a_guest_that_does_not_fit_ends_no_listener(receiving, address)
+
+
 def test_an_inherited_stream_that_was_refused_has_no_next(receiving: tuple[session.Receiving, list[str]]) -> None:
     near, far = socket.socketpair()
     with far, Inherited(near.detach()) as stream:
@@ -241,7 +275,7 @@ def test_an_inherited_stream_that_was_refused_has_no_next(receiving: tuple[sessi
             receiving[0].receive(stream)
 
 
-# -- who is at the other end of a Unix socket ----------------------------------------------------
+# -- the peer of a Unix socket -------------------------------------------------------------------
 
 
 def as_another_user(action: Callable[[], int]) -> int:
@@ -311,7 +345,7 @@ def test_a_destination_of_another_user_gets_no_guest(public: Path) -> None:
 # -- the socket's file --------------------------------------------------------------------------
 
 
-def test_a_file_that_is_no_socket_is_not_removed(tmp_path: Path) -> None:
+def test_file_that_is_not_a_socket_is_not_removed(tmp_path: Path) -> None:
     path = tmp_path / "precious"
     path.write_bytes(b"precious")
     with pytest.raises(MigrationRefused, match="cannot listen"):
@@ -343,7 +377,7 @@ def test_a_flood_of_alive_is_refused() -> None:
         flood(limit)
 
 
-def test_nothing_but_alive_for_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_that_sends_only_alive_for_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     limit, begin = AliveLimit(), time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: begin + alive.SECONDS - 1)
     limit.count()

@@ -34,7 +34,7 @@ def test_every_field_comes_back() -> None:
     assert records.read(written(trace)) == trace.events
 
 
-def test_what_comes_back_can_be_exported() -> None:
+def test_records_read_back_can_be_exported() -> None:
     here, there = Trace(), recorded()
     here.events += records.read(written(there))
     said = io.StringIO(), io.StringIO()
@@ -49,5 +49,5 @@ def test_anything_else_is_refused(text: str, tmp_path: object) -> None:
     with open(path, "w+", encoding="utf-8") as file:
         file.write(text.replace("SCHEMA", records.SCHEMA))
         file.seek(0)
-        with pytest.raises(VhostVdpaError, match=f"{path} is no file of records"):
+        with pytest.raises(VhostVdpaError, match=f"{path} is not a recording"):
             records.read(file)

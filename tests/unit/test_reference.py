@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 import pytest
 
@@ -28,11 +29,24 @@ def test_an_unknown_topic_names_those_there_are(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("name", [n for n in pyvhostvdpa.__all__ if not n.startswith("_")])
-def test_everything_public_has_a_reference(name: str) -> None:
+def test_public_name_has_a_reference(name: str) -> None:
     assert name in reference.text("api", name)
 
 
-def test_a_class_is_told_with_its_methods() -> None:
+def test_reference_has_no_text_that_only_a_program_can_read() -> None:
+    for module in reference.modules():
+        for name, thing in reference.public(module):
+            page = "\n".join(reference.describe(name, thing, module.__name__))
+            assert not re.search(r"<(function|class|factory)|<\w+\.\w+:| at 0x[0-9a-f]{6}|:\w+:`", page), name
+
+
+def test_default_value_is_written_as_a_caller_would_write_it() -> None:
+    assert "perm: Access = Access.RW)" in reference.text("api", "AddressSpace").replace("\n ", "")
+    assert 'impossible: str = "")' in reference.text("api", "RowResult")
+    assert "progress: ProgressCallback = …" in reference.text("api", "GuestMemory")
+
+
+def test_a_class_is_reported_with_its_methods() -> None:
     page = reference.text("api", "VhostVdpa")
     assert "set_group_asid(self, group: int, asid: int) -> None" in page
     assert "EBUSY after DRIVER_OK" in page
@@ -40,7 +54,7 @@ def test_a_class_is_told_with_its_methods() -> None:
         reference.text("api", "Nonsense")
 
 
-def test_a_class_is_told_with_what_it_has_from_another() -> None:
+def test_a_class_is_reported_with_what_it_has_from_another() -> None:
     page = reference.text("api", "SharedMemory")
     assert "buffer" in page
     assert "hva" in page
@@ -54,7 +68,7 @@ def test_the_table_of_requests_names_the_method_of_each() -> None:
     assert all(callable(getattr(VhostVdpa, row.method)) for row in IOCTLS.values())
 
 
-def test_an_errno_is_told_with_its_cause_and_the_next_step() -> None:
+def test_an_errno_is_reported_with_its_cause_and_the_next_step() -> None:
     error = KernelError(524, "mmap", "index=0")
     assert "ENOTSUPP" in str(error)
     assert "no doorbell page" in error.cause

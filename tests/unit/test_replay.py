@@ -1,4 +1,4 @@
-"""The control queue's replay, as far as it goes without a device: what it notes, and what it refuses."""
+"""The control queue's replay without a device: what it notes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
-from pyvhostvdpa.memory.guest import DEFAULT_GPA, HUGE_PAGE, GuestMemory, SharedMemory
+from pyvhostvdpa.memory.guest import DEFAULT_GPA, HUGE_PAGE, GuestMemory
+from pyvhostvdpa.memory.mapped import SharedMemory
 from pyvhostvdpa.net.control import ControlModel
-from pyvhostvdpa.net.control_queue import ControlArea, ControlFailed, ControlOptions, ControlQueue, GuestControl
+from pyvhostvdpa.net.control_queue import ControlFailed, ControlOptions, ControlQueue, NetControlArea, NetGuestControl
 from pyvhostvdpa.net.features import CONTROL, Feature
 from pyvhostvdpa.trace.recorder import Trace
 from pyvhostvdpa.virtqueue.layout import SplitLayout
@@ -26,8 +27,8 @@ def make() -> Iterator[Make]:
 
         def build(num: int = 64, **state: object) -> tuple[ControlQueue, Trace]:
             model = ControlModel(CONTROL, **state)  # type: ignore[arg-type]
-            area = ControlArea(SplitLayout(num), own.hva, 0x1000)
-            queue = ControlQueue(GuestControl(guest, model), memory, area, ControlOptions(0.01), trace.device("a"))
+            area = NetControlArea(SplitLayout(num), own.hva, 0x1000)
+            queue = ControlQueue(NetGuestControl(guest, model), memory, area, ControlOptions(0.01), trace.device("a"))
             made.append(queue)
             return queue, trace
 
@@ -61,7 +62,7 @@ def test_commands_are_noted_before_they_are_sent(make: Make) -> None:
     assert all(event.result is None for event in trace.events)
 
 
-def test_a_wait_beyond_the_deadline_says_how_long_it_was(make: Make) -> None:
+def test_wait_beyond_the_deadline_reports_its_duration(make: Make) -> None:
     queue, _ = make(pairs=3)
     with pytest.raises(
         ControlFailed, match=r"a: the device did not answer 1 control commands within 0\.01 s"

@@ -14,8 +14,9 @@ import pytest
 
 from pyvhostvdpa.base.errors import MigrationFailed, MigrationRefused, StreamCorrupt
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
-from pyvhostvdpa.guest.state import GuestShape, GuestState
-from pyvhostvdpa.guest.synthetic import SyntheticGuest
+from pyvhostvdpa.guest.shape import GuestShape
+from pyvhostvdpa.guest.state import GuestState
+from pyvhostvdpa.guest.synthetic import KINDS, SyntheticGuest
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, Gpa, GuestMemory
 from pyvhostvdpa.migration.pages import memory_hash
 from pyvhostvdpa.migration.saved import SavedGuest, check_room, load, read_sections, save
@@ -46,7 +47,7 @@ def test_a_guest_comes_back_whole(guest: SyntheticGuest, tmp_path: Path) -> None
     assert path.name == "guest-000000000000-source.saved"
     assert path.stat().st_mode & 0o777 == 0o600
     assert os.listdir(tmp_path) == [path.name]
-    found, memory = load(path)
+    found, memory = load(path, KINDS)
     with memory:
         assert found == was
         for theirs, ours in zip(memory.regions, guest.memory.regions, strict=True):
@@ -66,7 +67,7 @@ def test_a_damaged_byte_of_memory_is_found(guest: SyntheticGuest, tmp_path: Path
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(StreamCorrupt, match="the hash of its memory differs"):
-        load(path)
+        load(path, KINDS)
 
 
 @pytest.mark.parametrize("cut", [0, 10, 30, 60, 3000, 1 << 20])
@@ -74,28 +75,28 @@ def test_a_truncated_file_is_refused(guest: SyntheticGuest, tmp_path: Path, cut:
     path = save(tmp_path, "source", saved(guest), guest.memory)
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(StreamCorrupt):
-        load(path)
+        load(path, KINDS)
 
 
-def test_another_file_is_no_guest(tmp_path: Path) -> None:
+def test_load_of_another_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(os.urandom(4096))
     with pytest.raises(StreamCorrupt, match="is not a saved guest of version 1 or 2"):
-        load(path)
+        load(path, KINDS)
 
 
-def test_no_file_is_told(tmp_path: Path) -> None:
+def test_no_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(MigrationRefused, match="No such file"):
-        load(tmp_path / "none")
+        load(tmp_path / "none", KINDS)
 
 
-def test_no_room_is_told_beforehand(tmp_path: Path) -> None:
+def test_missing_room_is_reported_before_saving(tmp_path: Path) -> None:
     with pytest.raises(MigrationRefused, match="MiB free") as refused:
         check_room(tmp_path / "new", 1 << 60)
     assert "--state DIR" in refused.value.hint
 
 
-def test_a_file_that_cannot_be_written_is_told(guest: SyntheticGuest, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_reported(guest: SyntheticGuest, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MigrationFailed, match="could not be saved"):
         save(tmp_path / "file", "source", saved(guest), guest.memory)
@@ -105,7 +106,7 @@ def test_a_guest_without_devices_state_is_refused(guest: SyntheticGuest, tmp_pat
     whole = saved(guest)
     path = save(tmp_path, "source", SavedGuest(whole.shape, GuestState(0), ()), guest.memory)
     with pytest.raises(StreamCorrupt, match="0 devices, the SHAPE section has 1"):
-        load(path)
+        load(path, KINDS)
 
 
 # -- checksums: version 2 ---------------------------------------------------------------
@@ -141,21 +142,21 @@ def test_saved_file_with_one_flipped_bit_is_refused(small: SyntheticGuest, tmp_p
     for number, at in enumerate([*places, state, state + 4097, len(data) - 1]):
         path.write_bytes(flipped(data, 8 * at + number % 8))
         with pytest.raises(StreamCorrupt):
-            load(path)
+            load(path, KINDS)
 
 
 def test_every_flipped_bit_of_saved_state_is_refused(small: SyntheticGuest, tmp_path: Path) -> None:
     path = save(tmp_path, "source", saved_small(small), small.memory)
     state = path.read_bytes()[: -small.memory.size]
-    assert read_sections(io.BytesIO(state), path)[0] == saved_small_of(path)
+    assert read_sections(io.BytesIO(state), path, KINDS)[0] == saved_small_of(path)
     # the hash of memory is part of the head, whose checksum covers it
     for bit in range(8 * len(state)):
         with pytest.raises(StreamCorrupt):
-            read_sections(io.BytesIO(flipped(state, bit)), path)
+            read_sections(io.BytesIO(flipped(state, bit)), path, KINDS)
 
 
 def saved_small_of(path: Path) -> SavedGuest:
-    saved, memory = load(path)
+    saved, memory = load(path, KINDS)
     memory.close()
     return saved
 
@@ -164,7 +165,7 @@ def test_saved_file_with_bytes_after_its_end_is_refused(small: SyntheticGuest, t
     path = save(tmp_path, "source", saved_small(small), small.memory)
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(StreamCorrupt, match="bytes after its memory"):
-        load(path)
+        load(path, KINDS)
 
 
 def test_saved_file_of_version_1_is_read_with_a_warning(
@@ -177,7 +178,7 @@ def test_saved_file_of_version_1_is_read_with_a_warning(
         data += struct.pack("<I", len(section)) + section
     path.write_bytes(data + bytes(small.memory.regions[0].memory.buffer))
     with caplog.at_level(logging.WARNING):
-        found, memory = load(path)
+        found, memory = load(path, KINDS)
     memory.close()
     assert found == guest
     assert "format version 1" in caplog.text
@@ -189,7 +190,7 @@ def test_saved_file_of_the_current_version_is_read_without_a_warning(
 ) -> None:
     path = save(tmp_path, "source", saved_small(small), small.memory)
     assert path.read_bytes()[8:12] == b"\2\0\0\0"
-    load(path)[1].close()
+    load(path, KINDS)[1].close()
     assert not caplog.text
 
 
@@ -198,4 +199,4 @@ def test_saved_state_that_does_not_match_its_shape_is_refused(small: SyntheticGu
     other = dataclasses.replace(whole.shape, devices=(dataclasses.replace(whole.shape.devices[0], ring_size=32),))
     path = save(tmp_path, "source", dataclasses.replace(whole, shape=other), small.memory)
     with pytest.raises(StreamCorrupt, match="ring_size 16 here, 32 there"):
-        load(path)
+        load(path, KINDS)

@@ -16,11 +16,13 @@ from pyvhostvdpa.base.uapi import BackendFeature
 from pyvhostvdpa.device.groups import Groups
 from pyvhostvdpa.device.procedure.base import Memories, Target
 from pyvhostvdpa.device.procedure.direct import Direct
-from pyvhostvdpa.memory.guest import HUGE_PAGE, IovaAllocator, SharedMemory
+from pyvhostvdpa.memory.guest import HUGE_PAGE
+from pyvhostvdpa.memory.iova import IovaAllocator
+from pyvhostvdpa.memory.mapped import SharedMemory
 from pyvhostvdpa.net.features import SUPPORTED, Feature, ring_bits
 from pyvhostvdpa.virtqueue import SHADOWED
 from pyvhostvdpa.virtqueue.layout import ring_layout
-from pyvhostvdpa.virtqueue.serving import RelayOptions, RingServer, Serving
+from pyvhostvdpa.virtqueue.serving import RingServer, Serving, ServingOptions
 from pyvhostvdpa.virtqueue.shadow import ShadowThreads
 
 Make = Callable[..., Model]
@@ -84,4 +86,25 @@ def test_a_shadow_queue_offers_all_that_a_procedure_asks_for(model: Make) -> Non
 
 def test_the_relay_serves_shadow_queues_only() -> None:
     with pytest.raises(TypeError, match="shadow virtqueues only"):
-        ShadowThreads([cast(RingServer, object())], RelayOptions())
+        ShadowThreads([cast(RingServer, object())], ServingOptions())
+
+
+@pytest.mark.parametrize("name", ["base", "served", "attached", "direct", "in_place", "best"])
+def test_a_procedure_knows_nothing_of_virtio_net(name: str) -> None:
+    tree = ast.parse((PROCEDURES / f"{name}.py").read_text())
+    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    assert not [module for module in modules if module.split(".")[0] in ("net", "net_kind", "provisioned")]
+
+
+def test_device_kind_decides_which_queues_one_thread_serves(model: Make) -> None:
+    shadows = [model().svq for _ in range(5)]
+    for together, threads, expected in ((1, 5, [1] * 5), (2, 5, [2, 2, 1]), (3, 2, [3, 2]), (1, 2, [3, 2])):
+        made = ShadowThreads(shadows, ServingOptions(threads), -1, together)
+        assert [thread._c.count for thread in made._threads] == expected
+        made.stop()
+
+
+def test_options_by_their_name_of_an_earlier_release_work_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="RelayOptions is called ServingOptions now"):
+        from pyvhostvdpa.virtqueue.serving import RelayOptions  # noqa: PLC0415
+    assert RelayOptions is ServingOptions

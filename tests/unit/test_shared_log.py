@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_dirty import draining
 
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.base.errors import MissingFeature
@@ -81,7 +81,7 @@ def test_a_closed_log_is_not_written(memory: GuestMemory, bitmap: int) -> None:
     assert pages_in(bitmap) == []
 
 
-def test_a_log_that_has_not_started_moves_nothing(bitmap: int) -> None:
+def test_shared_log_that_is_not_started_publishes_nothing(bitmap: int) -> None:
     with GuestMemory(LAYOUT) as memory, SharedLog(memory, bitmap, SIZE) as log:
         assert log.publish() == 0
 
@@ -114,27 +114,16 @@ def test_any_set_of_pages_is_published_exactly(pages: set[int], first: int, size
 
 
 def test_no_bit_is_lost_while_another_process_takes_them() -> None:
-    """Two threads, since cffi calls run without the GIL: one sets bits of a byte, the other takes them all."""
+    """Two threads: one sets bits of a byte, the other takes them all."""
     log, taken = ffi.new("uint64_t[]", 1), ffi.new("uint64_t[]", 1)
-    stop = threading.Event()
-
-    def take() -> None:
-        while not stop.is_set():
-            lib.pages_take(taken, log, 1)
-
-    thread = threading.Thread(target=take)
-    thread.start()
     seen = 0
-    try:
+    with draining(log, taken):
         for number in range(20_000):
             lib.pages_publish(ffi.new("uint64_t[]", [1]), 1, number % 64, ffi.cast("uint8_t *", log), 8)
             if number % 64 == 63:
                 while log[0]:
                     pass
                 seen += 1
-    finally:
-        stop.set()
-        thread.join()
-    lib.pages_take(taken, log, 1)
+    lib.pages_drain(taken, ffi.NULL, log, 1)
     assert seen
     assert taken[0] == (1 << 64) - 1

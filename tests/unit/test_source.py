@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,18 +16,11 @@ from pyvhostvdpa.migration import source as source_module
 from pyvhostvdpa.migration.stream import Frame
 
 
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path)
-    yield made
-    made.close()
-
-
 def content(memory: GuestMemory) -> bytes:
     return b"".join(bytes(region.memory.buffer) for region in memory.regions)
 
 
-def test_guest_stands_still_before_its_device_is_stopped_for_good(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guest_is_paused_before_its_device_is_stopped_for_good(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     running: list[bool] = []
     stop = StubDevice.stop
 
@@ -59,16 +50,18 @@ def test_page_written_by_the_last_stop_arrives(rig: Rig, monkeypatch: pytest.Mon
         assert content(other.memory) == content(rig.guest.memory)
 
 
-def test_memory_that_differs_lets_the_guest_go_on(rig: Rig) -> None:
+@pytest.mark.parametrize("theirs", [b"", b"another.", b"longer than one"])
+def test_memory_that_differs_lets_the_guest_continue(rig: Rig, theirs: bytes) -> None:
     with rig.source() as (source, other):
+        other.hash = theirs
         source.options = replace(source.options, hashed=True)
-        with pytest.raises(MigrationFailed, match=r"memory at the destination differs.*the guest goes on"):
+        with pytest.raises(MigrationFailed, match=r"memory at the destination differs.*the guest continues"):
             source.run()
     assert Frame.GO not in other.heard
     assert rig.runs
 
 
-def test_refused_guest_goes_on_and_sends_no_memory(rig: Rig) -> None:
+def test_refused_guest_continues_and_sends_no_memory(rig: Rig) -> None:
     with rig.source({Frame.SHAPE: Frame.REFUSE}) as (source, other), pytest.raises(MigrationRefused):
         source.run()
     assert Frame.ROUND not in other.heard
@@ -77,24 +70,24 @@ def test_refused_guest_goes_on_and_sends_no_memory(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("at", [Frame.FINAL, Frame.GO])
-def test_destination_that_failed_and_said_so_lets_the_guest_go_on(rig: Rig, at: Frame) -> None:
+def test_destination_that_reports_its_failure_lets_the_guest_continue(rig: Rig, at: Frame) -> None:
     with (
         rig.source({at: Frame.FAILED}) as (source, _),
-        pytest.raises(MigrationFailed, match=r"so it was told.*the guest goes on in passthrough"),
+        pytest.raises(MigrationFailed, match=r"so it was told.*the guest continues in passthrough"),
     ):
         source.run()
     assert rig.runs
     assert not rig.files()
 
 
-def test_device_that_failed_to_stop_is_halted_before_the_guest_goes_on(rig: Rig) -> None:
+def test_device_that_failed_to_stop_is_halted_before_the_guest_continues(rig: Rig) -> None:
     rig.device.failures["stop"] = [OSError(errno.EIO, "Input/output error")]
-    with rig.source() as (source, _), pytest.raises(MigrationFailed, match="the guest goes on"):
+    with rig.source() as (source, _), pytest.raises(MigrationFailed, match="the guest continues"):
         source.run()
     assert rig.device.calls[-2:] == ["halt", "start_passthrough"]
 
 
-def test_guest_whose_device_cannot_be_started_again_stands_still(rig: Rig) -> None:
+def test_guest_whose_device_cannot_be_started_again_is_paused(rig: Rig) -> None:
     error = OSError(errno.EIO, "Input/output error")
     rig.device.failures = {"start_shadow": [error], "start_passthrough": [error]}
     with rig.source() as (source, _), pytest.raises(MigrationFailed, match="saved in"):
@@ -102,7 +95,7 @@ def test_guest_whose_device_cannot_be_started_again_stands_still(rig: Rig) -> No
     assert not any(traffic.running for traffic in rig.guest.traffic)
 
 
-def test_source_that_was_stopped_for_too_long_does_not_go_on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_that_was_stopped_for_too_long_saves_its_guest(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     passed = SimpleNamespace(left=0.0, passed=True)
     monkeypatch.setattr(source_module, "Fence", lambda seconds, margins: passed)
     with (
@@ -112,3 +105,4 @@ def test_source_that_was_stopped_for_too_long_does_not_go_on(rig: Rig, monkeypat
         source.run()
     assert not rig.runs
     assert len(rig.files()) == 1
+    assert "start_passthrough" not in rig.device.calls, "its device is not started for a guest that may run elsewhere"

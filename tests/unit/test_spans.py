@@ -30,7 +30,7 @@ CALLS = st.tuples(st.integers(0, 1000), st.integers(0, 300), st.booleans())
 
 
 @given(st.lists(CALLS, min_size=1, max_size=40))
-def test_it_is_so_for_calls_that_overlap_and_for_notes_anywhere(calls: list[tuple[int, int, bool]]) -> None:
+def test_spans_sum_to_downtime_with_overlapping_calls_and_notes(calls: list[tuple[int, int, bool]]) -> None:
     trace = Trace()
     device = trace.device(A)
     with device.in_phase("dt2.stop"):
@@ -43,7 +43,7 @@ def test_it_is_so_for_calls_that_overlap_and_for_notes_anywhere(calls: list[tupl
     assert all(piece.ns > 0 for piece in pieces)
 
 
-def test_each_call_is_charged_to_its_kind() -> None:
+def test_spans_charge_each_call_to_its_kind() -> None:
     dt1 = by_kind(spans(traces.migration(), A, DT1))
     assert dt1[Kind.SUSPEND] == 2.5 * MS
     assert dt1[Kind.BASES] == 0.02 * MS
@@ -69,7 +69,7 @@ def test_a_ring_in_the_address_space_of_guest_memory_is_charged_as_guest_memory(
     assert kinds == [Kind.GUEST_MEMORY, Kind.RINGS, Kind.GUEST_MEMORY, Kind.RINGS]
 
 
-def test_all_of_a_batch_is_of_the_kind_of_its_end() -> None:
+def test_spans_of_a_batch_have_the_kind_of_its_end() -> None:
     trace = Trace()
     recorder = Recorder(trace.device(A), 0)
     with recorder.device.in_phase("dt2.stop"):

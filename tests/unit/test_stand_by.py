@@ -1,4 +1,4 @@
-"""A device that stands ready, against a double of the door: what is left when any one call fails once."""
+"""A device on stand-by, against a double of the door: what is left when any one call fails once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 from door_double import Fault
-from test_procedures import OWN, Rig, rig
+from procedure_rig import OWN, Rig, rig
 
 from pyvhostvdpa import State, VhostVdpaError
 
@@ -31,7 +31,7 @@ def calls_of(name: str, step: str) -> int:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_device_that_stands_ready_does_not_run_and_then_does(name: str) -> None:
+def test_device_that_is_ready_does_not_run_and_then_does(name: str) -> None:
     with rig(name) as it:
         act(it, "stand_by")
         assert it.device_is_off()
@@ -44,12 +44,37 @@ def test_device_that_stands_ready_does_not_run_and_then_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_start_of_a_device_that_stands_ready_maps_nothing(name: str) -> None:
+def test_start_of_a_device_that_is_ready_maps_nothing(name: str) -> None:
     with rig(name) as it:
         act(it, "stand_by")
         before = len(it.door.calls)
         act(it, "start")
         assert not [call for call in it.door.names()[before:] if call.startswith("IOTLB_")]
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if name.startswith("in place")])
+def test_start_of_a_suspended_device_is_bases_and_resume(name: str) -> None:
+    """It was given the guest's rings, and everything else, before."""
+    with rig(name) as it:
+        act(it, "stand_by")
+        data = it.door.vrings[:-1]
+        assert [ring.addresses for ring in data] == [(q.desc, q.avail, q.used) for q in it.nic.queues]
+        before = len(it.door.calls)
+        act(it, "start")
+        made = {call.partition("(")[0] for call in it.door.names()[before:]}
+        assert made == {"SET_VRING_BASE", "RESUME", "SET_VRING_ENABLE"}
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if name.startswith("in place")])
+def test_resume_is_the_last_call_of_a_start(name: str) -> None:
+    """What came behind it would wait for a CPU that the running queues keep busy."""
+    with rig(name) as it:
+        act(it, "stand_by")
+        before = len(it.door.calls)
+        act(it, "start")
+        made = [call.partition("(")[0] for call in it.door.names()[before:]]
+        assert "SET_VRING_ENABLE" in made
+        assert made[-1] == "RESUME"
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -76,7 +101,7 @@ def test_step_with_any_one_call_failing_leaves_the_device_off_and_startable(name
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_device_that_stands_ready_can_be_reset_and_closed(name: str) -> None:
+def test_device_that_is_ready_can_be_reset_and_closed(name: str) -> None:
     with rig(name) as it:
         act(it, "stand_by")
         it.procedure.reset()

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from pyvhostvdpa.base.errors import StreamCorrupt
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
-from pyvhostvdpa.guest.state import DeviceShape, DeviceState, GuestShape, GuestState
-from pyvhostvdpa.guest.synthetic import GuestWriter, SyntheticGuest
+from pyvhostvdpa.guest.shape import DeviceShape, GuestShape
+from pyvhostvdpa.guest.state import DeviceState, GuestState
+from pyvhostvdpa.guest.synthetic import SyntheticGuest
+from pyvhostvdpa.guest.writer import GuestWriter
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.net.control import ControlModel, Rx
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED, Feature
@@ -61,7 +63,7 @@ def device(memory: GuestMemory) -> Iterator[DeviceState]:
     guest.add(nic, model())
     _, [state] = guest.state()
     yield state
-    guest.let_go()
+    guest.detach()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def sections(device: DeviceState) -> list[tuple[bytes, Callable[[bytes], Any]]]:
     ]
 
 
-def test_what_is_written_is_read_again(device: DeviceState) -> None:
+def test_sections_decode_to_what_was_encoded(device: DeviceState) -> None:
     assert GuestShape.decode(SHAPE.encode()) == SHAPE
     assert GuestState.decode(GUEST.encode()) == GUEST
     assert DeviceState.decode(device.encode()) == device
@@ -92,7 +94,7 @@ def test_every_truncation_is_refused(sections: list[tuple[bytes, Callable[[bytes
                 decode(data[:end])
 
 
-def test_what_follows_the_end_is_refused(sections: list[tuple[bytes, Callable[[bytes], Any]]]) -> None:
+def test_section_with_bytes_after_its_end_is_refused(sections: list[tuple[bytes, Callable[[bytes], Any]]]) -> None:
     for data, decode in sections:
         with pytest.raises(StreamCorrupt, match="says it has"):
             decode(data + b"\0")
@@ -104,7 +106,7 @@ def test_what_follows_the_end_is_refused(sections: list[tuple[bytes, Callable[[b
 
 def test_another_version_is_refused_by_name(sections: list[tuple[bytes, Callable[[bytes], Any]]]) -> None:
     for data, decode in sections:
-        with pytest.raises(StreamCorrupt, match=r"format version 9, this side knows [12]") as refused:
+        with pytest.raises(StreamCorrupt, match=r"format version 9, this side knows [13]") as refused:
             decode(data[:2] + b"\x09\0" + data[4:])
         assert "same version" in refused.value.hint
 
@@ -144,7 +146,7 @@ def test_words_for_a_terminal_are_printable() -> None:
 
 @settings(max_examples=500, deadline=None)
 @given(data=st.data())
-def test_damaged_state_is_refused_or_means_exactly_what_it_says(
+def test_damaged_state_is_refused_or_encodes_to_the_same_bytes(
     data: st.DataObject, sections: list[tuple[bytes, Callable[[bytes], Any]]]
 ) -> None:
     """A decoder that lets something through that it would not write itself has guessed."""
@@ -173,12 +175,12 @@ def test_damaged_state_is_refused_or_means_exactly_what_it_says(
 # -- a NIC from state ---------------------------------------------------------------
 
 
-def test_a_nic_goes_on_from_its_state(memory: GuestMemory, device: DeviceState) -> None:
+def test_a_nic_continues_from_its_state(memory: GuestMemory, device: DeviceState) -> None:
     guest = SyntheticGuest.restore(memory, GUEST_WITHOUT_WRITER, [device])
     try:
         assert guest.state()[1] == [device]
     finally:
-        guest.let_go()
+        guest.detach()
 
 
 GUEST_WITHOUT_WRITER = GuestState(clock=0)
@@ -225,7 +227,7 @@ def test_a_ring_that_no_driver_has_is_refused(memory: GuestMemory, device: Devic
         SyntheticGuest.restore(memory, GUEST_WITHOUT_WRITER, [pair_with(device, rx=ring)])
 
 
-def test_memory_and_state_of_different_guests_are_told_apart(memory: GuestMemory, device: DeviceState) -> None:
+def test_memory_and_state_of_different_guests_are_a_corrupt_stream(memory: GuestMemory, device: DeviceState) -> None:
     rx, *rest = device.queues
     queues = (dataclasses.replace(rx, heads=(*rx.heads[1:], rx.heads[0])), *rest)
     with pytest.raises(StreamCorrupt, match="and other heads"):

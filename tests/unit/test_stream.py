@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from pyvhostvdpa.base.errors import MigrationCancelled, MigrationRefused, StreamBroken, StreamCorrupt
 from pyvhostvdpa.migration import stream
+from pyvhostvdpa.migration.cancel import Cancel
 from pyvhostvdpa.migration.endpoint import Address, Listener, check_security, connect
 from pyvhostvdpa.migration.pages import stream_sum
 from pyvhostvdpa.migration.source import Source
@@ -62,7 +63,7 @@ def test_a_large_frame_is_sent_whole_while_the_other_side_reads(pair: tuple[Chan
     sender.join()
 
 
-def test_a_wrong_checksum_is_told(raw: tuple[socket.socket, Channel]) -> None:
+def test_a_wrong_checksum_is_reported(raw: tuple[socket.socket, Channel]) -> None:
     raw[0].sendall(frame(Frame.GUEST, b"state", wrong=1))
     with pytest.raises(StreamCorrupt, match="GUEST frame: its checksum differs"):
         raw[1].expect(Frame.GUEST)
@@ -76,7 +77,7 @@ def test_a_frame_too_long_is_refused_before_it_is_read(raw: tuple[socket.socket,
 
 def test_a_frame_of_no_known_type_is_refused(raw: tuple[socket.socket, Channel]) -> None:
     raw[0].sendall(frame(0x77, b""))
-    with pytest.raises(StreamCorrupt, match="type 0x77, which there is not"):
+    with pytest.raises(StreamCorrupt, match="unknown frame type 0x77"):
         raw[1].receive_header()
 
 
@@ -87,7 +88,7 @@ def test_a_frame_out_of_turn_is_refused(pair: tuple[Channel, Channel]) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 1, 23, 24, 28])
-def test_an_end_in_the_middle_of_a_frame_is_told(raw: tuple[socket.socket, Channel], cut: int) -> None:
+def test_an_end_in_the_middle_of_a_frame_is_reported(raw: tuple[socket.socket, Channel], cut: int) -> None:
     raw[0].sendall(frame(Frame.GUEST, b"state")[:cut])
     raw[0].close()
     with pytest.raises(StreamBroken, match="closed the stream"):
@@ -115,6 +116,34 @@ def test_cancelling_ends_a_wait(pair: tuple[Channel, Channel]) -> None:
         os.close(pair[0].cancel)
 
 
+def test_a_frame_that_is_here_counts_although_the_user_has_cancelled_since() -> None:
+    """It may be GO: from then on the guest is this side's."""
+    near, far = socket.socketpair()
+    with Cancel() as cancel, Channel(near) as here, Channel(far, cancel.fileno(), stall=5.0) as there:
+        here.send_frame(Frame.GO, bytes(8))
+        cancel.set()
+        assert there.expect(Frame.GO, Frame.CANCEL) == (Frame.GO, bytes(8))
+        with pytest.raises(MigrationCancelled):
+            there.expect(Frame.GO, Frame.CANCEL)
+
+
+@pytest.mark.parametrize("looked_before", [False, True])
+def test_a_channel_that_was_closed_has_no_last_words_and_looks_at_no_other_file(looked_before: bool) -> None:
+    near, far = socket.socketpair()
+    with Channel(near), Channel(far, stall=60.0) as closed:
+        if looked_before:
+            assert not closed.readable()
+        closed.close()
+        # takes the number, and is never readable
+        left, right = socket.socketpair()
+        with left, right:
+            begin = time.monotonic()
+            assert closed.last_words() == ""
+            with pytest.raises(StreamBroken):
+                closed.expect(Frame.READY)
+            assert time.monotonic() - begin < 5.0
+
+
 def test_last_words_are_read_after_the_stream_broke(pair: tuple[Channel, Channel]) -> None:
     pair[1].send_frame(Frame.ALIVE, b"at work")
     pair[1].send_text(Frame.FAILED, "no memory")
@@ -125,7 +154,7 @@ def test_last_words_are_read_after_the_stream_broke(pair: tuple[Channel, Channel
 
 
 def test_finishing_lets_the_last_frame_arrive_though_the_peer_still_sends() -> None:
-    """Over TCP a socket closed with unread bytes resets the connection, and what was said is gone."""
+    """Over TCP a socket closed with unread bytes resets the connection, and the last frames are lost."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         left = Channel(socket.create_connection(server.getsockname()))
         right = Channel(server.accept()[0])
@@ -138,7 +167,7 @@ def test_finishing_lets_the_last_frame_arrive_though_the_peer_still_sends() -> N
     closer.join()
 
 
-def test_a_peer_that_goes_on_for_ever_is_not_read_for_ever(raw: tuple[socket.socket, Channel]) -> None:
+def test_peer_that_never_stops_sending_is_not_read_for_ever(raw: tuple[socket.socket, Channel]) -> None:
     stop = threading.Event()
 
     def trickle() -> None:
@@ -156,9 +185,9 @@ def test_a_peer_that_goes_on_for_ever_is_not_read_for_ever(raw: tuple[socket.soc
     assert time.monotonic() - begin < 10
 
 
-def test_a_source_that_gives_up_a_silent_destination_tells_it(pair: tuple[Channel, Channel]) -> None:
+def test_source_that_abandons_a_silent_destination_sends_cancel(pair: tuple[Channel, Channel]) -> None:
     source: Any = SimpleNamespace(channel=pair[0])
-    assert Source._part(source, StreamBroken("the other side did nothing")) == ""
+    assert Source._end_stream(source, StreamBroken("the other side did nothing")) == ""
     assert pair[1].expect(*Frame) == (Frame.CANCEL, b"the other side did nothing")
 
 
@@ -169,7 +198,7 @@ def test_words_of_the_other_side_cannot_touch_the_terminal() -> None:
 # -- preamble ---------------------------------------------------------------------------
 
 
-def test_both_sides_greet(pair: tuple[Channel, Channel]) -> None:
+def test_greeting_succeeds_between_two_channels(pair: tuple[Channel, Channel]) -> None:
     other = threading.Thread(target=pair[1].greet)
     other.start()
     pair[0].greet()
@@ -184,13 +213,13 @@ def test_another_version_is_named(raw: tuple[socket.socket, Channel]) -> None:
         raw[1].greet()
 
 
-def test_another_protocol_is_no_migration_stream(raw: tuple[socket.socket, Channel]) -> None:
+def test_another_protocol_is_not_a_migration_stream(raw: tuple[socket.socket, Channel]) -> None:
     raw[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
     with pytest.raises(MigrationRefused, match="no migration stream: the other side began with 47 45 54"):
         raw[1].greet()
 
 
-def test_a_peer_that_leaves_is_no_migration_stream(raw: tuple[socket.socket, Channel]) -> None:
+def test_peer_that_leaves_is_not_a_migration_stream(raw: tuple[socket.socket, Channel]) -> None:
     raw[0].close()
     with pytest.raises(MigrationRefused, match="no migration stream"):
         raw[1].greet()
@@ -216,8 +245,8 @@ def read_on(channel: Channel) -> None:
 
 
 @pytest.mark.parametrize("text", ["unix:", "tcp:host", "tcp::1", "tcp:h:0", "tcp:h:65536", "udp:h:1", "/path", ""])
-def test_what_is_no_address_is_refused_with_an_example(text: str) -> None:
-    with pytest.raises(MigrationRefused, match="is no address") as refused:
+def test_invalid_stream_address_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(MigrationRefused, match="is not a valid address") as refused:
         Address.parse(text)
     assert "tcp:HOST:PORT" in refused.value.hint
 
@@ -236,13 +265,13 @@ def test_tcp_in_plain_is_refused_unless_it_is_meant() -> None:
     check_security(Address.parse("unix:/x"), None, plain=False)
 
 
-def test_nobody_listening_says_what_to_run_there(tmp_path: object) -> None:
+def test_connect_without_a_listener_names_the_command_to_run_there(tmp_path: object) -> None:
     with pytest.raises(MigrationRefused) as refused:
         connect(Address.parse(f"unix:{tmp_path}/none"))
     assert "vhost-vdpa receive" in refused.value.hint
 
 
-def test_a_listener_that_accepts_nobody_is_not_waited_for(tmp_path: object) -> None:
+def test_connect_does_not_wait_for_a_listener_with_a_full_backlog(tmp_path: object) -> None:
     address = Address.parse(f"unix:{tmp_path}/s")
     with Listener(address), contextlib.ExitStack() as waiting:
         for _ in range(200):
@@ -264,5 +293,6 @@ def test_a_killed_listeners_socket_is_in_nobodys_way(tmp_path: object) -> None:
 
 def test_a_listeners_socket_in_use_is_not_taken_away(tmp_path: object) -> None:
     address = Address.parse(f"unix:{tmp_path}/s")
-    with Listener(address), pytest.raises(MigrationRefused, match="cannot listen"):
+    with Listener(address), pytest.raises(MigrationRefused, match="cannot listen") as refused:
         Listener(address)
+    assert "free address" in refused.value.hint

@@ -38,12 +38,12 @@ def as_documented(data: bytes) -> int:
 
 
 @given(st.binary(max_size=700))
-def test_it_is_what_another_implementation_would_compute(data: bytes) -> None:
+def test_stream_sum_equals_an_independent_implementation(data: bytes) -> None:
     assert stream_sum(data) == as_documented(data)
 
 
 @given(st.binary(min_size=1, max_size=700), st.data())
-def test_one_changed_word_is_always_noticed(data: bytes, choose: st.DataObject) -> None:
+def test_stream_sum_always_notices_one_changed_word(data: bytes, choose: st.DataObject) -> None:
     at = choose.draw(st.integers(0, (len(data) - 1) // 8)) * 8
     word = bytes(choose.draw(st.binary(min_size=len(data[at : at + 8]), max_size=len(data[at : at + 8]))))
     changed = data[:at] + word + data[at + 8 :]

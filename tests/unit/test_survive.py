@@ -20,15 +20,8 @@ from pyvhostvdpa.migration import fence, rescue
 from pyvhostvdpa.migration import source as source_module
 from pyvhostvdpa.migration.cancel import Cancel
 from pyvhostvdpa.migration.report import Drops
-from pyvhostvdpa.migration.source import PHASES
+from pyvhostvdpa.migration.source import SOURCE_PHASES
 from pyvhostvdpa.migration.stream import Frame
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path)
-    yield made
-    made.close()
 
 
 def closed_stderr(text: str) -> None:
@@ -74,11 +67,11 @@ def test_observer_failing_at_running_while_the_answer_is_lost_saves_the_guest(ri
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError(), RuntimeError("thread")])
 @pytest.mark.parametrize("call", ["stop", "start_shadow", "check"])
-def test_any_failure_before_the_hand_over_lets_the_guest_go_on(rig: Rig, call: str, error: Exception) -> None:
+def test_any_failure_before_the_hand_over_lets_the_guest_continue(rig: Rig, call: str, error: Exception) -> None:
     rig.device.failures[call] = [error]
     with (
         rig.source() as (source, other),
-        pytest.raises(MigrationFailed, match="the guest goes on in passthrough on stub0"),
+        pytest.raises(MigrationFailed, match="the guest continues in passthrough on stub0"),
     ):
         source.run()
     assert rig.runs
@@ -100,7 +93,7 @@ def test_source_that_cannot_be_started_again_saves_the_guest_whatever_failed(rig
 
 
 def test_answer_lost_for_want_of_memory_saves_the_guest(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    # the file is held until the destination's time is over; a minute tells no more than a second
+    # the file is held until the destination's time is over; a minute would prove no more than a second
     monkeypatch.setattr(source_module, "patience", lambda shape: 1.0)
     monkeypatch.setattr(fence, "MARGIN", 0.1)
     with rig.source() as (source, _):
@@ -148,7 +141,7 @@ def test_guest_that_cannot_be_saved_keeps_its_process_until_there_is_room(
     assert caplog.text.count("exists in this process only") == 1
 
 
-def test_guest_that_cannot_be_saved_for_want_of_descriptors_says_how_to_give_some(
+def test_guest_that_cannot_be_saved_for_want_of_descriptors_names_the_remedy(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(rescue, "RETRY_SECONDS", 0.0)
@@ -164,12 +157,12 @@ def test_guest_that_cannot_be_saved_for_want_of_descriptors_says_how_to_give_som
     assert caplog.text.count(f"prlimit --pid {os.getpid()} --nofile=") == 2
 
 
-@pytest.mark.parametrize("phase", PHASES[:-1])
+@pytest.mark.parametrize("phase", SOURCE_PHASES[:-1])
 def test_interrupt_before_the_hand_over_cancels(rig: Rig, phase: str) -> None:
     with (
         rig.source(observer=at(phase, interrupt)) as (source, other),
         source._cancel.on_signals(),
-        pytest.raises(MigrationCancelled, match="goes on in passthrough on stub0"),
+        pytest.raises(MigrationCancelled, match="continues in passthrough on stub0"),
     ):
         source.run()
     assert rig.runs
@@ -186,6 +179,15 @@ def test_interrupts_between_go_and_running_are_too_late(rig: Rig) -> None:
     assert other.heard[-1] is Frame.GO
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a terminal: a job that a shell has put in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_second_interrupt_before_the_hand_over_ends_the_program() -> None:
     with Cancel() as cancel, cancel.on_signals():
         interrupt()
@@ -222,3 +224,23 @@ def test_drop_counters_that_cannot_be_read_are_unknown(monkeypatch: pytest.Monke
     drops = Drops("dev", [], told.append)
     assert drops.now() is None
     assert told == ["the drop counters of dev are unknown: OSError: [Errno 24] Too many open files"]
+
+
+def test_guest_whose_time_passed_as_it_came_back_is_saved_and_named(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The destination may have saved it, and a user may have started it there; the stream is closed by then."""
+    began = fence.now()
+    seconds = [0.0]
+    monkeypatch.setattr(fence, "now", lambda: began + seconds[0])
+    start = rig.device.start_passthrough
+
+    def slow(*arguments: object) -> None:
+        start(*arguments)
+        seconds[0] = 1e6
+
+    monkeypatch.setattr(rig.device, "start_passthrough", slow)
+    with rig.source({Frame.FINAL: Frame.ALIVE}) as (source, _), pytest.raises(MigrationFailed) as caught:
+        source.run()
+    [saved] = rig.files()
+    assert f"saved in {saved}" in str(caught.value)
+    assert f"if it runs there: rm {saved}" in caught.value.hint
+    assert not rig.runs

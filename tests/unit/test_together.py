@@ -9,7 +9,7 @@ import pytest
 from pyvhostvdpa.device.together import together
 
 
-def test_all_are_under_way_at_the_same_time() -> None:
+def test_together_runs_all_calls_at_the_same_time() -> None:
     barrier = threading.Barrier(3, timeout=10)
     together([lambda: barrier.wait() and None] * 3)  # type: ignore[func-returns-value]
 
@@ -28,7 +28,7 @@ def test_an_error_of_one_keeps_no_other_from_its_end() -> None:
     assert raised.value.__notes__ == ["also: number 2"]
 
 
-def test_one_alone_needs_no_thread() -> None:
+def test_together_runs_a_single_call_without_a_thread() -> None:
     names: list[str] = []
     together([lambda: names.append(threading.current_thread().name)])
     assert names == [threading.current_thread().name]

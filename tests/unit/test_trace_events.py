@@ -115,7 +115,7 @@ def test_no_call_is_left_out_and_each_has_its_phase() -> None:
     assert [(line["t_ns"], line["phase"]) for line in lines] == [(e.t_begin, e.phase) for e in trace.events]
 
 
-def test_what_qemu_has_no_event_for_keeps_the_kernels_name() -> None:
+def test_event_unknown_to_qemu_keeps_the_kernels_name() -> None:
     line = one("VHOST_VDPA_GET_VQS_COUNT", vqs_count=5)
     assert (line["event"], line["fields"]) == ("VHOST_VDPA_GET_VQS_COUNT", {"dev": A, "vqs_count": 5})
 
@@ -142,7 +142,7 @@ def test_the_device_starts_with_driver_ok_and_stops_with_suspend() -> None:
     assert started == [True, False, True, False]
 
 
-def test_bases_say_whether_the_queue_is_shadowed() -> None:
+def test_vring_base_events_have_the_svq_flag() -> None:
     lines = [line for line in written(traces.migration()) if line.get("device") == A]
     bases = [
         (line["event"], line["fields"]["index"], line["fields"]["num"], line["fields"]["svq"])

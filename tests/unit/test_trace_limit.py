@@ -77,7 +77,7 @@ def test_trace_used_by_several_threads_loses_no_count() -> None:
     assert len(trace.events) + trace.dropped == 20_000
 
 
-def test_dropped_events_are_told_by_what_is_written() -> None:
+def test_written_traces_contain_the_number_of_dropped_events() -> None:
     trace = Trace(limit=100)
     poll(trace, 1_000)
     assert perfetto.to_dict(trace)["otherData"]["dropped_events"] == trace.dropped

@@ -27,7 +27,7 @@ def test_the_device_gets_its_own_addresses_and_the_guest_its_own_heads(model: Ma
     assert m.used() == [(3, 50)]
 
 
-def test_a_buffer_across_two_regions_is_cut_where_the_device_has_them_apart(model: Make) -> None:
+def test_a_buffer_across_two_regions_is_cut_where_the_device_has_them_separately(model: Make) -> None:
     m = model(regions=2, moved=MOVED)
     end = BASE + REGION
     m.describe(0, [Segment(end - 10, 30)])
@@ -37,9 +37,9 @@ def test_a_buffer_across_two_regions_is_cut_where_the_device_has_them_apart(mode
     assert segments == [Segment(end - 10 + MOVED, 10), Segment(end + MOVED, 20)]
 
 
-def test_what_the_device_wrote_is_dirty_at_the_guests_address(model: Make) -> None:
+def test_device_writes_are_dirty_at_the_guests_address(model: Make) -> None:
     m = model(moved=MOVED)
-    m.memory.start_dirty_log()  # anew, with the translation already in use
+    m.memory.start_dirty_log()  # again, with the translation already in use
     m.describe(0, [Segment(DATA, 10, writable=True)])
     m.publish(0)
     m.forward()

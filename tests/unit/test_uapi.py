@@ -2,13 +2,14 @@
 
 Installed headers may be older than what the package knows. They then count for
 all that they define; ``later_vhost.h`` has the rest in the kernel's terms, and a
-test tells that nothing is taken from it that these headers should have.
+test checks that nothing is taken from it that these headers should have.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -38,6 +39,8 @@ MESSAGE_FIELDS = ("iova", "size", "uaddr", "perm", "type")
 
 def compiled(tmp_path: Path, expressions: list[str]) -> list[int]:
     """Values of C expressions, as the compiler sees the kernel's header."""
+    if shutil.which("cc") is None:
+        pytest.skip("a C compiler, which reads the kernel's header, is not installed")
     prints = "\n".join(f'printf("%llu\\n", (unsigned long long)({e}));' for e in expressions)
     source = tmp_path / "values.c"
     source.write_text(
@@ -53,6 +56,8 @@ def compiled(tmp_path: Path, expressions: list[str]) -> list[int]:
 
 def in_the_header() -> list[str]:
     """The requests of the installed header, but those of other vhost drivers."""
+    if not HEADER.exists():
+        pytest.skip(f"{HEADER}, the kernel's header, is not installed")
     return requests_of(HEADER)
 
 

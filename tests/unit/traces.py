@@ -13,7 +13,7 @@ A, B = "/dev/vhost-vdpa-0", "/dev/vhost-vdpa-1"
 
 
 class Recorder:
-    """Calls one after the other, each as long as it is told, 10 us apart."""
+    """Calls one after the other, each of a given duration, with 10 us between them."""
 
     def __init__(self, device: DeviceTrace, at: int) -> None:
         self.device = device

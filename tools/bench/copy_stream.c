@@ -3,11 +3,11 @@
  * Copies memory from one process to another over a Unix stream socket, as
  * plainly as C can: the measure for what moves guest memory.
  *
- *   copy_stream sum BYTES CHUNK APART       each chunk with its stream_sum, checked
- *   copy_stream sendfile BYTES CHUNK APART  by sendfile, nothing computed
+ *   copy_stream sum BYTES CHUNK TWO_CPUS       each chunk with its stream_sum, checked
+ *   copy_stream sendfile BYTES CHUNK TWO_CPUS  by sendfile, nothing computed
  *
- * Both memories are shared memfds, populated beforehand, no page of zeros.
- * Sender and receiver share a CPU; with APART, not 0, each has one.
+ * Both memories are shared memfds, populated in advance, no page of zeros.
+ * Sender and receiver share a CPU; with TWO_CPUS, not 0, each has one.
  * For each line on standard input all of it is copied, and the seconds are
  * printed that it took by the clock, then those of CPU that sender and
  * receiver spent.
@@ -180,7 +180,7 @@ int main(int argc, char **argv)
 	int ends[2], fd;
 
 	if (argc != 5 || (!sums && strcmp(argv[1], "sendfile"))) {
-		fprintf(stderr, "usage: %s sum|sendfile BYTES CHUNK APART\n", argv[0]);
+		fprintf(stderr, "usage: %s sum|sendfile BYTES CHUNK TWO_CPUS\n", argv[0]);
 		return 2;
 	}
 	size = strtoull(argv[2], NULL, 0);

@@ -5,11 +5,11 @@
  *
  *   iotlb_burst DEV MESSAGES REPEAT [write|linked|unlinked]
  *
- * Each repetition opens a batch, maps MESSAGES pages of 4 KiB at IOVAs two
- * pages apart, and unmaps them. Printed is one line each: the nanoseconds that
- * the map messages took, without BATCH_BEGIN and BATCH_END. "linked" sends
- * them as io_uring writes in one chain, "unlinked" without order (then there
- * must be no batch that depends on it; here order does not matter).
+ * Each repetition opens a batch, maps MESSAGES pages of 4 KiB at every
+ * second page's IOVA, and unmaps them. Printed is one line each: the
+ * nanoseconds that the map messages took, without BATCH_BEGIN and BATCH_END.
+ * "linked" sends them as io_uring writes in one chain, "unlinked" without order
+ * (then there must be no batch that depends on it; here order does not matter).
  *
  *   cc -O2 -o iotlb_burst iotlb_burst.c
  */

@@ -8,9 +8,9 @@ other side. Each kind has two processes, and all copy their memory in turns,
 so that what else the machine does meets all alike; medians are compared, of
 pairs that stood side by side. Both processes share the CPU that all kinds
 have, or have one each with --apart: left to itself the scheduler puts some
-pairs together, whose data then stays in a cache, and some apart, and that is
-half of what they take. With a CPU for each the busier one sets the pace, so
-its CPU time is told as well.
+pairs together, whose data then stays in a cache, and separates others, and that is
+half of the time that they take. With a CPU for each the busier one sets the pace, so
+its CPU time is printed as well.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def channel(end: socket.socket, pem: str, server: bool) -> Channel:
 
 
 def receive(end: socket.socket, pem: str, size: int) -> None:
-    """Be the destination: receive rounds and tell the CPU time that each took."""
+    """Be the destination: receive rounds and report the CPU time that each took."""
     with GuestMemory([(DEFAULT_GPA, size)]) as memory, channel(end, pem, True) as stream:
         receiver = PageReceiver(memory, stream)
         stream.send_frame(Frame.ACCEPT)
@@ -153,7 +153,7 @@ def move(size: int, pem: str, apart: bool) -> None:
 
 
 class Mover:
-    """A process that copies its memory to another one when it is told to."""
+    """A process that copies its memory to another one on request."""
 
     def __init__(self, command: Sequence[str | Path]) -> None:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -178,7 +178,7 @@ class Mover:
 def take_turns(size: int, repeat: int, tell: Callable[[str], None], apart: bool = False) -> dict[str, list[Run]]:
     """Let the kinds copy in turns, those that are compared ``repeat`` times; ``tell`` is called before each.
 
-    Sender and receiver share a CPU, or are ``apart``.
+    Sender and receiver share a CPU, or have one each.
     """
     runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
     with ExitStack() as stack:

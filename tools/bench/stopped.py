@@ -2,8 +2,9 @@
 
 python3 tools/bench/stopped.py [GIB …]
 
-Memory is allocated as a guest's is, watched, and a few pages of it are written. Then the steps of the stopped phase
-that look at all of memory are timed, the shortest of some runs of each. What follows the hand-over is printed too.
+Memory is allocated as a guest's is: private, for devices that are known to pin it, or shared, for all others. It is
+watched, and a few pages of it are written. Then the steps of the stopped phase that look at all of memory are timed,
+the shortest of some runs of each. What follows the hand-over is printed too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
 from pyvhostvdpa.migration.dirty import DirtyTracker, PageSet
@@ -45,38 +47,43 @@ def drain(sock: socket.socket) -> None:
         pass
 
 
-def measure(gib: int) -> tuple[float, float, float]:
+def measure(gib: int, private: bool) -> tuple[float, float, float]:
     """Return ms of collecting, of a round with what was collected, and of ending the watch, for so much memory."""
     near, far = socket.socketpair()
     reader = threading.Thread(target=drain, args=(far,))
     reader.start()
-    with GuestMemory([(DEFAULT_GPA, gib * GIB)]) as memory, Channel(near) as channel:
+    with GuestMemory([(DEFAULT_GPA, gib * GIB)], private=private) as memory, Channel(near) as channel:
         tracker, sender = DirtyTracker(memory), PageSender(memory, channel, None)
         tracker.start()
         tracker.collect()
         collects, sends = [], []
-        left = PageSet(memory)
         for _ in range(RUNS):
+            left, by_devices = PageSet(memory), PageSet(memory)
             write(memory)
-            collects.append(took(lambda: left.update(tracker.collect())))
-            sends.append(took(lambda: sender.send(left)))
+            drained = took(partial(tracker.drain_into, left, by_devices))
+            collects.append(drained + took(partial(tracker.scan_into, left)))
+            sends.append(took(partial(sender.send, left)))
         ended = took(tracker.stop)
     reader.join()
     return min(collects), min(sends), ended
 
 
 def main() -> None:
-    """Print a line for each size, and what each further GiB costs."""
+    """Print a line for each kind of memory and size, and what each further GiB costs."""
     sizes = [int(word) for word in sys.argv[1:]] or [1, 2, 4, 8]
-    print("GiB  collect ms  last round ms  end of the watch ms (behind the hand-over)")
-    found = {}
-    for gib in sizes:
-        collect, send, ended = measure(gib)
-        found[gib] = collect + send
-        print(f"{gib:3}  {collect:10.3f}  {send:13.3f}  {ended:19.3f}", flush=True)
-    if len(sizes) > 1:
+    print("memory   GiB  collect ms  last round ms  end of the watch ms (behind the hand-over)")
+    costs = []
+    for kind, private in (("private", True), ("shared", False)):
+        found = {}
+        for gib in sizes:
+            collect, send, ended = measure(gib, private)
+            found[gib] = collect + send
+            print(f"{kind:7}  {gib:3}  {collect:10.3f}  {send:13.3f}  {ended:19.3f}", flush=True)
         first, last = sizes[0], sizes[-1]
-        print(f"each further GiB costs the stopped phase {(found[last] - found[first]) / (last - first):.3f} ms")
+        if last > first:
+            costs.append(f"{(found[last] - found[first]) / (last - first):.3f} ms in {kind} memory")
+    if costs:
+        print(f"each further GiB costs the stopped phase {', '.join(costs)}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def order(version: str) -> tuple[int, ...]:
 
 
 def fits(release: str, wanted: str) -> bool:
-    """Tell whether a release name is what was asked for: "latest", or a prefix that ends at a number's end."""
+    """Return whether a release name matches the wanted one: "latest", or a prefix that ends at a number's end."""
     return wanted == LATEST or re.match(rf"{re.escape(wanted)}(?!\d)", release) is not None
 
 

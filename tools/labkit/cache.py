@@ -1,4 +1,4 @@
-"""The lab's one folder: what is where, who may write, and that nothing half-made is ever taken for whole."""
+"""The lab's one folder: what is where, which process may write, and that nothing half-made is ever taken for whole."""
 
 import contextlib
 import fcntl
@@ -18,8 +18,11 @@ DONE = "done"
 KEPT_LOGS = 20
 MARKER = ".pyvhostvdpa-lab"
 """In a cache folder: it was made by the lab, and so was everything in it that has one of the lab's names."""
-FOLDERS = ("trees", "kernels", "environments", "apt-lists", "logs", "results", "mnt", "debug", "mypy", "mutants")
-FILES = (MARKER, "accelerator.json", "latest-kernel", "setup.lock", "debug.lock", "use.lock")
+FOLDERS = (
+    *("trees", "kernels", "environments", "apt-lists", "logs", "results", "mnt", "debug", "mypy", "mutants", "vmm"),
+    *("bare", "uml"),
+)
+FILES = (MARKER, "accelerator.json", "latest-kernel", "setup.lock", "debug.lock", "vmm.lock", "use.lock")
 SCRATCH = "uml-"
 
 
@@ -38,6 +41,7 @@ class Cache:
         self.accelerator = self.root / "accelerator.json"
         self.latest_kernel = self.root / "latest-kernel"
         self.mutants = self.root / "mutants"
+        self.bare = self.root / "bare"
 
     def create(self) -> None:
         """Make the folder; say what is wrong when that cannot be done. A folder with other things in it is refused."""
@@ -56,18 +60,18 @@ class Cache:
         self.root.mkdir(parents=True, exist_ok=True)
         if any(self.root.iterdir()) and not self._is_ours():
             raise LabError(
-                f"{self.root} is no cache folder of the lab",
+                f"{self.root} is not a cache folder of the lab",
                 "It has other files in it, and no file named " + MARKER + ".",
                 f"set {VARIABLE} to a folder that is new or empty",
             )
         (self.root / MARKER).write_text("Made by tools/lab of pyvhostvdpa; tools/lab clean removes it.\n")
 
     def _is_ours(self) -> bool:
-        """Tell whether the lab made the folder: by its marker, or by its lock and nothing that is not the lab's."""
+        """Return whether the lab made the folder: by its marker, or by its lock and nothing that is not the lab's."""
         return (self.root / MARKER).exists() or ((self.root / "setup.lock").exists() and not self._foreign())
 
     def _foreign(self) -> list[str]:
-        """Return the names in the folder that are none of the lab's."""
+        """Return the names in the folder that are not the lab's."""
         names = sorted(path.name for path in self.root.iterdir())
         return [name for name in names if name not in (*FOLDERS, *FILES) and not name.startswith(SCRATCH)]
 
@@ -89,8 +93,12 @@ class Cache:
         return self._locked("setup.lock", fcntl.LOCK_EX, "another set-up is at work in this cache", wait=True)
 
     def building_kernel(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the right to build a debugging kernel, alone; everything else goes on meanwhile."""
-        return self._locked("debug.lock", fcntl.LOCK_EX, "a debugging kernel is being built in this cache", wait=True)
+        """Hold the right to build User Mode Linux, alone; everything else continues meanwhile."""
+        return self._locked("debug.lock", fcntl.LOCK_EX, "User Mode Linux is being built in this cache", wait=True)
+
+    def building_vmm(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the right to make what runs with virtual machines need, alone; other runs continue meanwhile."""
+        return self._locked("vmm.lock", fcntl.LOCK_EX, "QEMU and its guest are being made in this cache", wait=True)
 
     def in_use(self) -> contextlib.AbstractContextManager[None]:
         """Hold the right to use what is there; shared by all runs."""
@@ -127,8 +135,7 @@ class Cache:
     def log(self, name: str) -> Path:
         """Return a path for a log, and drop the oldest ones."""
         self.create()
-        old = sorted(self.logs.iterdir(), key=lambda path: path.stat().st_mtime)
-        for path in old[:-KEPT_LOGS]:
+        for path in by_age(self.logs)[:-KEPT_LOGS]:
             path.unlink(missing_ok=True)
         return self.logs / f"{name}.log"
 
@@ -144,11 +151,20 @@ class Cache:
             )
 
 
+def by_age(folder: Path) -> list[Path]:
+    """Return what is in a folder, the oldest first; another process may be removing some of it."""
+    found = {}
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = path.stat().st_mtime
+    return sorted(found, key=lambda path: found[path])
+
+
 @contextlib.contextmanager
 def building(target: Path, goes_on: bool = False) -> Iterator[Path]:
     """Build a folder as TARGET.partial and rename it when whole.
 
-    What an interrupted build left is removed; or gone on with, by a builder whose steps are done by `once()`.
+    What an interrupted build left is removed; or continued, by a builder whose steps are done by `once()`.
     """
     partial = target.with_name(target.name + PARTIAL)
     if not (goes_on and (partial / DONE).is_dir()):

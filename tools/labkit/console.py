@@ -20,7 +20,7 @@ def shell_command() -> list[str]:
 
 @contextlib.contextmanager
 def attached(end: socket.socket, selector: selectors.BaseSelector) -> Iterator[Callable[[object], None]]:
-    """Switch the terminal to raw mode meanwhile; yield what moves bytes when the selector says so."""
+    """Switch the terminal to raw mode meanwhile; yield a function that moves bytes on the selector's events."""
     source = sys.stdin.fileno()
     before = termios.tcgetattr(source)
 

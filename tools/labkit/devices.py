@@ -30,7 +30,7 @@ class Kind:
     daemon: str = ""
 
     def project_source(self, project: Path) -> Path | None:
-        """Return the folder of the project that holds the module, if it is one of ours."""
+        """Return the folder of the project that holds the module, if the project has it."""
         return project / self.source if self.source else None
 
 
@@ -72,7 +72,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DevicePlan:
     """All devices of a VM: modules in the order to load them, and the devices in the order to add them."""
 
     groups: Sequence[Group]
@@ -94,7 +94,7 @@ class Plan:
         return [(module, [f"{name}={value}" for name, value in mine.items()]) for module, mine in loads.items()]
 
     def additions(self) -> list[list[str]]:
-        """Return the arguments of `vdpa dev add`, one list a device."""
+        """Return the arguments of `vdpa dev add`, one list per device."""
         result: list[list[str]] = []
         for name, group, mac in self._named():
             words = ["name", name, "mgmtdev", group.kind.management_device]
@@ -136,9 +136,9 @@ def _agree(module: str, name: str, first: str, second: str) -> None:
         )
 
 
-def parse(specifications: Sequence[str]) -> Plan:
+def parse(specifications: Sequence[str]) -> DevicePlan:
     """Read the values of `--devices`. A kind with 0 devices has its module loaded, for those made later."""
-    return Plan([_group(text) for text in specifications or [DEFAULT] if text != "none"])
+    return DevicePlan([_group(text) for text in specifications or [DEFAULT] if text != "none"])
 
 
 def _group(text: str) -> Group:

@@ -74,8 +74,8 @@ class Environment:
             make_image(self.cache, self.progress, partial / "site", partial / "site.img", "writing the project's image")
         self._forget_old()
 
-    def install(self, partial: Path) -> None:
-        """Install the project into the folder `site` in another one."""
+    def install(self, partial: Path, log: Path | None = None) -> None:
+        """Install the project into the folder `site` in another one; what that prints goes to a log."""
         source, site = partial / "source", partial / "site"
         site.mkdir()
         for path in self.sources():
@@ -88,7 +88,7 @@ class Environment:
         self.progress.call(
             "building the project",
             chroot.argv(argv),
-            self.cache.log("build-project"),
+            log or self.cache.log("build-project"),
             next_step="correct what the log names, then run the same command again",
         )
         shutil.rmtree(source)

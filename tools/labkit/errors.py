@@ -27,4 +27,4 @@ class LabError(Exception):
 
 
 class NotBooted(LabError):
-    """A VM did not get as far as its first own program: nothing of the project had run in it."""
+    """A VM did not reach its first own program: nothing of the project had run in it."""

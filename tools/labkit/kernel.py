@@ -81,7 +81,7 @@ class Builder:
         self.progress = progress
 
     def ensure(self, wanted: str, refresh: bool = False) -> Kernel:
-        """Return a kernel that fits; fetch one when none is cached, or when a newer one was asked for."""
+        """Return a kernel that fits; fetch one when the cache has none, or when a newer one was asked for."""
         kernel = find(self.cache, wanted)
         if kernel and not refresh:
             return kernel
@@ -112,7 +112,7 @@ class Builder:
         return archive.choose_kernel(archive.parse_index(text), wanted)
 
     def apt(self, title: str, log: str, argv: list[str], binds: dict[Path, str] | None = None) -> str:
-        """Run apt in the tree as one step, with the archive's index as fetched; with binds, in /lab/debs of theirs."""
+        """Run apt in the tree as one step, with the archive's index as fetched; with binds, in /lab/debs from them."""
         mounts = {self.cache.lists: "/var/lib/apt/lists", **(binds or {})}
         chroot = self.tree.chroot(
             binds=mounts,

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from labkit.cache import building, remove
-from labkit.devices import Kind, Plan
+from labkit.devices import DevicePlan, Kind
 from labkit.errors import LabError
 from labkit.kernel import Kernel, build_modules
 from labkit.tree import Tree
@@ -14,12 +14,12 @@ SOURCES = {".c", ".h", ""}
 KEPT = 4
 
 
-def own_kinds(plan: Plan) -> list[Kind]:
+def own_kinds(plan: DevicePlan) -> list[Kind]:
     """Return the kinds whose module is the project's own."""
     return list({group.kind.name: group.kind for group in plan.groups if group.kind.source}.values())
 
 
-def build_own(tree: Tree, kernel: Kernel, project: Path, plan: Plan) -> dict[str, Path]:
+def build_own(tree: Tree, kernel: Kernel, project: Path, plan: DevicePlan) -> dict[str, Path]:
     """Return the project's own modules that a plan needs, by name; build those that are not built."""
     result: dict[str, Path] = {}
     for kind in own_kinds(plan):

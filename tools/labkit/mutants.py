@@ -6,20 +6,28 @@ copy gives (a module, the installed package) is tested without a device, or in o
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
+import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import cast
 
-from labkit import devices, vm
+from labkit import devices, uml_tests, vm
 from labkit.cache import remove
 from labkit.environment import INSIDE, PACKAGE, Environment
 from labkit.errors import EXIT_TIMEOUT, LabError
 from labkit.kernel import Kernel, build_modules
 from labkit.modules import own_sources
+from labkit.progress import Progress, seconds
 from labkit.session import PROJECT, Request, Session
+from labkit.uml_home import MACHINE as UML
 
 NAME = "mutants"
 SUMMARY = "One-line changes of the code, each of which a test has to notice."
@@ -29,9 +37,12 @@ KINDS = ("unit", "lab")
 IN_VM = Path(__file__).with_name("guest") / "mutants.py"
 UNIT_LIMIT_S = 600.0
 VM_LIMIT_S = 6 * 3600.0
+UML_LIMIT_S = 420.0
+"""For one mutant under User Mode Linux: it has one CPU, so that beside a kernel that loops nothing else runs."""
 KILLED, SURVIVED, BROKEN = "killed", "survived", "broken"
 # What pytest's exit status says of a mutant: tests failed, or did not end.
 VERDICTS = {0: SURVIVED, 1: KILLED, EXIT_TIMEOUT: KILLED}
+NO_TESTS = 5
 SHELL_SIGNALS = 128
 """What a shell adds to the number of the signal that ended a command."""
 BASELINE = "no change"
@@ -78,7 +89,10 @@ class Result:
 
 
 def load(project: Path, only: str = "") -> list[Mutant]:
-    """Read all mutants of a project, or those whose name or file has `only` in it; LabError for a bad list."""
+    """Read all mutants of a project, or those whose name or file has a part of `only` in it, which commas separate.
+
+    LabError for a bad list.
+    """
     found: list[Mutant] = []
     for path in sorted((project / FOLDER).glob("*.toml")):
         for entry in tomllib.loads(path.read_text())["mutant"]:
@@ -89,7 +103,8 @@ def load(project: Path, only: str = "") -> list[Mutant]:
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
         raise LabError(f"two mutants have the same name: {', '.join(double)}", "", f"less {FOLDER}/*.toml")
-    return [mutant for mutant in found if only in mutant.name or only in mutant.file]
+    texts = only.split(",")
+    return [mutant for mutant in found if any(text in mutant.name or text in mutant.file for text in texts)]
 
 
 def _read(path: Path, entry: dict[str, object]) -> Mutant:
@@ -124,22 +139,26 @@ class Run:
         self.folder = session.cache.mutants
         self.modules = self.folder / "modules"
         self.results: list[Result] = []
+        self.quiet = Progress(quiet=True)
+        """For builds that run at the same time."""
+        self.running: set[subprocess.Popen[bytes]] = set()
 
     def execute(self) -> int:
         """Make all mutants and test them; print what became of each; return 0 if every one was noticed."""
+        begin = time.monotonic()
         chosen = self.session.set_up(self.request.kernel, "soak")
         with self.session.using():
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.iterdir():
                 if path != self.modules:
                     remove(path)
-            for mutant in self.mutants:
-                if mutant.kind == "unit":
-                    self._note(mutant, *self._unit(mutant))
+            without_device = [mutant for mutant in self.mutants if mutant.kind == "unit"]
+            if without_device:
+                self._without_device(without_device)
             in_vm = [mutant for mutant in self.mutants if mutant.kind == "lab"]
             if in_vm:
                 self._in_vm(chosen, in_vm)
-        print(render(self.results), flush=True)
+        print(f"{render(self.results)}\nin {seconds(time.monotonic() - begin)}", flush=True)
         return 0 if all(result.good for result in self.results) else 1
 
     def _note(self, mutant: Mutant, verdict: str, why: str = "") -> None:
@@ -148,33 +167,76 @@ class Run:
 
     # -- without a device ------------------------------------------------------
 
+    def _without_device(self, mutants: Sequence[Mutant]) -> None:
+        """Try them beside each other, one on each processor, after their tests without any change."""
+        with self._workers() as pool:
+            copy = self._copy(None)
+            site = self.session.environment.site
+            names = [f"mutant-none-{number}" for number in range(len(selections(mutants)))]
+            tried = pool.map(lambda tests, name: self._pytest(tests, copy, site, name), selections(mutants), names)
+            for tests, (status, log) in zip(selections(mutants), tried, strict=True):
+                if status:
+                    raise LabError(
+                        "the tests fail without any change",
+                        f"pytest {' '.join(tests)} ended with status {status}.",
+                        f"less {log}",
+                    )
+            self.session.progress.say("without any change all their tests pass")
+            remove(copy.parent)
+            for mutant, outcome in zip(mutants, pool.map(self._unit, mutants), strict=True):
+                self._note(mutant, *outcome)
+
     def _unit(self, mutant: Mutant) -> tuple[str, str]:
         copy = self._copy(mutant)
         try:
             site = self._site(mutant, copy)
         except LabError as error:
             return BROKEN, error.what
-        chroot = self.session.tree.chroot(
-            binds={copy: str(PROJECT), site: INSIDE}, environment=vm.default_environment(), folder=str(PROJECT)
-        )
-        argv = ["setpriv", "--pdeathsig", "KILL", *chroot.argv(_pytest(mutant.tests))]
-        log = self.session.cache.log(f"mutant-{mutant.name}")
-        with log.open("wb") as sink:
-            try:
-                status = subprocess.run(
-                    argv, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, timeout=UNIT_LIMIT_S, check=False
-                ).returncode
-            except subprocess.TimeoutExpired:
-                status = EXIT_TIMEOUT
+        status, log = self._pytest(mutant.tests, copy, site, f"mutant-{mutant.name}")
         remove(copy.parent)
         return _verdict(status, f"pytest ended with status {status}: {log}")
 
-    def _copy(self, mutant: Mutant) -> Path:
-        """Return a copy of the project with the change made."""
-        copy = self.folder / mutant.name / "project"
+    def _pytest(self, tests: Sequence[str], copy: Path, site: Path, name: str) -> tuple[int, Path]:
+        """Run tests of a copy of the project with an installed package; pytest's exit status, and its output."""
+        chroot = self.session.tree.chroot(
+            binds={copy: str(PROJECT), site: INSIDE}, environment=vm.default_environment(), folder=str(PROJECT)
+        )
+        argv = ["setpriv", "--pdeathsig", "KILL", *chroot.argv(_pytest(tests))]
+        log = self.folder / f"{name}.log"
+        with (
+            log.open("wb") as sink,
+            subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink) as child,
+        ):
+            self.running.add(child)
+            try:
+                return child.wait(UNIT_LIMIT_S), log
+            except subprocess.TimeoutExpired:
+                child.kill()
+                return EXIT_TIMEOUT, log
+            finally:
+                self.running.discard(child)
+
+    @contextmanager
+    def _workers(self) -> Iterator[ThreadPoolExecutor]:
+        """One for each processor; when something goes wrong, or the user interrupts, what they do is ended."""
+        pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in list(self.running):
+                child.kill()
+            raise
+        finally:
+            pool.shutdown()
+
+    def _copy(self, mutant: Mutant | None) -> Path:
+        """Return a copy of the project with the change made, or with none."""
+        copy = self.folder / (mutant.name if mutant is not None else "none") / "project"
         ignored = shutil.ignore_patterns(".git", "__pycache__", "*.so", "build", ".*_cache")
         shutil.copytree(PROJECT, copy, ignore=ignored, symlinks=True)
-        mutant.apply(copy)
+        if mutant is not None:
+            mutant.apply(copy)
         return copy
 
     def _site(self, mutant: Mutant, copy: Path) -> Path:
@@ -184,8 +246,8 @@ class Run:
             shutil.copytree(installed, site, symlinks=True)
             shutil.copyfile(copy / mutant.file, site / mutant.file)
         elif mutant.file.startswith("cdefs/"):
-            changed = Environment(self.session.cache, self.session.tree, copy, self.session.progress)
-            changed.install(copy.parent)
+            changed = Environment(self.session.cache, self.session.tree, copy, self.quiet)
+            changed.install(copy.parent, copy.parent / "build.log")
         else:
             return installed
         return site
@@ -193,18 +255,33 @@ class Run:
     # -- in a VM ---------------------------------------------------------------
 
     def _in_vm(self, chosen: Kernel, mutants: Sequence[Mutant]) -> None:
-        """Test them in one VM; one that ends the VM is noticed by that, and the rest go on in another."""
-        build = ModuleBuild(self.session, chosen, self.folder / "build", self.modules)
-        unchanged = str(build.built())
-        plan: list[dict[str, object]] = [{"name": BASELINE, "module": unchanged, "tests": _union(mutants)}]
+        """Test them in one VM; one that ends the VM is noticed by that, and the rest continue in another.
+
+        Where nothing runs beside a kernel that loops, each of them gets a machine, which is soon there.
+        """
+        build = self._module_build(chosen)
         by_name: dict[str, Mutant] = {}
+        steps = self._steps(mutants, build, by_name)
+        for plan in ([step] for step in steps) if self.request.machine == UML else [list(steps)]:
+            self._work_off(plan, by_name)
+        build.forget_others()
+
+    def _steps(
+        self, mutants: Sequence[Mutant], build: "ModuleBuild", by_name: dict[str, Mutant]
+    ) -> Iterator[dict[str, object]]:
+        """Yield the tests without a change, then what is to be tried; each is built when its turn comes."""
+        unchanged = str(build.built())
+        yield {"name": BASELINE, "module": unchanged, "tests": _union(mutants)}
         for mutant in mutants:
             try:
-                plan.append(self._prepare(mutant, build, unchanged))
-                by_name[mutant.name] = mutant
+                step = self._prepare(mutant, build, unchanged)
             except LabError as error:
                 self._note(mutant, BROKEN, error.what)
-        build.forget_others()
+                continue
+            by_name[mutant.name] = mutant
+            yield step
+
+    def _work_off(self, plan: Sequence[dict[str, object]], by_name: Mapping[str, Mutant]) -> None:
         while plan:
             done = self._boot(plan)
             for name, status in done.items():
@@ -216,6 +293,15 @@ class Run:
             if plan and not done:
                 raise LabError("no mutant could be tried in the VM", "Its output is above.", "tools/lab status")
 
+    def _module_build(self, chosen: Kernel) -> "ModuleBuild":
+        session, tree = self.session, self.session.tree
+        folder = self.folder / "build"
+        if self.request.machine == UML:
+            mine, builder = session.uml(self.request, chosen), session.uml_builder()
+            return ModuleBuild(f"uml {mine.folder.name}", partial(builder.make_modules, mine), folder, self.modules)
+        against = (chosen.headers, chosen.symbols, chosen.release)
+        return ModuleBuild(chosen.release, partial(build_modules, tree, against), folder, self.modules)
+
     def _prepare(self, mutant: Mutant, build: "ModuleBuild", unchanged: str) -> dict[str, object]:
         step: dict[str, object] = {"name": mutant.name, "tests": list(mutant.tests), "module": unchanged}
         if mutant.of_module:
@@ -225,6 +311,9 @@ class Run:
 
     def _boot(self, plan: Sequence[dict[str, object]]) -> dict[str, int]:
         """Run steps in a VM; return pytest's status of those that were tried, by name."""
+        alone = self.request.machine == UML
+        if alone:
+            plan = [{**step, "tests": [*cast(list[str], step["tests"]), *uml_tests.without()]} for step in plan]
         paths = {name: self.folder / f"{name}.json" for name in ("plan", "results")}
         paths["plan"].write_text(json.dumps(list(plan)))
         paths["results"].write_text("")
@@ -233,7 +322,7 @@ class Run:
             command=["python3", str(IN_VM), str(paths["plan"]), str(paths["results"])],
             devices=self.request.devices or ("vdpa_sim_net:2", "vdpa_hwsim:0"),
             shares=[self.folder],
-            timeout=self.request.timeout or VM_LIMIT_S,
+            timeout=self.request.timeout or (UML_LIMIT_S if alone and plan[0]["name"] != BASELINE else VM_LIMIT_S),
         )
         trouble = ""
         try:
@@ -253,8 +342,8 @@ class Run:
 class ModuleBuild:
     """A folder in which the module is built again and again, each time with another change; the results are kept."""
 
-    def __init__(self, session: Session, kernel: Kernel, folder: Path, kept: Path) -> None:
-        self.session, self.kernel, self.kept = session, kernel, kept
+    def __init__(self, kernel: str, make: Callable[[Path], None], folder: Path, kept: Path) -> None:
+        self.kernel, self.make, self.kept = kernel, make, kept
         self.folder = folder / "vdpa_hwsim"
         self.sources = own_sources("vdpa_hwsim", PROJECT / MODULE)
         self.used: set[Path] = set()
@@ -266,13 +355,12 @@ class ModuleBuild:
         if mutant is not None:
             name = Path(mutant.file).name
             texts[name] = _replaced(mutant, texts[name])
-        digest = hashlib.sha256(repr((self.kernel.release, sorted(texts.items()))).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(repr((self.kernel, sorted(texts.items()))).encode()).hexdigest()[:16]
         target = self.kept / f"{digest}.ko"
         self.used.add(target)
         if not target.exists():
             self._write(texts)
-            kernel = self.kernel
-            build_modules(self.session.tree, (kernel.headers, kernel.symbols, kernel.release), self.folder)
+            self.make(self.folder)
             partial = target.with_suffix(".partial")
             shutil.copyfile(self.folder / "vdpa_hwsim.ko", partial)
             partial.rename(target)
@@ -293,6 +381,15 @@ class ModuleBuild:
                 path.unlink()
 
 
+def selections(mutants: Sequence[Mutant]) -> list[list[str]]:
+    """Return what to call pytest with so that every test of these mutants runs once: `-k` is for a call as a whole."""
+    plain = sorted({word for mutant in mutants if "-k" not in mutant.tests for word in mutant.tests})
+    files = {word for word in plain if "::" not in word}
+    together = [word for word in plain if word in files or word.partition("::")[0] not in files]
+    others = sorted({tuple(mutant.tests) for mutant in mutants if "-k" in mutant.tests})
+    return [*([together] if together else []), *(list(words) for words in others)]
+
+
 def _pytest(tests: Sequence[str]) -> list[str]:
     return ["python3", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
 
@@ -307,7 +404,11 @@ def _verdict(status: int, why: str) -> tuple[str, str]:
     # a change of C that makes the tests crash is noticed as well; pytest itself knows 0 to 5
     crashed = status < 0 or status > SHELL_SIGNALS
     verdict = KILLED if crashed else VERDICTS.get(status, BROKEN)
-    return verdict, why if verdict == BROKEN else ""
+    if status == EXIT_TIMEOUT:
+        why = "the tests did not end"
+    if status == NO_TESTS:
+        why = "no test of it can run here"
+    return verdict, why if verdict == BROKEN or status == EXIT_TIMEOUT else ""
 
 
 def render(results: Sequence[Result]) -> str:

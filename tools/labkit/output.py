@@ -13,7 +13,7 @@ Sink = Callable[[bytes], None]
 def occupy_standard_files() -> None:
     """See to it that no file that is opened later becomes this process's standard input, output or error.
 
-    One that was closed is a file that cannot be written to, so that whoever wants to finds out.
+    One that was closed is a file that cannot be written to, so that a writer finds out.
     """
     for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         try:
@@ -56,7 +56,7 @@ def writer(descriptor: int) -> Sink:
             while view:
                 view = view[os.write(descriptor, view) :]
         except BrokenPipeError as error:
-            raise LabError("nobody reads the command's output any more", status=EXIT_PIPE) from error
+            raise LabError("the reader of the command's output is gone", status=EXIT_PIPE) from error
         except OSError as error:
             raise LabError(
                 f"the command's output cannot be written: {error.strerror}",

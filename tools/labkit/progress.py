@@ -64,6 +64,11 @@ DIAGNOSES: tuple[tuple[str, str, str], ...] = (
         "export PIP_CERT=/path/to/ca-bundle.crt and run the same command again",
     ),
     (
+        r"cannot change root filesystem propagation: Invalid argument",
+        "The root directory is not a mount point, as in a plain chroot: mounts cannot be kept apart from the host's.",
+        "outside: mount --bind DIR DIR, then chroot DIR (or systemd-nspawn -D DIR), and run the same command again",
+    ),
+    (
         r"mount: .*(permission denied|must be superuser)|unshare failed: Operation not permitted",
         "Mounting is not permitted here: the lab needs real root (in a container: a privileged one).",
         "run the same command as root on the machine itself",
@@ -131,7 +136,7 @@ class Progress:
         argv: Sequence[str],
         log: Path,
         env: Mapping[str, str] | None = None,
-        next_step: str = "run the same command again: it goes on where it can and redoes the rest",
+        next_step: str = "run the same command again: it continues where it can and redoes the rest",
     ) -> str:
         """Run a command as one step, its output in `log`; return that output."""
         with self.step(title):
@@ -139,6 +144,11 @@ class Progress:
             if status:
                 raise self._failure(title, status, text, log, next_step)
         return text
+
+    def attempt(self, title: str, argv: Sequence[str], log: Path) -> tuple[int, str]:
+        """Run a command that may fail as one step, its output in `log`; return its exit status and that output."""
+        with self.step(title):
+            return self._pump(title, argv, log, None)
 
     def _pump(self, title: str, argv: Sequence[str], log: Path, env: Mapping[str, str] | None) -> tuple[int, str]:
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -69,5 +69,5 @@ def render(parts: Sequence[Part]) -> str:
 
 
 def clean(parts: Sequence[Part]) -> bool:
-    """Tell whether the run is good: something ran, nothing failed, nothing was skipped."""
+    """Return whether the run is good: something ran, nothing failed, nothing was skipped."""
     return any(part.cases for part in parts) and all(case.result == "passed" for part in parts for case in part.cases)

@@ -1,9 +1,11 @@
-"""Tests that are too long for every day: tests/soak/*.py, each in a VM of its own choosing."""
+"""Tests that are too long for every day: tests/soak/*.py, each in a VM of its own choosing, or in none."""
 
 import shlex
 from pathlib import Path
 
+from labkit import in_tree
 from labkit.errors import LabError
+from labkit.session import Request, Session
 
 FOLDER = "tests/soak"
 MARK = "# lab:"
@@ -48,3 +50,11 @@ def summary(path: Path) -> str:
         if line.startswith('"""'):
             return line.strip('" ')
     return ""
+
+
+def run_in_tree(session: Session, request: Request) -> int:
+    """Run a test that needs no device in the lab's tree, and return pytest's exit status."""
+    session.set_up(request.kernel, "soak")
+    with session.using():
+        hint = "tools/lab soak NAME --timeout S"
+        return in_tree.run(session, request.command, request.timeout, hint, request.environment)

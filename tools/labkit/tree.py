@@ -27,7 +27,7 @@ PACKAGES = (
     *("gcc", "make", "libc6-dev", "bc", "pahole", "libelf1t64", "libssl3t64"),
     *("iproute2", "iputils-ping", "kmod", "mount", "e2fsprogs", "busybox-static", "procps", "strace"),
     *("xz-utils", "zstd", "ca-certificates", "valgrind"),
-    # real clients, written elsewhere, that tests run against our devices
+    # real clients, written by others, that tests run against our devices
     *("ethtool", "iperf3", "dnsmasq-base", "qemu-system-x86", "ipxe-qemu"),
     # what dpdk-testpmd is linked to, and the drivers it has to load
     *(f"librte-{name}25" for name in ("bitratestats", "bpf", "cmdline", "crypto-scheduler", "gro", "gso")),

@@ -9,24 +9,23 @@ import time
 from pathlib import Path
 
 from labkit import kernel_log, xstate
-from labkit.debug_kernel import OWN, DebugBuilder, DebugKernel
 from labkit.environment import INSIDE
 from labkit.errors import EXIT_TIMEOUT, LabError
 from labkit.kernel import Builder
 from labkit.progress import seconds
 from labkit.session import PROJECT, Request, Session
+from labkit.uml_config import DEBUG
+from labkit.uml_kernel import KERNEL, OWN, RUN, UmlBuilder, UmlKernel, arguments, as_child
 from labkit.vm import default_environment
 
 INIT = Path(__file__).with_name("guest") / "uml.sh"
-RUN = "/lab/run"
-KERNEL = "/lab/kernel"
 # The project's own folder may lie below one that gets something else mounted, as /tmp does: it is put there last.
 SHARED = "/lab/project"
 MEMORY = "2G"
 LIMIT_S = 7200.0
 POLL_S = 0.5
 SHOWN_LINES = 40
-# A kernel that checks locks says so when it starts. (Of KASAN its log says nothing: it is there before the log is.)
+# A kernel that checks locks logs that when it starts. (Of KASAN its log says nothing: it is there before the log is.)
 WATCHING = ("Lock dependency validator",)
 
 
@@ -35,7 +34,7 @@ def run(session: Session, request: Request) -> int:
     session.set_up(request.kernel, "soak")
     with session.using():
         with session.cache.building_kernel():
-            builder = DebugBuilder(Builder(session.cache, session.tree, session.progress))
+            builder = UmlBuilder(Builder(session.cache, session.tree, session.progress), DEBUG)
             kernel = builder.ensure(request.kernel)
             module = builder.module(kernel, PROJECT)
         session.progress.say(f"kernel {kernel.release} as User Mode Linux, with KASAN, kmemleak and lock checking")
@@ -63,17 +62,15 @@ def configuration(request: Request) -> str:
 
 def command_line(memory: str = MEMORY) -> list[str]:
     """Return the arguments that start the kernel within the tree."""
-    root = ["rootfstype=hostfs", "rootflags=/", "rw", f"init={RUN}/init"]
-    console = ["con=null", "con0=null,fd:1", "log_buf_len=16M", "loglevel=3"]
-    return [f"{KERNEL}/linux", f"mem={memory}", *root, *console, "kmemleak=on", "panic=-1"]
+    return [*arguments(memory), "log_buf_len=16M", "loglevel=3", "kmemleak=on"]
 
 
-def _drive(session: Session, kernel: DebugKernel, folder: Path, limit: float) -> None:
+def _drive(session: Session, kernel: UmlKernel, folder: Path, limit: float) -> None:
     binds = {PROJECT: SHARED, session.environment.site: INSIDE, folder: RUN, kernel.folder: KERNEL}
     chroot = session.tree.chroot(layers=(kernel.layer,), binds=binds)
-    variables = xstate.environment(session.tree, session.progress, folder, RUN)
+    variables = xstate.variables(session.tree, session.progress, folder, RUN)
     words = ["env", *(f"{name}={value}" for name, value in variables.items()), *command_line()]
-    argv = ["setpriv", "--pdeathsig", "KILL", *chroot.argv(words)]
+    argv = ["setpriv", "--pdeathsig", "KILL", *chroot.argv(as_child(words))]
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True) as process:
         try:
             if not wait_for_end(process, folder / "ended", limit):

@@ -21,10 +21,10 @@ CGROUP = Path("/proc/self/cgroup")
 
 
 def memory(text: str) -> int:
-    """Return a number of bytes; LabError if it is none, or not enough for a VM, or more than this machine has."""
+    """Return a number of bytes; LabError if it is not one, or not enough for a VM, or more than this machine has."""
     found = re.fullmatch(r"(\d+)([kmgt]?)(?:i?b)?", text.strip().lower())
     if not found:
-        raise LabError(f"--memory {text}: this is no size", "A size is a number and one of M, G, T.", "--memory 4G")
+        raise LabError(f"--memory {text}: this is not a size", "A size is a number and one of M, G, T.", "--memory 4G")
     wanted = int(found[1]) * UNITS[found[2]]
     if wanted < LEAST_MEMORY:
         raise LabError(
@@ -47,6 +47,15 @@ def check_memory(wanted: int, what: str) -> None:
         )
 
 
+def side_by_side(wanted: int, each: str) -> int:
+    """Return how many of the `wanted` VMs fit on this machine at a time, one at least.
+
+    Each needs a processor of its own, and `each` of memory, as given to --memory, with as much to spare.
+    """
+    have, _ = machine_memory()
+    return max(1, min(wanted, len(os.sched_getaffinity(0)), have // (2 * memory(each))))
+
+
 def machine_memory() -> tuple[int, str]:
     """Return the bytes of memory and swap that this machine has or a control group allows, and which of them it is."""
     values = dict(re.findall(r"^(\w+): +(\d+) kB", MEMINFO.read_text(), re.MULTILINE))
@@ -58,7 +67,7 @@ def machine_memory() -> tuple[int, str]:
 
 
 def cgroup_limit() -> int | None:
-    """Return the lowest memory limit of this process's control groups (version 2); None if there is none to be seen."""
+    """Return the lowest memory limit of this process's control groups (version 2); None if no limit is visible."""
     try:
         own = CGROUP.read_text().strip().rpartition(":")[2].lstrip("/")
     except OSError:
@@ -84,7 +93,7 @@ def duration(option: str, value: float | None, unit: str = "seconds") -> float |
     """Return a time that can be waited for."""
     if value is not None and not (math.isfinite(value) and value > 0):
         raise LabError(
-            f"{option} {value:g}: this is no time to wait", f"It is a number of {unit} above 0.", f"{option} 60"
+            f"{option} {value:g}: this is not a time to wait", f"It is a number of {unit} above 0.", f"{option} 60"
         )
     return value
 

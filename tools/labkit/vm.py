@@ -1,4 +1,4 @@
-"""One VM from start to end: its initial RAM file system, its ports, and what comes out of them."""
+"""One machine from start to end: what its first program is told, its ports, and what comes out of them."""
 
 import os
 import selectors
@@ -8,28 +8,114 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from labkit import qemu
 from labkit.chroot import PATH
-from labkit.devices import Plan
+from labkit.devices import DevicePlan
 from labkit.environment import INSIDE
 from labkit.errors import EXIT_TIMEOUT, LabError, NotBooted
 from labkit.images import Cpio
 from labkit.output import Sink
 
 GUEST = Path(__file__).with_name("guest")
-BOOT_LIMIT_S = {"kvm": 60.0, "tcg": 180.0, "icount": 400.0}
+BOOT_LIMIT_S = {"kvm": 60.0, "tcg": 180.0, "icount": 400.0, "uml": 120.0}
 SHOWN_CONSOLE_LINES = 25
 PANIC = "Kernel panic - not syncing"
-# The VM tells how many bytes its command wrote; if it cannot (a process left behind holds the output open), no more
+# The VM reports how many bytes its command wrote; if it cannot (a process left behind holds the output open), no more
 # is expected after this long without any.
 DRAIN_S = 2.0
 
 
+class Home(Protocol):
+    """What a machine lives in: how it is started, and how it reaches inside what it is given."""
+
+    program: str
+    """What the user knows it by."""
+    ports: str
+    """What the names of its ports begin with, inside; a pattern of the shell."""
+    entries: str
+    """Parameters of vhost_vdpa."""
+
+    def share(self, number: int, folder: str) -> str:
+        """Return the command that mounts a folder of this machine."""
+
+    def image(self, number: int, folder: str) -> str:
+        """Return the command that mounts an image on a folder; disks are counted from 0."""
+
+    def start(
+        self, spec: "Spec", ends: Mapping[int, socket.socket], shell: socket.socket | None
+    ) -> subprocess.Popen[bytes]:
+        """Start the machine; the far ends of its ports are closed here afterwards."""
+
+    def leave(self) -> None:
+        """Remove what starting it has made; the process has ended."""
+
+
+class Qemu:
+    """A virtual machine: disks and ports of virtio, folders by 9p, an initial RAM file system."""
+
+    program = "QEMU"
+    ports = "/dev/vport*p"
+    entries = ""
+
+    def share(self, number: int, folder: str) -> str:
+        """Return the command that mounts a folder of this machine."""
+        options = "trans=virtio,version=9p2000.L,msize=524288,cache=mmap"
+        return f"busybox mount -t 9p -o {options} share{number} {folder}"
+
+    def image(self, number: int, folder: str) -> str:
+        """Return the command that mounts an image on a folder; disks are counted from 0."""
+        return f"busybox mount -t ext4 -o ro,noatime /dev/vd{chr(ord('a') + number)} {folder}"
+
+    def start(
+        self, spec: "Spec", ends: Mapping[int, socket.socket], shell: socket.socket | None
+    ) -> subprocess.Popen[bytes]:
+        """Start QEMU."""
+        inherited = [*ends.values(), *([shell] if shell else []), *([spec.network[0]] if spec.network else [])]
+        descriptor = os.memfd_create("initrd")
+        try:
+            _write_all(descriptor, initial_ram_disk(spec))
+            argv = qemu.command_line(self._hardware(spec, descriptor, ends, shell))
+            return subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[descriptor, *(end.fileno() for end in inherited)],
+                start_new_session=True,
+            )
+        finally:
+            os.close(descriptor)
+
+    @staticmethod
+    def _hardware(
+        spec: "Spec", initrd: int, ends: Mapping[int, socket.socket], shell: socket.socket | None
+    ) -> qemu.Hardware:
+        return qemu.Hardware(
+            kernel=spec.kernel,
+            initrd_fd=initrd,
+            disks=[*spec.disks, *spec.mounts.values()],
+            shares=[qemu.Share(path, f"share{number}") for number, path in enumerate(spec.shares)],
+            ports={port: end.fileno() for port, end in ends.items()},
+            console_log=spec.console_log,
+            mode=spec.mode,
+            cpus=1 if spec.mode == "icount" else spec.cpus,
+            memory=spec.memory,
+            shell_fd=shell.fileno() if shell else None,
+            network_fd=spec.network[0].fileno() if spec.network else None,
+            network_mac=spec.network[2] if spec.network else "",
+        )
+
+    def leave(self) -> None:
+        """Remove nothing: all of it was QEMU's."""
+
+
 @dataclass(frozen=True)
 class Spec:
-    """What a VM shall be and do."""
+    """What a machine shall be and do."""
 
     command: Sequence[str]
     folder: Path
@@ -37,7 +123,7 @@ class Spec:
     boot_modules: Sequence[Path]
     busybox: Path
     disks: Sequence[Path]
-    devices: Plan
+    devices: DevicePlan
     console_log: Path
     mode: str = "tcg"
     cpus: int = 2
@@ -45,11 +131,13 @@ class Spec:
     shares: Sequence[Path] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     modules: Mapping[str, Path] = field(default_factory=dict)
+    mounts: Mapping[str, Path] = field(default_factory=dict)
     timeout: float | None = None
     boot_limit: float | None = None
     shell: bool = False
     name: str = "lab"
     network: tuple[socket.socket, str, str] | None = None
+    home: Home = field(default_factory=Qemu)
 
 
 def default_environment() -> dict[str, str]:
@@ -68,16 +156,16 @@ def default_environment() -> dict[str, str]:
 
 def configuration(spec: Spec) -> str:
     """Return config.sh: all that the VM has to know about this run."""
-    mounts = [
-        f"busybox mkdir -p {shlex.quote(str(path))}; must busybox mount -t 9p "
-        f"-o trans=virtio,version=9p2000.L,msize=524288,cache=mmap share{number} {shlex.quote(str(path))}"
-        for number, path in enumerate(spec.shares)
-    ]
+    shares = [(str(path), partial(spec.home.share, number)) for number, path in enumerate(spec.shares)]
+    images = [(path, partial(spec.home.image, number)) for number, path in enumerate(spec.mounts, len(spec.disks))]
+    mounts = []
+    for folder, mount in (*shares, *images):
+        mounts.append(f"busybox mkdir -p {shlex.quote(folder)}; must {mount(shlex.quote(folder))}")
     if spec.network:
         _, address, _ = spec.network
         mounts += ["must modprobe virtio_net", f"must ip address add {address}/24 dev eth0", "must ip link set eth0 up"]
         mounts += ["printf '10.77.0.1 a\\n10.77.0.2 b\\n' >>/etc/hosts"]
-    loads = ["must modprobe vhost_vdpa"] if spec.devices.groups else []
+    loads = [" ".join(["must modprobe vhost_vdpa", *spec.home.entries.split()])] if spec.devices.groups else []
     for module, parameters in spec.devices.modules():
         if module in spec.modules:
             loads.append(shlex.join(["must", "insmod", f"/run/lab/modules/{module}.ko", *parameters]))
@@ -92,7 +180,7 @@ def configuration(spec: Spec) -> str:
     return "\n".join(
         [
             f"LAB_NAME={shlex.quote(spec.name)} LAB_DEVICES={spec.devices.count} LAB_SHELL={int(spec.shell)} "
-            f"LAB_PATIENCE={20 if spec.mode == 'icount' else 1}",
+            f"LAB_PATIENCE={20 if spec.mode == 'icount' else 1} LAB_PORTS={shlex.quote(spec.home.ports)}",
             *(_function("lab_mounts", mounts)),
             *(_function("lab_modules", loads)),
             *(_function("lab_devices", additions)),
@@ -154,42 +242,12 @@ class Machine:
             inherited.append(shell_end)
         if self.spec.network:
             inherited.append(self.spec.network[0])
-        descriptor = os.memfd_create("initrd")
         try:
-            _write_all(descriptor, initial_ram_disk(self.spec))
-            argv = qemu.command_line(self._hardware(descriptor, ends, shell_end))
-            self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *argv],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=[descriptor, *(end.fileno() for end in inherited)],
-                start_new_session=True,
-            )
+            self._process = self.spec.home.start(self.spec, ends, shell_end)
         finally:
-            os.close(descriptor)
             for end in inherited:
                 end.close()
         return self
-
-    def _hardware(
-        self, initrd: int, ends: Mapping[int, socket.socket], shell_end: socket.socket | None
-    ) -> qemu.Hardware:
-        spec = self.spec
-        return qemu.Hardware(
-            kernel=spec.kernel,
-            initrd_fd=initrd,
-            disks=spec.disks,
-            shares=[qemu.Share(path, f"share{number}") for number, path in enumerate(spec.shares)],
-            ports={port: end.fileno() for port, end in ends.items()},
-            console_log=spec.console_log,
-            mode=spec.mode,
-            cpus=1 if spec.mode == "icount" else spec.cpus,
-            memory=spec.memory,
-            shell_fd=shell_end.fileno() if shell_end else None,
-            network_fd=spec.network[0].fileno() if spec.network else None,
-            network_mac=spec.network[2] if spec.network else "",
-        )
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
@@ -198,6 +256,7 @@ class Machine:
             self._process.wait()
             if self._process.stdout:
                 self._process.stdout.close()
+        self.spec.home.leave()
         for end in [*self._sockets.values(), *([self._shell] if self._shell else [])]:
             end.close()
 
@@ -279,13 +338,13 @@ class Machine:
 
     def _death(self) -> LabError:
         assert self._process is not None
-        assert self._process.stdout is not None
-        said = self._process.stdout.read().decode(errors="replace").strip()
+        said = self._process.stdout.read().decode(errors="replace").strip() if self._process.stdout else ""
         console = self._console()
         if PANIC in console:
             what = "the VM's kernel panicked before the command ended"
         elif self.started_after is None:
-            what = f"the VM ended before its command started (QEMU's status {self._process.returncode})"
+            status = f"{self.spec.home.program}'s status {self._process.returncode}"
+            what = f"the VM ended before its command started ({status})"
         else:
             what = "the VM stopped before the command ended"
         # a QEMU that ends by itself with an error refuses its command line or lacks something: so it would again
@@ -323,7 +382,7 @@ def drive(machines: Sequence[Machine], selector: selectors.BaseSelector, idle: C
 
 
 def run(spec: Spec, out: Sink, err: Sink, tell: Callable[[str], None]) -> int:
-    """Do as run_once(), and start an emulated VM that does not boot once more, which is told.
+    """Do as run_once(), and start an emulated VM that does not boot a second time, which is reported.
 
     In one boot of some hundred the emulator loses a timer's interrupt or trips
     over the kernel's patching of its own code. What comes after the kernel's
@@ -332,12 +391,12 @@ def run(spec: Spec, out: Sink, err: Sink, tell: Callable[[str], None]) -> int:
     try:
         return run_once(spec, out, err)
     except NotBooted as e:
-        if spec.mode == "kvm":
+        if spec.mode in ("kvm", "uml"):
             raise
         log = spec.console_log.with_stem(f"{spec.console_log.stem}-not-booted")
         if spec.console_log.exists():
             spec.console_log.replace(log)
-        tell(f"{e.what}; starting it once more (the console of the first: {log})")
+        tell(f"{e.what}; starting it again (the console of the first: {log})")
         return run_once(spec, out, err)
 
 

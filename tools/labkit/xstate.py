@@ -45,7 +45,7 @@ def _size_of(pid: int) -> int:
     return 0 if answer < 0 else vector.length
 
 
-def environment(tree: Tree, progress: Progress, folder: Path, inside: str) -> Mapping[str, str]:
+def variables(tree: Tree, progress: Progress, folder: Path, inside: str) -> Mapping[str, str]:
     """Return the variables that User Mode Linux needs; what it preloads is built in `folder` (`inside` the tree)."""
     have = size()
     if have <= KNOWN_BYTES:

@@ -17,7 +17,7 @@ struct hwsim_profile {
 	const char *name;
 	/* Queues exist in hardware from the previous reset on; DRIVER_OK resumes them. */
 	bool precreate;
-	/* A set_map() while running tears all queues down and makes them anew. */
+	/* A set_map() while running tears all queues down and makes them again. */
 	bool map_rebuilds_vqs;
 	u32 us[HWSIM_NCOSTS];
 };
@@ -91,7 +91,7 @@ void hwsim_op_begin(struct hwsim_op *op, struct hwsim_dev *dev, enum hwsim_op_id
 /*
  * Neither fsleep() nor msleep(): they may overshoot by their own length, and
  * what user space measures here are milliseconds. TASK_IDLE, because a long
- * charge is no hung task.
+ * charge is not a hung task.
  */
 void hwsim_op_charge(struct hwsim_op *op, u64 ns)
 {
@@ -130,8 +130,9 @@ static u64 cost_memory(const struct hwsim_dev *dev, enum hwsim_cost per_gib, u64
 
 /*
  * A piece that dma_map() or dma_unmap() is called with, the next of @run if it
- * begins where that ended. Nobody tells how much follows, so a run turns out to be
- * guest memory when it has scale_min bytes, and what came before is charged then.
+ * begins where that ended. It is unknown how much follows, so a run turns out
+ * to be guest memory when it has scale_min bytes, and what came before is
+ * charged then.
  */
 u64 hwsim_cost_run(const struct hwsim_dev *dev, enum hwsim_cost per_gib, struct hwsim_run *run,
 		   u64 iova, u64 size)
@@ -204,11 +205,11 @@ static int find_guest(const struct hwsim_dev *dev, struct hwsim_as *as, u64 star
 }
 
 /*
- * Tell guest memory from rings and the like. A tree has nothing but addresses, and
- * memory comes in as many entries as it has physical pieces, hence by length: what
- * follows without a gap and is at least scale_min long is guest memory. It stays
- * that, so that a ring that is mapped right behind it later is not taken for more
- * of it.
+ * Distinguish guest memory from rings and the like. A tree has nothing but
+ * addresses, and memory comes in as many entries as it has physical pieces,
+ * hence by length: what follows without a gap and is at least scale_min long is
+ * guest memory. It stays that, so that a ring that is mapped right behind it
+ * later is not taken for more of it.
  */
 static int remember_guest(const struct hwsim_dev *dev, struct hwsim_as *as,
 			  struct vhost_iotlb *tree, struct tree_size *size)
@@ -257,7 +258,7 @@ static struct growth growth(u64 before, u64 now)
 
 /*
  * What it costs that @tree is mapped now, and count it. vhost-vdpa pins and
- * unpins before it calls; the difference to the previous tree tells how much.
+ * unpins before it calls; the difference to the previous tree is how much.
  */
 int hwsim_cost_set_map(struct hwsim_dev *dev, struct hwsim_as *as,
 		       struct vhost_iotlb *tree, struct hwsim_map_cost *cost)

@@ -112,6 +112,8 @@ static bool ctrl_mac(struct hwsim_dev *dev, u8 cmd, struct reader *r)
 
 	if (cmd == VIRTIO_NET_CTRL_MAC_TABLE_SET)
 		return ctrl_mac_table(dev, r);
+	if (hwsim_flawed(dev, HWSIM_FLAW_CVQ_HALF) && r->left == 3)
+		memcpy(dev->config.mac, r->p, 3);
 	mac = get_bytes(r, ETH_ALEN);
 	if (cmd != VIRTIO_NET_CTRL_MAC_ADDR_SET || !mac || r->left ||
 	    !hwsim_has(dev, VIRTIO_NET_F_CTRL_MAC_ADDR) || is_multicast_ether_addr(mac))
@@ -160,7 +162,7 @@ static bool ctrl_pairs(struct hwsim_dev *dev, struct reader *r)
 	if (!hwsim_has(dev, VIRTIO_NET_F_MQ) || !get_u16(r, &pairs) || r->left ||
 	    !set_pairs(dev, pairs))
 		return false;
-	/* Whoever wants this many pairs, and nothing else, has done with RSS. */
+	/* A driver that wants this many pairs, and nothing else, has done with RSS. */
 	dev->ctrl.rss.table_len = 0;
 	return true;
 }
@@ -270,13 +272,15 @@ static bool execute(struct hwsim_dev *dev, const u8 *buf, size_t len)
 	return false;
 }
 
-/* What a driver finds that has not said anything; also called at FEATURES_OK. */
+/* The state before a driver has sent a command; also called at FEATURES_OK. */
 void hwsim_ctrl_reset(struct hwsim_dev *dev)
 {
+	if (hwsim_flawed(dev, HWSIM_FLAW_KEEP_CTRL) && dev->ctrl.pairs)
+		return;
 	memset(&dev->ctrl, 0, sizeof(dev->ctrl));
 	/* virtio 1.3, 5.1.5: one pair until the driver asks for more, MQ or not. */
 	dev->ctrl.pairs = 1;
-	/* A device that can be told what to receive begins with everything. */
+	/* A device with receive filters begins by receiving everything. */
 	dev->ctrl.promisc = hwsim_has(dev, VIRTIO_NET_F_CTRL_RX);
 	dev->ctrl.offloads = guest_offloads(dev);
 	dev->config.status &= (__force __virtio16)~cpu_to_le16(VIRTIO_NET_S_ANNOUNCE);
@@ -332,13 +336,17 @@ bool hwsim_accepts(const struct hwsim_dev *dev, const void *frame, size_t len)
 	       (accepts_vlan(dev, frame, len) && accepts_mac(dev, frame));
 }
 
-/* Fetch one command. Returns 1, 0 if there is none, or an error after hwsim_fault(). */
+/* Fetch one command. Returns 1, 0 without one, or an error after hwsim_fault(). */
 static int fetch_command(struct hwsim_dev *dev, struct hwsim_vq *cvq, u16 *head,
 			 struct hwsim_chain *chain)
 {
 	int ret;
 
-	if (!hwsim_live(dev) || !hwsim_has(dev, VIRTIO_NET_F_CTRL_VQ) || !cvq->ready)
+	bool awake = (hwsim_flawed(dev, HWSIM_FLAW_CVQ_SUSPENDED) && dev->suspended) ||
+		     (hwsim_flawed(dev, HWSIM_FLAW_NOT_READY) && hwsim_live(dev));
+
+	if (!hwsim_has(dev, VIRTIO_NET_F_CTRL_VQ) ||
+	    (!awake && (!hwsim_live(dev) || !cvq->ready)))
 		return 0;
 	ret = hwsim_vq_fetch(dev, cvq, 1);
 	if (ret <= 0)
@@ -358,8 +366,18 @@ static bool answer_command(struct hwsim_dev *dev, struct hwsim_vq *cvq, u16 head
 	u8 ack = ok ? VIRTIO_NET_OK : VIRTIO_NET_ERR;
 	u32 len = chain->in ? sizeof(ack) : 0;
 
-	if (hwsim_chain_write(dev, cvq, chain, 0, &ack, len) ||
-	    hwsim_vq_complete(dev, cvq, head, len) || hwsim_vq_publish(dev, cvq))
+	if (hwsim_flawed(dev, HWSIM_FLAW_CVQ_OK))
+		ack = VIRTIO_NET_OK;
+	if (hwsim_flawed(dev, HWSIM_FLAW_CVQ_ERR))
+		ack = VIRTIO_NET_ERR;
+	if (hwsim_flawed(dev, HWSIM_FLAW_CVQ_LONG) && chain->in > 1 &&
+	    hwsim_chain_write(dev, cvq, chain, 1, &ack, sizeof(ack)))
+		return false;
+	if (hwsim_chain_write(dev, cvq, chain, 0, &ack, len))
+		return false;
+	if (hwsim_flawed(dev, HWSIM_FLAW_CVQ_LEN))
+		len = 0;
+	if (hwsim_vq_complete(dev, cvq, head, len) || hwsim_vq_publish(dev, cvq))
 		return false;
 	hwsim_vq_count(cvq, ok ? HWSIM_VQ_PACKETS : HWSIM_VQ_ERRORS, 1);
 	hwsim_vq_signal(dev, cvq);
@@ -387,11 +405,12 @@ static bool do_command(struct hwsim_dev *dev)
 
 	hwsim_op_begin(&op, dev, HWSIM_OP_CVQ);
 	hwsim_op_charge(&op, dev->cost[HWSIM_COST_CVQ]);
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	/* While we slept, a data queue can have stopped the device, or other features been set. */
-	ok = hwsim_live(dev) && hwsim_is_cvq(dev, cvq->index) &&
+	ok = (hwsim_live(dev) || hwsim_flawed(dev, HWSIM_FLAW_CVQ_SUSPENDED)) &&
+	     hwsim_is_cvq(dev, cvq->index) &&
 	     answer_command(dev, cvq, head, &chain);
-	up_write(&dev->dp);
+	hwsim_changed(dev);
 	if (!ok)
 		op.id = HWSIM_OP_CVQ_REFUSED;
 	hwsim_op_end(&op, 0);

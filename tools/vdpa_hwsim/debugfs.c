@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: (MIT OR GPL-2.0)
 /*
- * /sys/kernel/debug/vdpa_hwsim/DEVICE/: what the device is doing and has been
- * told, one key=value a line, and the knobs for costs, faults, link and wire.
+ * /sys/kernel/debug/vdpa_hwsim/DEVICE/: what the device is doing and how it is
+ * set, one key=value per line, and the knobs for costs, faults, link and wire.
  */
 #include <linux/debugfs.h>
 #include <linux/seq_file.h>
@@ -52,6 +52,55 @@ static const char * const flaw_names[HWSIM_NFLAWS] = {
 	[HWSIM_LIE_RESUME] = "lie_resume",
 	[HWSIM_LIE_DESC_ASID] = "lie_desc_asid",
 	[HWSIM_LIE_ENABLE] = "lie_enable",
+	[HWSIM_FLAW_NO_CALL] = "no_call",
+	[HWSIM_FLAW_CALL_ALWAYS] = "call_always",
+	[HWSIM_FLAW_NO_CONFIG_CALL] = "no_config_call",
+	[HWSIM_FLAW_CONFIG_CALL] = "config_call",
+	[HWSIM_FLAW_KEEP_ASID] = "keep_asid",
+	[HWSIM_FLAW_KEEP_READY] = "keep_ready",
+	[HWSIM_FLAW_KEEP_BASE] = "keep_base",
+	[HWSIM_FLAW_KEEP_STATUS] = "keep_status",
+	[HWSIM_FLAW_KEEP_CTRL] = "keep_ctrl",
+	[HWSIM_FLAW_KEEP_FAULT] = "keep_fault",
+	[HWSIM_FLAW_IGNORE_PERM] = "ignore_perm",
+	[HWSIM_FLAW_STALE_MAP] = "stale_map",
+	[HWSIM_FLAW_ONE_AS] = "one_as",
+	[HWSIM_FLAW_CORRUPT] = "corrupt_frame",
+	[HWSIM_FLAW_BEYOND] = "write_beyond",
+	[HWSIM_FLAW_SHORT_LEN] = "short_len",
+	[HWSIM_FLAW_TX_LEN] = "tx_len",
+	[HWSIM_FLAW_NUM_BUFFERS] = "num_buffers",
+	[HWSIM_FLAW_JUNK_HEADER] = "junk_header",
+	[HWSIM_FLAW_LOSE] = "lose_frames",
+	[HWSIM_FLAW_CVQ_OK] = "cvq_ok",
+	[HWSIM_FLAW_CVQ_ERR] = "cvq_err",
+	[HWSIM_FLAW_CVQ_LEN] = "cvq_len",
+	[HWSIM_FLAW_CVQ_LONG] = "cvq_long",
+	[HWSIM_FLAW_CVQ_HALF] = "cvq_half",
+	[HWSIM_FLAW_CVQ_SUSPENDED] = "cvq_suspended",
+	[HWSIM_FLAW_SUSPENDED_STATUS] = "suspended_status",
+	[HWSIM_FLAW_WAKE_STATUS] = "wake_by_status",
+	[HWSIM_FLAW_WAKE_ENABLE] = "wake_by_enable",
+	[HWSIM_FLAW_WAKE_KICK] = "wake_by_kick",
+	[HWSIM_FLAW_BASE_OFF] = "base_off",
+	[HWSIM_FLAW_BASE_MOVES] = "base_moves",
+	[HWSIM_FLAW_RESUME_AT_0] = "resume_at_0",
+	[HWSIM_FLAW_EARLY] = "early",
+	[HWSIM_FLAW_NOT_READY] = "not_ready",
+	[HWSIM_FLAW_NO_FEATURES_OK] = "no_features_ok",
+	[HWSIM_FLAW_NO_DRIVER_OK] = "no_driver_ok",
+	[HWSIM_FLAW_FEATURES_MOVE] = "features_move",
+	[HWSIM_FLAW_CONFIG_MOVES] = "config_moves",
+	[HWSIM_FLAW_BAD_GROUP] = "bad_group",
+	[HWSIM_FLAW_NUM_IGNORED] = "num_ignored",
+	[HWSIM_FLAW_ADDR_KEPT] = "addr_kept",
+	[HWSIM_FLAW_EVENT_IGNORED] = "event_ignored",
+	[HWSIM_FLAW_INDIRECT_FIRST] = "indirect_first",
+	[HWSIM_FLAW_CHAIN_FIRST] = "chain_first",
+	[HWSIM_FLAW_ALL_PAIRS] = "all_pairs",
+	[HWSIM_FLAW_USED_TWICE] = "used_twice",
+	[HWSIM_FLAW_SIZE_BEYOND] = "size_beyond",
+	[HWSIM_FLAW_RINGS_IN_1] = "rings_in_1",
 };
 
 static void show_macs(struct seq_file *s, const char *key, const u8 (*macs)[ETH_ALEN], u32 n)
@@ -188,13 +237,13 @@ static void set_config_status(struct hwsim_dev *dev, u16 bit, bool on)
 {
 	__virtio16 mask = (__force __virtio16)cpu_to_le16(bit);
 
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	if (on)
 		dev->config.status |= mask;
 	else
 		dev->config.status &= ~mask;
 	hwsim_config_changed(dev);
-	up_write(&dev->dp);
+	hwsim_changed(dev);
 }
 
 static int link_set(void *data, u64 up)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (MIT OR GPL-2.0) */
 /*
  * vdpa_hwsim: a vDPA network device without hardware, which behaves as
- * mlx5_vdpa does where user space can tell the difference.
+ * mlx5_vdpa does where user space can see the difference.
  *
  * Locking
  * =======
@@ -19,36 +19,40 @@
  *    over one whole command, as mlx5_vdpa holds reslock. That makes suspend()
  *    and reset() wait for a command under way.
  *
- * 3. hwsim_wire (rwsem, global): who is wired to whom. Read by a worker that
- *    hands a frame to the other end, which therefore cannot go away.
+ * 3. hwsim_wire (rwsem, global): which devices are wired together. Read by a
+ *    worker that hands a frame to the other end, which therefore cannot go away.
  *
  * 4. hwsim_dev.dp (rwsem): the data path. Workers process descriptors with it
  *    held for reading, one worker for each queue pair, hence on several CPUs
- *    at a time. Whoever changes what a worker looks at (status, rings,
- *    translations, filters) takes it for writing, and only for moments: a
- *    modelled cost during which the device stands still is slept with
+ *    at a time. Code that changes what a worker looks at (status, rings,
+ *    translations, filters) takes it for writing, by hwsim_change(), and only for
+ *    moments: a modelled cost during which the device is stopped is slept with
  *    .frozen set, not with this lock held. Releasing it after a change is the
  *    barrier: no worker acts on the former state from then on.
- *    Never hold two devices' dp at once (a worker lets go of its own before it
+ *    Never hold two devices' dp at once (a worker releases its own before it
  *    delivers to the other end of the wire), else two writers could close a
  *    circle between two devices wired to each other.
  *
- * 5. hwsim_vq.rx_lock (mutex): those who deliver into one receive queue. With
+ * 5. hwsim_vq.rx_lock (mutex): deliveries into one receive queue. With
  *    a wire that can be several of the other device's workers. Transmit queues
  *    and the control queue are touched by their own worker only.
  *
- * 6. hwsim_dev.fault_lock (spinlock): the text about the latest fault.
+ * 6. hwsim_lending (mutex, global, in device.c): which threads of the data path
+ *    have the ordinary priority, since someone waits for a dp that they hold.
+ *
+ * 7. hwsim_dev.fault_lock (spinlock): the text about the latest fault.
  *
  * kick_vq() comes from within an eventfd wake-up, with interrupts off: it may
  * only count and queue work. Virtqueue and config callbacks are called from
- * workers only, because eventfd_signal() drops an event that is signalled from
- * within an eventfd wake-up.
+ * workers, from suspend() and from debugfs, never from kick_vq():
+ * eventfd_signal() drops an event that is signalled from within an eventfd wake-up.
  */
 #ifndef HWSIM_H
 #define HWSIM_H
 
 #include <linux/atomic.h>
 #include <linux/etherdevice.h>
+#include <linux/kthread.h>
 #include <linux/ktime.h>
 #include <linux/mutex.h>
 #include <linux/rwsem.h>
@@ -170,6 +174,55 @@ enum hwsim_flaw {
 	HWSIM_LIE_RESUME,
 	HWSIM_LIE_DESC_ASID,
 	HWSIM_LIE_ENABLE,
+	HWSIM_FLAW_NO_CALL,
+	HWSIM_FLAW_CALL_ALWAYS,
+	HWSIM_FLAW_NO_CONFIG_CALL,
+	HWSIM_FLAW_CONFIG_CALL,
+	HWSIM_FLAW_KEEP_ASID,
+	HWSIM_FLAW_KEEP_READY,
+	HWSIM_FLAW_KEEP_BASE,
+	HWSIM_FLAW_KEEP_STATUS,
+	HWSIM_FLAW_KEEP_CTRL,
+	HWSIM_FLAW_KEEP_FAULT,
+	HWSIM_FLAW_IGNORE_PERM,
+	HWSIM_FLAW_STALE_MAP,
+	HWSIM_FLAW_ONE_AS,
+	HWSIM_FLAW_CORRUPT,
+	HWSIM_FLAW_BEYOND,
+	HWSIM_FLAW_SHORT_LEN,
+	HWSIM_FLAW_TX_LEN,
+	HWSIM_FLAW_NUM_BUFFERS,
+	HWSIM_FLAW_JUNK_HEADER,
+	HWSIM_FLAW_LOSE,
+	HWSIM_FLAW_CVQ_OK,
+	HWSIM_FLAW_CVQ_ERR,
+	HWSIM_FLAW_CVQ_LEN,
+	HWSIM_FLAW_CVQ_LONG,
+	HWSIM_FLAW_CVQ_HALF,
+	HWSIM_FLAW_CVQ_SUSPENDED,
+	HWSIM_FLAW_SUSPENDED_STATUS,
+	HWSIM_FLAW_WAKE_STATUS,
+	HWSIM_FLAW_WAKE_ENABLE,
+	HWSIM_FLAW_WAKE_KICK,
+	HWSIM_FLAW_BASE_OFF,
+	HWSIM_FLAW_BASE_MOVES,
+	HWSIM_FLAW_RESUME_AT_0,
+	HWSIM_FLAW_EARLY,
+	HWSIM_FLAW_NOT_READY,
+	HWSIM_FLAW_NO_FEATURES_OK,
+	HWSIM_FLAW_NO_DRIVER_OK,
+	HWSIM_FLAW_FEATURES_MOVE,
+	HWSIM_FLAW_CONFIG_MOVES,
+	HWSIM_FLAW_BAD_GROUP,
+	HWSIM_FLAW_NUM_IGNORED,
+	HWSIM_FLAW_ADDR_KEPT,
+	HWSIM_FLAW_EVENT_IGNORED,
+	HWSIM_FLAW_INDIRECT_FIRST,
+	HWSIM_FLAW_CHAIN_FIRST,
+	HWSIM_FLAW_ALL_PAIRS,
+	HWSIM_FLAW_USED_TWICE,
+	HWSIM_FLAW_SIZE_BEYOND,
+	HWSIM_FLAW_RINGS_IN_1,
 	HWSIM_NFLAWS,
 };
 
@@ -250,7 +303,8 @@ struct hwsim_pair {
 	struct hwsim_dev *dev;
 	u16 index;
 	bool release;		/* forward what is held back, too */
-	struct work_struct work;
+	struct kthread_worker *thread;
+	struct kthread_work work;
 	struct delayed_work release_work;
 	u8 *buf;		/* one frame and its header */
 	u8 *seg;		/* a part of it, made a frame of its own */
@@ -290,6 +344,8 @@ struct hwsim_dev {
 	struct workqueue_struct *wq;
 	struct mutex ctl;		/* see Locking, 2 */
 	struct rw_semaphore dp;		/* see Locking, 4 */
+	int waiting;			/* for dp, to change something: no further frame is begun */
+	bool broken_off;		/* because of that, though there may be more frames */
 
 	u64 features, driver_features;
 	u32 generation;
@@ -309,6 +365,7 @@ struct hwsim_dev {
 	struct hwsim_pair *pairs;
 	struct work_struct cvq_work;
 	struct work_struct doorbell_work;
+	struct work_struct wake_work;
 	u8 *cvq_buf;
 
 	bool wired;

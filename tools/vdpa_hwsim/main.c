@@ -86,7 +86,7 @@ MODULE_PARM_DESC(extra_features, "Feature bits to offer beside those mlx5_vdpa o
 	 BIT_ULL(VIRTIO_NET_F_CTRL_MAC_ADDR) | BIT_ULL(VIRTIO_F_VERSION_1) | \
 	 BIT_ULL(VIRTIO_F_ACCESS_PLATFORM))
 
-/* What works beyond that, for those who ask. */
+/* What works beyond that, on request. */
 #define HWSIM_MORE_FEATURES \
 	(BIT_ULL(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS) | BIT_ULL(VIRTIO_NET_F_GUEST_TSO4) | \
 	 BIT_ULL(VIRTIO_NET_F_GUEST_TSO6) | BIT_ULL(VIRTIO_NET_F_GUEST_ECN) | \
@@ -227,6 +227,7 @@ static int init_device(struct hwsim_dev *dev, const struct request *asked,
 	INIT_LIST_HEAD(&dev->node);
 	INIT_WORK(&dev->cvq_work, hwsim_cvq_work);
 	INIT_WORK(&dev->doorbell_work, hwsim_doorbell_work);
+	INIT_WORK(&dev->wake_work, hwsim_wake_work);
 	dev->npairs = add->mask & BIT_ULL(VDPA_ATTR_DEV_NET_CFG_MAX_VQP) ?
 		      add->net.max_vq_pairs : 1;
 	dev->features = asked->features;
@@ -276,7 +277,7 @@ static int hwsim_dev_add(struct vdpa_mgmt_dev *mgmt, const char *name,
 	if (err)
 		goto put;
 
-	/* Else rmmod waits for whoever has the device open, and all of vdpa's netlink for rmmod. */
+	/* Else rmmod waits for the holder of the device, and all of vdpa's netlink for rmmod. */
 	__module_get(THIS_MODULE);
 	hwsim_wire_add(dev);
 	err = _vdpa_register_device(&dev->vdpa, 2 * dev->npairs + 1);
@@ -305,7 +306,7 @@ static void hwsim_dev_del(struct vdpa_mgmt_dev *mgmt, struct vdpa_device *vdpa)
 	hwsim_wire_del(dev);
 	get_device(&vdpa->dev);
 	_vdpa_unregister_device(vdpa);
-	/* Whoever was bound to it has reset it, unless that went wrong. */
+	/* The driver that was bound to it has reset it, unless that went wrong. */
 	dev->ops.reset(vdpa);
 	put_device(&vdpa->dev);
 	module_put(THIS_MODULE);
@@ -320,12 +321,12 @@ static int hwsim_dev_set_attr(struct vdpa_mgmt_dev *mgmt, struct vdpa_device *vd
 
 	if (!(set->mask & BIT_ULL(VDPA_ATTR_DEV_NET_CFG_MACADDR)))
 		return -EOPNOTSUPP;
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	if (dev->status & VIRTIO_CONFIG_S_DRIVER_OK)
 		err = -EBUSY;
 	else
 		memcpy(dev->config.mac, set->net.mac, ETH_ALEN);
-	up_write(&dev->dp);
+	hwsim_changed(dev);
 	return err;
 }
 

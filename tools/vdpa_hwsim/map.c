@@ -5,10 +5,10 @@
  * A device with DMA is kept from memory it was not given by its own tables. We
  * copy with the CPU, so two things differ from a hardware driver:
  *
- * - vhost-vdpa unpins pages at IOTLB_INVALIDATE but tells the parent only
+ * - vhost-vdpa unpins pages at IOTLB_INVALIDATE but calls the parent only
  *   afterwards, in a batch possibly much later. Until then our tables still
  *   name them. Hence every mapped page has a reference of our own, dropped when
- *   the tables that name it are gone: nobody else's memory is ever written.
+ *   the tables that name it are gone: no foreign memory is ever written.
  *
  * - A new table is made beside the old one and put in its place at the end, so
  *   that the data path needs the lock only for the exchange; mlx5_vdpa builds
@@ -110,7 +110,7 @@ static struct vhost_iotlb_map *twin(struct vhost_iotlb *map, const struct vhost_
  * get no references: they are handed those of the present one when that is no
  * longer in use (hand_over()). That is why a small change beside the guest's memory
  * does not cost a walk over all of its pages. The present table is only looked at,
- * because the data path goes on with it.
+ * because the data path still uses it.
  */
 static struct vhost_iotlb *copy_map(struct hwsim_as *as, struct vhost_iotlb *tree)
 {
@@ -150,10 +150,10 @@ static void replace_map(struct hwsim_dev *dev, unsigned int asid, struct vhost_i
 {
 	struct vhost_iotlb *old;
 
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	old = dev->as[asid].map;
 	dev->as[asid].map = map;
-	up_write(&dev->dp);
+	hwsim_changed(dev);
 	hand_over(old, map);
 	drop_map(old);
 }
@@ -217,11 +217,24 @@ void hwsim_as_forget(struct hwsim_dev *dev)
 		hwsim_cost_forget(dev, &dev->as[i]);
 }
 
+/* The device does not forward while its queues change over (mlx5_vdpa_change_map()). */
+static void change_map(struct hwsim_dev *dev, unsigned int asid, struct vhost_iotlb *map,
+		       u64 swap, struct hwsim_op *op)
+{
+	if (swap) {
+		hwsim_freeze(dev, true);
+		hwsim_op_charge(op, swap);
+	}
+	replace_map(dev, asid, map);
+	if (swap)
+		hwsim_freeze(dev, false);
+}
+
 int hwsim_set_map(struct vdpa_device *vdpa, unsigned int asid, struct vhost_iotlb *iotlb)
 {
 	struct hwsim_dev *dev = hwsim_from(vdpa);
 	struct hwsim_map_cost cost;
-	struct vhost_iotlb *map;
+	struct vhost_iotlb *map = NULL;
 	struct hwsim_op op, heavy;
 	int err = 0;
 
@@ -239,24 +252,17 @@ int hwsim_set_map(struct vdpa_device *vdpa, unsigned int asid, struct vhost_iotl
 	/* As when an MR cannot be made: the former one stays (set_map_data()). */
 	if (hwsim_fail(dev, HWSIM_FAIL_SET_MAP)) {
 		err = -EIO;
-		goto out;
+	} else if (!hwsim_flawed(dev, HWSIM_FLAW_STALE_MAP) || !hwsim_live(dev)) {
+		map = copy_map(&dev->as[asid], iotlb);
+		err = map ? 0 : -ENOMEM;
 	}
-	map = copy_map(&dev->as[asid], iotlb);
-	if (!map) {
-		err = -ENOMEM;
-		goto out;
-	}
-	/* The real device forwards while pages are (un)pinned and the new MR is made... */
-	hwsim_op_charge(&op, cost.pin + cost.build);
-	/* ...and does not while its queues change over (mlx5_vdpa_change_map()). */
-	if (cost.swap) {
-		hwsim_freeze(dev, true);
-		hwsim_op_charge(&op, cost.swap);
-	}
-	replace_map(dev, asid, map);
-	if (cost.swap)
-		hwsim_freeze(dev, false);
-out:
+	/*
+	 * The real device forwards while pages are (un)pinned, which vhost-vdpa has
+	 * done whatever becomes of the MR, and while that is made.
+	 */
+	hwsim_op_charge(&op, cost.pin + (map ? cost.build : 0));
+	if (map)
+		change_map(dev, asid, map, cost.swap, &op);
 	if (cost.heavy) {
 		heavy.charged = op.charged;
 		hwsim_op_end(&heavy, err);
@@ -304,12 +310,12 @@ int hwsim_dma_map(struct vdpa_device *vdpa, unsigned int asid, u64 iova, u64 siz
 	hwsim_count(dev, HWSIM_MAP_ENTRIES, 1);
 	hwsim_count(dev, HWSIM_MAP_PAGES, PFN_UP(size));
 
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	if (hwsim_fail(dev, HWSIM_FAIL_SET_MAP))
 		err = -EIO;
 	else
 		err = add_entry(dev->as[asid].map, iova, size, pa, perm);
-	up_write(&dev->dp);
+	hwsim_changed(dev);
 
 	hwsim_op_end(&op, err);
 	mutex_unlock(&dev->ctl);
@@ -331,10 +337,10 @@ int hwsim_dma_unmap(struct vdpa_device *vdpa, unsigned int asid, u64 iova, u64 s
 					    iova, size));
 	hwsim_count(dev, HWSIM_UNMAP_PAGES, PFN_UP(size));
 
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	while ((entry = vhost_iotlb_itree_first(dev->as[asid].map, iova, iova + size - 1)))
 		drop_entry(dev->as[asid].map, entry);
-	up_write(&dev->dp);
+	hwsim_changed(dev);
 
 	hwsim_op_end(&op, 0);
 	mutex_unlock(&dev->ctl);
@@ -379,6 +385,8 @@ static int translate(struct hwsim_dev *dev, unsigned int asid, u64 iova, u32 per
 	struct vhost_iotlb_map *entry;
 
 	entry = vhost_iotlb_itree_first(dev->as[asid].map, iova, iova);
+	if (entry && hwsim_flawed(dev, HWSIM_FLAW_IGNORE_PERM))
+		perm = 0;
 	if (!entry || (entry->perm & perm) != perm)
 		return -EFAULT;
 	*pa = entry->addr + (iova - entry->start);

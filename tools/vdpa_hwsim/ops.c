@@ -12,12 +12,18 @@
 #include "device.h"
 #include "map.h"
 #include "ops.h"
+#include "ring.h"
 #include "stats.h"
 #include "vq.h"
 
 static u64 hwsim_get_device_features(struct vdpa_device *vdpa)
 {
-	return hwsim_from(vdpa)->features;
+	struct hwsim_dev *dev = hwsim_from(vdpa);
+
+	if (hwsim_flawed(dev, HWSIM_FLAW_FEATURES_MOVE) &&
+	    (dev->status & VIRTIO_CONFIG_S_FEATURES_OK))
+		return dev->features & ~BIT_ULL(VIRTIO_NET_F_MTU);
+	return dev->features;
 }
 
 static u64 hwsim_get_backend_features(const struct vdpa_device *vdpa)
@@ -41,11 +47,11 @@ static int hwsim_set_driver_features(struct vdpa_device *vdpa, u64 features)
 
 	/* A command under way looks at what it changes with ctl held, and not always dp. */
 	mutex_lock(&dev->ctl);
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	WRITE_ONCE(dev->driver_features, features & dev->features);
 	hwsim_update_cvq_index(dev);
 	hwsim_ctrl_reset(dev);
-	up_write(&dev->dp);
+	hwsim_changed(dev);
 	mutex_unlock(&dev->ctl);
 	return 0;
 }
@@ -59,9 +65,9 @@ static void hwsim_set_config_cb(struct vdpa_device *vdpa, struct vdpa_callback *
 {
 	struct hwsim_dev *dev = hwsim_from(vdpa);
 
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	dev->config_cb = *cb;
-	up_write(&dev->dp);
+	hwsim_changed(dev);
 }
 
 static u16 hwsim_get_vq_num_max(struct vdpa_device *vdpa)
@@ -83,6 +89,8 @@ static u8 hwsim_get_status(struct vdpa_device *vdpa)
 {
 	struct hwsim_dev *dev = hwsim_from(vdpa);
 
+	if (hwsim_flawed(dev, HWSIM_FLAW_SUSPENDED_STATUS) && READ_ONCE(dev->suspended))
+		return READ_ONCE(dev->status) & ~VIRTIO_CONFIG_S_DRIVER_OK;
 	return READ_ONCE(dev->status) |
 	       (test_bit(0, &dev->needs_reset) ? VIRTIO_CONFIG_S_NEEDS_RESET : 0);
 }
@@ -145,6 +153,10 @@ static void hwsim_set_status(struct vdpa_device *vdpa, u8 status)
 	bool starts;
 	int err = 0;
 
+	if (hwsim_flawed(dev, HWSIM_FLAW_NO_FEATURES_OK))
+		status &= ~VIRTIO_CONFIG_S_FEATURES_OK;
+	if (hwsim_flawed(dev, HWSIM_FLAW_NO_DRIVER_OK))
+		status &= ~VIRTIO_CONFIG_S_DRIVER_OK;
 	mutex_lock(&dev->ctl);
 	starts = status & ~dev->status & VIRTIO_CONFIG_S_DRIVER_OK;
 	/* Only a reset takes DRIVER_OK back. */
@@ -154,9 +166,13 @@ static void hwsim_set_status(struct vdpa_device *vdpa, u8 status)
 		err = start(dev);
 	if (err)
 		status = dev->status | VIRTIO_CONFIG_S_FAILED;
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	WRITE_ONCE(dev->status, status & ~VIRTIO_CONFIG_S_NEEDS_RESET);
-	up_write(&dev->dp);
+	if (hwsim_flawed(dev, HWSIM_FLAW_WAKE_STATUS))
+		dev->suspended = false;
+	if (hwsim_flawed(dev, HWSIM_FLAW_CONFIG_CALL))
+		hwsim_config_changed(dev);
+	hwsim_changed(dev);
 	/* Kicks before now were for nothing; hardware looks at its queues when they start. */
 	if (starts && !err)
 		hwsim_look_at_data(dev);
@@ -169,19 +185,22 @@ static void reset_state(struct hwsim_dev *dev)
 {
 	unsigned int i;
 
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	for (i = 0; i < dev->vdpa.nvqs; i++)
 		hwsim_reset_vq(dev, &dev->vqs[i]);
-	memset(dev->asid, 0, sizeof(dev->asid));
+	if (!hwsim_flawed(dev, HWSIM_FLAW_KEEP_ASID))
+		memset(dev->asid, 0, sizeof(dev->asid));
 	memset(&dev->config_cb, 0, sizeof(dev->config_cb));
-	WRITE_ONCE(dev->status, 0);
+	WRITE_ONCE(dev->status, hwsim_flawed(dev, HWSIM_FLAW_KEEP_STATUS) ?
+		   dev->status & (VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER) : 0);
 	WRITE_ONCE(dev->driver_features, 0);
 	dev->suspended = false;
-	clear_bit(0, &dev->needs_reset);
+	if (!hwsim_flawed(dev, HWSIM_FLAW_KEEP_FAULT))
+		clear_bit(0, &dev->needs_reset);
 	hwsim_update_cvq_index(dev);
 	hwsim_ctrl_reset(dev);
 	WRITE_ONCE(dev->generation, dev->generation + 1);
-	up_write(&dev->dp);
+	hwsim_changed(dev);
 }
 
 static int hwsim_compat_reset(struct vdpa_device *vdpa, u32 flags)
@@ -199,8 +218,9 @@ static int hwsim_compat_reset(struct vdpa_device *vdpa, u32 flags)
 	if (clean || hwsim_flawed(dev, HWSIM_LIE_PERSIST))
 		err = hwsim_as_clean(dev);
 	/*
-	 * reset_map() tells when vhost-vdpa is closed. A device without it has no
-	 * PERSIST either, so that a reset without CLEAN_MAP is that of the next open().
+	 * reset_map() is called when vhost-vdpa is closed. A device without it
+	 * has no PERSIST either, so that a reset without CLEAN_MAP is that of
+	 * the next open().
 	 */
 	if (!clean && !dev->opt.persist && dev->opt.clean_map)
 		hwsim_as_forget(dev);
@@ -211,7 +231,7 @@ static int hwsim_compat_reset(struct vdpa_device *vdpa, u32 flags)
 	if (used)
 		hwsim_cost_destroy_vqs(dev);
 	dev->vqs_used = false;
-	/* If that fails, DRIVER_OK tries it again, and says so (setup_vq_resources()). */
+	/* If that fails, DRIVER_OK tries it again, and reports it (setup_vq_resources()). */
 	if (dev->precreate && !dev->vqs_created)
 		hwsim_cost_create_vqs(dev);
 	mutex_unlock(&dev->ctl);
@@ -226,12 +246,33 @@ static int hwsim_reset(struct vdpa_device *vdpa)
 
 static void set_suspended(struct hwsim_dev *dev, bool suspended)
 {
-	down_write(&dev->dp);
+	unsigned int i;
+
+	hwsim_change(dev);
+	/*
+	 * With a wire dp is released behind a completion: what was published is
+	 * signalled before the device is silent. It may be reset next, which forgets it.
+	 */
+	for (i = 0; suspended && hwsim_live(dev) && i < 2 * dev->npairs; i++)
+		hwsim_vq_signal(dev, &dev->vqs[i]);
 	dev->suspended = suspended;
 	/* mlx5_vdpa_cvq_suspend(); its resume does not undo that. */
 	if (suspended && !dev->opt.resume_cvq)
 		WRITE_ONCE(dev->vqs[dev->cvq_index].ready, false);
-	up_write(&dev->dp);
+	hwsim_changed(dev);
+}
+
+/* What a device does that forgets its queues' indices. */
+static void hwsim_rewind(struct hwsim_dev *dev)
+{
+	unsigned int i;
+
+	hwsim_change(dev);
+	for (i = 0; i < dev->vdpa.nvqs; i++) {
+		dev->vqs[i].next_avail = 0;
+		dev->vqs[i].next_used = 0;
+	}
+	hwsim_changed(dev);
 }
 
 static int hwsim_suspend(struct vdpa_device *vdpa)
@@ -263,8 +304,10 @@ static int hwsim_resume(struct vdpa_device *vdpa)
 	err = hwsim_fail(dev, HWSIM_FAIL_RESUME) ? -EIO : 0;
 	hwsim_op_charge(&op, hwsim_cost_vqs(dev, HWSIM_COST_RESUME, HWSIM_COST_RESUME_VQ));
 	if (!err && !hwsim_flawed(dev, HWSIM_LIE_RESUME)) {
+		if (hwsim_flawed(dev, HWSIM_FLAW_RESUME_AT_0))
+			hwsim_rewind(dev);
 		set_suspended(dev, false);
-		hwsim_look_at_data(dev);
+		queue_work(dev->wq, &dev->wake_work);
 		/* A device that keeps the queue ready owes it the kicks that came meanwhile. */
 		if (dev->opt.resume_cvq)
 			queue_work(dev->wq, &dev->cvq_work);
@@ -288,6 +331,8 @@ static void hwsim_get_config(struct vdpa_device *vdpa, unsigned int offset, void
 		return;
 	down_read(&dev->dp);
 	memcpy(buf, (u8 *)&dev->config + offset, len);
+	if (hwsim_flawed(dev, HWSIM_FLAW_CONFIG_MOVES))
+		*(u8 *)buf ^= atomic64_inc_return(&dev->counter[HWSIM_CONFIG_CALLS]);
 	up_read(&dev->dp);
 }
 

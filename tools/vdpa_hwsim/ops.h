@@ -4,7 +4,7 @@
 
 #include "hwsim.h"
 
-/* The complete table; each device has a copy without what it was told not to have. */
+/* The complete table; each device has a copy without the calls it shall lack. */
 extern const struct vdpa_config_ops hwsim_ops;
 
 #endif /* HWSIM_OPS_H */

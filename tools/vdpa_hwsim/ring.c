@@ -6,10 +6,10 @@
  * of the queue's descriptor group, buffers through that of its data group: the
  * reason why vringh, which knows one IOTLB for both, is not used.
  *
- * All of it is under the control of whoever owns the rings and may change at
+ * All of it is under the control of the rings' owner and may change at
  * any moment. Every value is read once and checked before use, every loop is
- * bounded by something of ours. The first thing that cannot be right stops the
- * device (hwsim_fault()); what was fetched by then stays incomplete.
+ * bounded by a value of the device. The first thing that cannot be right stops
+ * the device (hwsim_fault()); what was fetched by then stays incomplete.
  */
 #include <linux/bottom_half.h>
 #include <linux/virtio_ring.h>
@@ -25,6 +25,8 @@ static unsigned int data_asid(const struct hwsim_dev *dev, const struct hwsim_vq
 
 static unsigned int ring_asid(const struct hwsim_dev *dev, const struct hwsim_vq *vq)
 {
+	if (hwsim_flawed(dev, HWSIM_FLAW_RINGS_IN_1) && dev->opt.nas > 1)
+		return 1;
 	if (!dev->opt.desc_asid || hwsim_flawed(dev, HWSIM_LIE_DESC_ASID))
 		return data_asid(dev, vq);
 	return dev->asid[hwsim_is_cvq(dev, vq->index) ? HWSIM_GROUP_CVQ : HWSIM_GROUP_DESC];
@@ -57,14 +59,15 @@ static int read_avail(struct hwsim_dev *dev, struct hwsim_vq *vq, u16 *index)
 			    vq->avail + offsetof(struct vring_avail, idx), index);
 }
 
-/* Number of heads that can be fetched; asks to be kicked if there are none. */
+/* Number of heads that can be fetched; asks to be kicked if that is 0. */
 static int avail_heads(struct hwsim_dev *dev, struct hwsim_vq *vq)
 {
 	u16 index, n;
 
 	if (read_avail(dev, vq, &index))
 		return -EFAULT;
-	if (index == vq->next_avail && hwsim_has(dev, VIRTIO_RING_F_EVENT_IDX)) {
+	if (index == vq->next_avail && hwsim_has(dev, VIRTIO_RING_F_EVENT_IDX) &&
+	    !hwsim_flawed(dev, HWSIM_FLAW_EVENT_IGNORED)) {
 		if (hwsim_write16(dev, ring_asid(dev, vq), avail_event(vq), vq->next_avail))
 			return -EFAULT;
 		/* The driver publishes, then looks at avail_event; we the other way round. */
@@ -115,8 +118,8 @@ int hwsim_vq_fetch(struct hwsim_dev *dev, struct hwsim_vq *vq, unsigned int want
 
 /*
  * Take one of the fetched heads: the oldest, or with the reorder option one
- * after the other by position, so that what is left over is neither the newest
- * nor in any order, and none is left for ever.
+ * after the other by position, so that the remaining ones are neither the
+ * newest nor in any order, and do not wait for ever.
  */
 u16 hwsim_vq_take(struct hwsim_dev *dev, struct hwsim_vq *vq)
 {
@@ -219,6 +222,9 @@ static const char *walk_chain(struct hwsim_dev *dev, struct hwsim_vq *vq, u16 he
 		wrong = add_segment(vq, &desc, write, chain);
 		if (wrong)
 			return wrong;
+		if (hwsim_flawed(dev, HWSIM_FLAW_CHAIN_FIRST) ||
+		    (hwsim_flawed(dev, HWSIM_FLAW_INDIRECT_FIRST) && table.base != vq->desc))
+			return NULL;
 		if (!(flags & VRING_DESC_F_NEXT))
 			return NULL;
 		index = le16_to_cpu((__force __le16)desc.next);
@@ -302,6 +308,8 @@ int hwsim_vq_complete(struct hwsim_dev *dev, struct hwsim_vq *vq, u16 head, u32 
 
 int hwsim_vq_publish(struct hwsim_dev *dev, struct hwsim_vq *vq)
 {
+	if (hwsim_flawed(dev, HWSIM_FLAW_USED_TWICE))
+		vq->next_used++;
 	/* Buffers and used elements before the index that hands them over. */
 	virt_wmb();
 	if (hwsim_write16(dev, ring_asid(dev, vq), vq->used + offsetof(struct vring_used, idx),
@@ -324,6 +332,8 @@ static bool wants_call(struct hwsim_dev *dev, struct hwsim_vq *vq)
 	/* The index before what the driver wants to hear of it. */
 	virt_mb();
 	if (hwsim_has(dev, VIRTIO_RING_F_EVENT_IDX)) {
+		if (hwsim_flawed(dev, HWSIM_FLAW_EVENT_IGNORED))
+			return false;
 		if (hwsim_read16(dev, ring_asid(dev, vq), used_event(vq), &event))
 			return true;
 		return first || vring_need_event(event, vq->next_used, old);
@@ -337,7 +347,11 @@ static bool wants_call(struct hwsim_dev *dev, struct hwsim_vq *vq)
 /* Interrupt the driver if there is something new and it wants to know. */
 void hwsim_vq_signal(struct hwsim_dev *dev, struct hwsim_vq *vq)
 {
-	if (!vq->ready || !wants_call(dev, vq) || !vq->cb.callback)
+	if (hwsim_flawed(dev, HWSIM_FLAW_NO_CALL))
+		return;
+	if (!hwsim_flawed(dev, HWSIM_FLAW_CALL_ALWAYS) && (!vq->ready || !wants_call(dev, vq)))
+		return;
+	if (!vq->cb.callback)
 		return;
 	hwsim_vq_count(vq, HWSIM_VQ_CALLS, 1);
 	/* virtio_net's callback schedules NAPI, which wants bottom halves to run then. */

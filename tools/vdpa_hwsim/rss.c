@@ -95,7 +95,7 @@ static u32 toeplitz(const struct hwsim_rss *rss, const u8 *input, size_t len)
 	return hash;
 }
 
-/* What the driver is told about @frame's hash; the type is NONE if it has none. */
+/* What is reported to the driver about @frame's hash; the type is NONE without one. */
 struct hwsim_hash hwsim_hash(const struct hwsim_dev *dev, const void *frame, size_t len)
 {
 	const struct hwsim_rss *rss = &dev->ctrl.rss;

@@ -67,10 +67,28 @@ static void fill_hdr(struct hwsim_dev *dev, const struct arrival *arrival, unsig
 
 	memset(buf, 0, HWSIM_MAX_HDR);
 	hdr->num_buffers = (__force __virtio16)cpu_to_le16(bufs);
+	if (hwsim_flawed(dev, HWSIM_FLAW_NUM_BUFFERS))
+		hdr->num_buffers = 0;
+	if (hwsim_flawed(dev, HWSIM_FLAW_JUNK_HEADER))
+		hdr->gso_type = VIRTIO_NET_HDR_GSO_UDP;
 	if (arrival->csum_ok && (dev->ctrl.offloads & BIT_ULL(VIRTIO_NET_F_GUEST_CSUM)))
 		hdr->flags = VIRTIO_NET_HDR_F_DATA_VALID;
 	put_unaligned_le32(arrival->hash.value, buf + sizeof(*hdr));
 	put_unaligned_le16(arrival->hash.type, buf + sizeof(*hdr) + sizeof(u32));
+}
+
+/* What a faulty device writes beside the frame of @len bytes, its header included. */
+static int spoil_bufs(struct hwsim_dev *dev, struct hwsim_vq *rx, const struct rx_bufs *bufs,
+		      size_t len)
+{
+	const u8 junk = 0xf5;
+	int ret = 0;
+
+	if (hwsim_flawed(dev, HWSIM_FLAW_CORRUPT))
+		ret = hwsim_chain_write(dev, rx, &bufs->chain, len - 1, &junk, sizeof(junk));
+	if (!ret && hwsim_flawed(dev, HWSIM_FLAW_BEYOND) && bufs->chain.in > len)
+		ret = hwsim_chain_write(dev, rx, &bufs->chain, len, &junk, sizeof(junk));
+	return ret;
 }
 
 static int fill_bufs(struct hwsim_dev *dev, struct hwsim_vq *rx, struct rx_bufs *bufs,
@@ -87,10 +105,13 @@ static int fill_bufs(struct hwsim_dev *dev, struct hwsim_vq *rx, struct rx_bufs 
 	if (!ret)
 		ret = hwsim_chain_write(dev, rx, &bufs->chain, hdr_len, arrival->frame,
 					arrival->len);
+	if (!ret)
+		ret = spoil_bufs(dev, rx, bufs, hdr_len + arrival->len);
 	for (i = 0; !ret && i < bufs->n; i++) {
 		u32 used = min_t(size_t, left, bufs->size[i]);
 
-		ret = hwsim_vq_complete(dev, rx, bufs->head[i], used);
+		ret = hwsim_vq_complete(dev, rx, bufs->head[i],
+					used - hwsim_flawed(dev, HWSIM_FLAW_SHORT_LEN));
 		left -= used;
 	}
 	return ret ? ret : hwsim_vq_publish(dev, rx);
@@ -132,7 +153,7 @@ void hwsim_receive(struct hwsim_dev *dev, unsigned int pair, const void *frame, 
 
 	arrival.hash = hwsim_hash(dev, frame, len);
 	rx = hwsim_rx(dev, hwsim_steer(dev, pair, &arrival.hash));
-	/* what it was sending to itself when it was told to stall is not lost by that */
+	/* what it was sending to itself when the stall began is not lost by that */
 	if (!hwsim_live(dev) || !rx->ready || (!own && hwsim_flawed(dev, HWSIM_FLAW_STALL))) {
 		hwsim_vq_count(rx, HWSIM_VQ_DOWN, 1);
 		return;

@@ -3,9 +3,8 @@
  * The sending half of the data path: frames from transmit queues, looped back or
  * handed to the wire.
  *
- * One work item for each pair. The workqueue never runs an item twice at the
- * same time, which makes it the only one to touch the pair's transmit queue, and
- * being unbound it spreads the pairs over the CPUs.
+ * One thread for each pair, the only one to touch the pair's transmit queue. It
+ * has a low priority (HWSIM_DATA_NICE).
  *
  * A looped back frame is taken, delivered and completed under one hold of dp: a
  * suspend comes before or after all of it. A frame for the wire is completed
@@ -15,13 +14,14 @@
 #include <linux/slab.h>
 #include <net/checksum.h>
 
+#include "device.h"
 #include "ring.h"
 #include "rx.h"
 #include "tso.h"
 #include "tx.h"
 #include "wire.h"
 
-/* Frames before a worker makes room for those who wait for dp. */
+/* Frames before a worker interrupts the driver, and lets others have dp. */
 #define HWSIM_BURST	64
 
 static size_t max_frame(const struct hwsim_dev *dev)
@@ -95,7 +95,7 @@ static int read_frame(struct hwsim_pair *pair, struct hwsim_vq *tx, u16 head,
 
 static int finish(struct hwsim_dev *dev, struct hwsim_vq *tx, u16 head)
 {
-	int ret = hwsim_vq_complete(dev, tx, head, 0);
+	int ret = hwsim_vq_complete(dev, tx, head, hwsim_flawed(dev, HWSIM_FLAW_TX_LEN) ? 64 : 0);
 
 	return ret ? ret : hwsim_vq_publish(dev, tx);
 }
@@ -104,8 +104,13 @@ static bool pair_live(const struct hwsim_pair *pair)
 {
 	struct hwsim_dev *dev = pair->dev;
 
-	return hwsim_live(dev) && pair->index < dev->ctrl.pairs &&
-	       hwsim_tx(dev, pair->index)->ready && !hwsim_flawed(dev, HWSIM_FLAW_STALL);
+	bool early = hwsim_flawed(dev, HWSIM_FLAW_EARLY) && !(dev->status & VIRTIO_CONFIG_S_DRIVER_OK) &&
+		     (dev->status & VIRTIO_CONFIG_S_FEATURES_OK);
+	bool mine = pair->index < dev->ctrl.pairs || hwsim_flawed(dev, HWSIM_FLAW_ALL_PAIRS);
+	bool ready = hwsim_tx(dev, pair->index)->ready || hwsim_flawed(dev, HWSIM_FLAW_NOT_READY);
+
+	return (hwsim_live(dev) || early) && mine && ready &&
+	       !hwsim_flawed(dev, HWSIM_FLAW_STALL);
 }
 
 /* dp held, but not if there is a wire. */
@@ -132,17 +137,20 @@ static void emit_all(struct hwsim_pair *pair, const struct departure *dep, bool 
 	}
 }
 
-/* dp held, but let go of for a moment if there is a wire. */
+/* dp held, but released for a moment if there is a wire. */
 static int deliver(struct hwsim_pair *pair, struct hwsim_vq *tx, u16 head,
 		   const struct departure *dep)
 {
 	struct hwsim_dev *dev = pair->dev;
 	int ret;
 
+	if (hwsim_flawed(dev, HWSIM_FLAW_LOSE) && tx->next_used % 4 == 3)
+		return finish(dev, tx, head);
 	if (!READ_ONCE(dev->wired)) {
 		emit_all(pair, dep, false);
 		/* If that stopped the device, the frame was not sent. */
-		return hwsim_live(dev) ? finish(dev, tx, head) : -EIO;
+		return hwsim_live(dev) || hwsim_flawed(dev, HWSIM_FLAW_EARLY) ?
+			finish(dev, tx, head) : -EIO;
 	}
 	ret = finish(dev, tx, head);
 	if (ret)
@@ -153,7 +161,7 @@ static int deliver(struct hwsim_pair *pair, struct hwsim_vq *tx, u16 head,
 	return 0;
 }
 
-/* Send one frame. Returns 1, 0 if there is none (that may be sent now), or an error. */
+/* Send one frame. Returns 1, 0 without one (that may be sent now), or an error. */
 static int send_one(struct hwsim_pair *pair, bool release)
 {
 	struct hwsim_dev *dev = pair->dev;
@@ -196,25 +204,30 @@ static void signal_pair(struct hwsim_pair *pair)
 	mutex_unlock(&rx->rx_lock);
 }
 
-static void pair_work(struct work_struct *work)
+static void pair_work(struct kthread_work *work)
 {
 	struct hwsim_pair *pair = container_of(work, struct hwsim_pair, work);
 	struct hwsim_dev *dev = pair->dev;
 	bool release = xchg(&pair->release, false);
 	unsigned int sent = 0;
-	bool held;
+	bool held, broken;
 
 	down_read(&dev->dp);
-	while (sent < HWSIM_BURST && send_one(pair, release) > 0)
+	while (sent < HWSIM_BURST && !READ_ONCE(dev->waiting) && send_one(pair, release) > 0)
 		sent++;
 	signal_pair(pair);
 	held = pair_live(pair) && hwsim_tx(dev, pair->index)->nheld;
+	/* It cannot get dp, and look at this, before we let go. */
+	broken = READ_ONCE(dev->waiting);
+	if (broken)
+		WRITE_ONCE(dev->broken_off, true);
+	/* What is held was to go with this look: it goes with the next. */
+	if (release && held && (broken || sent == HWSIM_BURST))
+		WRITE_ONCE(pair->release, true);
 	up_read(&dev->dp);
 
 	if (sent == HWSIM_BURST) {
-		if (release)
-			WRITE_ONCE(pair->release, true);
-		queue_work(dev->wq, &pair->work);
+		hwsim_look_at_pair(pair);
 	} else if (held) {
 		mod_delayed_work(dev->wq, &pair->release_work,
 				 usecs_to_jiffies(dev->opt.inflight_us));
@@ -227,12 +240,28 @@ static void release_work(struct work_struct *work)
 					       release_work);
 
 	WRITE_ONCE(pair->release, true);
-	queue_work(pair->dev->wq, &pair->work);
+	hwsim_look_at_pair(pair);
+}
+
+static int make_thread(struct hwsim_pair *pair)
+{
+	struct kthread_worker *thread;
+
+	kthread_init_work(&pair->work, pair_work);
+	thread = kthread_create_worker(0, "%s/%u", dev_name(&pair->dev->vdpa.dev), pair->index);
+	if (IS_ERR(thread))
+		return PTR_ERR(thread);
+	pair->thread = thread;
+	set_user_nice(thread->task, HWSIM_DATA_NICE);
+	/* Newer kernels leave that to the caller; to others it is nothing. */
+	wake_up_process(thread->task);
+	return 0;
 }
 
 int hwsim_tx_init(struct hwsim_dev *dev)
 {
 	unsigned int i;
+	int err;
 
 	dev->wq = alloc_workqueue("%s-%s", WQ_UNBOUND, 0, HWSIM_NAME, dev_name(&dev->vdpa.dev));
 	dev->pairs = kcalloc(dev->npairs, sizeof(*dev->pairs), GFP_KERNEL);
@@ -243,12 +272,14 @@ int hwsim_tx_init(struct hwsim_dev *dev)
 
 		pair->dev = dev;
 		pair->index = i;
-		INIT_WORK(&pair->work, pair_work);
 		INIT_DELAYED_WORK(&pair->release_work, release_work);
 		pair->buf = kvmalloc(HWSIM_MAX_HDR + HWSIM_MAX_FRAME, GFP_KERNEL);
 		pair->seg = kvmalloc(HWSIM_MAX_FRAME, GFP_KERNEL);
 		if (!pair->buf || !pair->seg)
 			return -ENOMEM;
+		err = make_thread(pair);
+		if (err)
+			return err;
 	}
 	return 0;
 }
@@ -256,19 +287,23 @@ int hwsim_tx_init(struct hwsim_dev *dev)
 /*
  * The device has been reset before: what is still queued finds nothing to do.
  * An item that looked before the reset may yet arm its timer, so the items go
- * first and the timers after them.
+ * first and the timers after them. What is on the workqueue (wake_work) may yet
+ * queue an item, so the threads go last.
  */
 void hwsim_tx_free(struct hwsim_dev *dev)
 {
 	unsigned int i;
 
-	for (i = 0; dev->pairs && i < dev->npairs && dev->pairs[i].dev; i++) {
-		cancel_work_sync(&dev->pairs[i].work);
+	for (i = 0; dev->pairs && i < dev->npairs && dev->pairs[i].thread; i++) {
+		set_user_nice(dev->pairs[i].thread->task, 0);
+		kthread_cancel_work_sync(&dev->pairs[i].work);
 		cancel_delayed_work_sync(&dev->pairs[i].release_work);
 	}
 	if (dev->wq)
 		destroy_workqueue(dev->wq);
 	for (i = 0; dev->pairs && i < dev->npairs; i++) {
+		if (dev->pairs[i].thread)
+			kthread_destroy_worker(dev->pairs[i].thread);
 		kvfree(dev->pairs[i].buf);
 		kvfree(dev->pairs[i].seg);
 	}

@@ -8,9 +8,10 @@
 #include <linux/sched.h>
 
 #include "cost.h"
+#include "device.h"
 #include "vq.h"
 
-/* In a queue's doorbell page: nobody has rung. No queue has this index. */
+/* In a queue's doorbell page: not rung. No queue has this index. */
 #define HWSIM_NO_DOORBELL	0xffffffff
 
 static struct hwsim_vq *to_vq(struct vdpa_device *vdpa, u16 index)
@@ -24,11 +25,13 @@ int hwsim_set_vq_address(struct vdpa_device *vdpa, u16 index, u64 desc, u64 driv
 	struct hwsim_dev *dev = hwsim_from(vdpa);
 	struct hwsim_vq *vq = to_vq(vdpa, index);
 
-	down_write(&dev->dp);
+	if (hwsim_flawed(dev, HWSIM_FLAW_ADDR_KEPT) && vq->desc)
+		return 0;
+	hwsim_change(dev);
 	vq->desc = desc;
 	vq->avail = driver;
 	vq->used = device;
-	up_write(&dev->dp);
+	hwsim_changed(dev);
 	return 0;
 }
 
@@ -36,15 +39,16 @@ void hwsim_set_vq_num(struct vdpa_device *vdpa, u16 index, u32 num)
 {
 	struct hwsim_dev *dev = hwsim_from(vdpa);
 
-	down_write(&dev->dp);
-	to_vq(vdpa, index)->num = num;
-	up_write(&dev->dp);
+	hwsim_change(dev);
+	to_vq(vdpa, index)->num = hwsim_flawed(dev, HWSIM_FLAW_NUM_IGNORED) ?
+				  dev->opt.ring_max : num;
+	hwsim_changed(dev);
 }
 
 static void look_at_data(struct hwsim_dev *dev, u16 index)
 {
 	if (!hwsim_is_cvq(dev, index) && index / 2 < dev->npairs)
-		queue_work(dev->wq, &dev->pairs[index / 2].work);
+		hwsim_look_at_pair(&dev->pairs[index / 2]);
 }
 
 /*
@@ -56,6 +60,11 @@ static void kick(struct hwsim_dev *dev, u16 index)
 	struct hwsim_vq *vq = &dev->vqs[index];
 
 	hwsim_vq_count(vq, HWSIM_VQ_KICKS, 1);
+	if (hwsim_flawed(dev, HWSIM_FLAW_WAKE_KICK) && !hwsim_is_cvq(dev, index))
+		WRITE_ONCE(dev->suspended, false);
+	if ((hwsim_flawed(dev, HWSIM_FLAW_CVQ_SUSPENDED) ||
+	     hwsim_flawed(dev, HWSIM_FLAW_NOT_READY)) && hwsim_is_cvq(dev, index))
+		queue_work(dev->wq, &dev->cvq_work);
 	if (!hwsim_is_cvq(dev, index))
 		look_at_data(dev, index);
 	else if (READ_ONCE(vq->ready))
@@ -72,22 +81,24 @@ void hwsim_set_vq_cb(struct vdpa_device *vdpa, u16 index, struct vdpa_callback *
 {
 	struct hwsim_dev *dev = hwsim_from(vdpa);
 
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	to_vq(vdpa, index)->cb = *cb;
-	up_write(&dev->dp);
+	hwsim_changed(dev);
 }
 
 void hwsim_set_vq_ready(struct vdpa_device *vdpa, u16 index, bool ready)
 {
 	struct hwsim_dev *dev = hwsim_from(vdpa);
 
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	/* mlx5_vdpa_set_vq_ready() does nothing before the features are known. */
 	if (dev->driver_features &&
 	    !(ready && hwsim_flawed(dev, HWSIM_LIE_ENABLE) &&
 	      (dev->status & VIRTIO_CONFIG_S_DRIVER_OK)))
 		WRITE_ONCE(to_vq(vdpa, index)->ready, ready);
-	up_write(&dev->dp);
+	if (ready && hwsim_flawed(dev, HWSIM_FLAW_WAKE_ENABLE))
+		dev->suspended = false;
+	hwsim_changed(dev);
 
 	if (ready)
 		look_at_data(dev, index);
@@ -105,7 +116,7 @@ int hwsim_set_vq_state(struct vdpa_device *vdpa, u16 index,
 	struct hwsim_vq *vq = to_vq(vdpa, index);
 	int err = 0;
 
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	if (hwsim_live(dev) && vq->ready) {
 		err = -EINVAL;
 	} else {
@@ -115,24 +126,27 @@ int hwsim_set_vq_state(struct vdpa_device *vdpa, u16 index,
 		vq->signalled = false;
 		vq->nheld = 0;
 	}
-	up_write(&dev->dp);
+	hwsim_changed(dev);
 	return err;
 }
 
 /*
  * mlx5 hardware knows what it has used, not what it has fetched, and gives that
- * as the base: whoever continues repeats what was in flight. With base_avail the
- * index of the next head to fetch is given instead, as vdpa_sim does: then the
- * one who continues has to know by itself what was in flight.
+ * as the base: a device that continues there repeats what was in flight. With
+ * base_avail the index of the next head to fetch is given instead, as vdpa_sim
+ * does: then the next device has to know by itself what was in flight.
  */
 int hwsim_get_vq_state(struct vdpa_device *vdpa, u16 index, struct vdpa_vq_state *state)
 {
 	struct hwsim_dev *dev = hwsim_from(vdpa);
 	struct hwsim_vq *vq = to_vq(vdpa, index);
 
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	state->split.avail_index = dev->opt.base_avail ? vq->next_avail : vq->next_used;
-	up_write(&dev->dp);
+	if (hwsim_flawed(dev, HWSIM_FLAW_BASE_MOVES))
+		vq->next_used++;
+	state->split.avail_index += hwsim_flawed(dev, HWSIM_FLAW_BASE_OFF);
+	hwsim_changed(dev);
 	return 0;
 }
 
@@ -144,6 +158,8 @@ u16 hwsim_get_vq_size(struct vdpa_device *vdpa, u16 index)
 
 	down_read(&dev->dp);
 	size = vq->ready ? vq->num : dev->opt.ring_max;
+	if (hwsim_flawed(dev, HWSIM_FLAW_SIZE_BEYOND))
+		size *= 2;
 	up_read(&dev->dp);
 	return size;
 }
@@ -157,6 +173,8 @@ static u32 group_of(struct vdpa_device *vdpa, u16 index, enum hwsim_group data)
 {
 	struct hwsim_dev *dev = hwsim_from(vdpa);
 
+	if (hwsim_flawed(dev, HWSIM_FLAW_BAD_GROUP))
+		return vdpa->ngroups;
 	if (dev->opt.single_group)
 		return HWSIM_GROUP_DATA;
 	return hwsim_is_cvq(dev, index) ? HWSIM_GROUP_CVQ : data;
@@ -182,12 +200,13 @@ int hwsim_set_group_asid(struct vdpa_device *vdpa, unsigned int group, unsigned 
 		return -EINVAL;
 	mutex_lock(&dev->ctl);
 	hwsim_op_begin(&op, dev, HWSIM_OP_GROUP_ASID);
-	down_write(&dev->dp);
+	hwsim_change(dev);
 	/* If there is but one group, the others are in it. */
 	for (i = 0; i < HWSIM_NGROUPS; i++)
-		if (i == group || dev->opt.single_group)
+		if ((i == group || dev->opt.single_group) &&
+		    !hwsim_flawed(dev, HWSIM_FLAW_ONE_AS))
 			dev->asid[i] = asid;
-	up_write(&dev->dp);
+	hwsim_changed(dev);
 	hwsim_op_end(&op, 0);
 	mutex_unlock(&dev->ctl);
 	return 0;
@@ -205,7 +224,7 @@ struct vdpa_notification_area hwsim_get_vq_notification(struct vdpa_device *vdpa
 }
 
 /*
- * Nothing tells us that a page was written to, so look, as long as the device
+ * There is no event for a write to a page, so look, as long as the device
  * runs. Whatever starts the device again queues this again (hwsim_look_at_data()).
  */
 void hwsim_doorbell_work(struct work_struct *work)
@@ -233,19 +252,24 @@ void hwsim_doorbell_work(struct work_struct *work)
 	} while (live);
 }
 
-/* The size is the one queues are created with unless told otherwise (mvqs_set_defaults()). */
+/* The size is the one queues are created with by default (mvqs_set_defaults()). */
 void hwsim_reset_vq(struct hwsim_dev *dev, struct hwsim_vq *vq)
 {
-	WRITE_ONCE(vq->ready, false);
+	if (!hwsim_flawed(dev, HWSIM_FLAW_KEEP_READY))
+		WRITE_ONCE(vq->ready, false);
 	vq->signalled = false;
-	vq->next_avail = 0;
-	vq->next_used = 0;
-	vq->signalled_used = 0;
+	if (!hwsim_flawed(dev, HWSIM_FLAW_KEEP_BASE)) {
+		vq->next_avail = 0;
+		vq->next_used = 0;
+		vq->signalled_used = 0;
+	}
 	vq->nheld = 0;
 	vq->num = dev->opt.ring_max;
-	vq->desc = 0;
-	vq->avail = 0;
-	vq->used = 0;
+	if (!hwsim_flawed(dev, HWSIM_FLAW_ADDR_KEPT)) {
+		vq->desc = 0;
+		vq->avail = 0;
+		vq->used = 0;
+	}
 	memset(&vq->cb, 0, sizeof(vq->cb));
 	if (vq->doorbell)
 		WRITE_ONCE(*vq->doorbell, HWSIM_NO_DOORBELL);

@@ -2,29 +2,29 @@
 /* Which devices there are, and which two are the ends of one wire. */
 #include <linux/list.h>
 
+#include "device.h"
 #include "rx.h"
 #include "wire.h"
 
-/* Protects the list, and peer and wired of every device on it. */
+/* Protects the list, and peer and wired of every device on it (for peer see hwsim_set_peer() too). */
 static DECLARE_RWSEM(hwsim_wire);
 static LIST_HEAD(hwsim_devices);
 
-static void disconnect(struct hwsim_dev *dev)
+/* Both ends keep their (cut) wire: frames must not begin to loop back, not for a moment. */
+static void cut(struct hwsim_dev *dev)
 {
 	if (dev->peer) {
-		/* The other end keeps its (cut) wire: its frames must not begin to loop back. */
-		dev->peer->peer = NULL;
-		dev->peer = NULL;
+		hwsim_set_peer(dev->peer, NULL);
+		hwsim_set_peer(dev, NULL);
 	}
-	WRITE_ONCE(dev->wired, false);
 }
 
 static void connect(struct hwsim_dev *dev, struct hwsim_dev *peer)
 {
-	disconnect(dev);
-	disconnect(peer);
-	dev->peer = peer;
-	peer->peer = dev;
+	cut(dev);
+	cut(peer);
+	hwsim_set_peer(dev, peer);
+	hwsim_set_peer(peer, dev);
 	WRITE_ONCE(dev->wired, true);
 	WRITE_ONCE(peer->wired, true);
 }
@@ -51,7 +51,8 @@ void hwsim_wire_add(struct hwsim_dev *dev)
 void hwsim_wire_del(struct hwsim_dev *dev)
 {
 	down_write(&hwsim_wire);
-	disconnect(dev);
+	/* A device that a process has open runs on until it is closed. */
+	cut(dev);
 	list_del_init(&dev->node);
 	up_write(&hwsim_wire);
 }
@@ -64,7 +65,8 @@ int hwsim_wire_connect(struct hwsim_dev *dev, const char *name)
 
 	down_write(&hwsim_wire);
 	if (!*name) {
-		disconnect(dev);
+		cut(dev);
+		WRITE_ONCE(dev->wired, false);
 		err = 0;
 	}
 	list_for_each_entry(other, &hwsim_devices, node) {

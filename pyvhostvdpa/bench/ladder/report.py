@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...guest.nic import FrameCounts
-from ...trace.downtime import total, worst
+from ...guest.protocol import FrameCounts
+from ...trace.downtime import rounded, total, worst
 from ...trace.gap import StopToRun
 from .rows import LadderRow
 
@@ -51,6 +51,7 @@ class Run:
     gap: StopToRun | None = None
     floor: Floor | None = None
     procedure: str | None = None
+    shadow: str | None = None
 
     @property
     def dt1_ms(self) -> float:
@@ -79,22 +80,22 @@ class RowResult:
 
     @property
     def dt1_ms(self) -> float | None:
-        """The median over the runs; None if there was none."""
+        """The median over the runs; None without a run."""
         return statistics.median(run.dt1_ms for run in self.runs) if self.runs else None
 
     @property
     def dt2_ms(self) -> float | None:
-        """The median over the runs; None if there was none."""
+        """The median over the runs; None without a run."""
         return statistics.median(run.dt2_ms for run in self.runs) if self.runs else None
 
     @property
     def dest_ms(self) -> float | None:
-        """The median over the runs; None if there was none."""
+        """The median over the runs; None without a run."""
         return statistics.median(run.dest_ms for run in self.runs) if self.runs else None
 
     @property
     def stop_to_run_ms(self) -> float | None:
-        """The median over the runs; None if there was none."""
+        """The median over the runs; None without a measured run."""
         found = [run.gap.ms for run in self.runs if run.gap is not None]
         return statistics.median(found) if found else None
 
@@ -139,16 +140,17 @@ class RowResult:
             "row": self.plan.row,
             "title": self.plan.title,
             "procedure": self.runs[0].procedure if self.runs else None,
-            "stop_to_run_ms": _rounded(self.stop_to_run_ms),
+            "shadow": self.runs[0].shadow if self.runs else None,
+            "stop_to_run_ms": rounded(self.stop_to_run_ms),
             "stop_to_run_parts_ms": {name: round(ms, 3) for name, ms in self.parts().items()} or None,
             "floor_ms": self.floor.to_dict() if self.floor else None,
-            "floor_ratio": {name: _rounded(value) for name, value in self.ratio().items()},
-            "dt1_ms": {"worst": _rounded(self.dt1_ms), "runs": [_all(run.ms["dt1"]) for run in self.runs]},
-            "dt2_ms": {"sum": _rounded(self.dt2_ms), "runs": [_all(run.ms["dt2"]) for run in self.runs]},
-            "dest_ms": {"sum": _rounded(self.dest_ms), "runs": [_all(run.ms["dest"]) for run in self.runs]},
+            "floor_ratio": {name: rounded(value) for name, value in self.ratio().items()},
+            "dt1_ms": {"worst": rounded(self.dt1_ms), "runs": [_all(run.ms["dt1"]) for run in self.runs]},
+            "dt2_ms": {"sum": rounded(self.dt2_ms), "runs": [_all(run.ms["dt2"]) for run in self.runs]},
+            "dest_ms": {"sum": rounded(self.dest_ms), "runs": [_all(run.ms["dest"]) for run in self.runs]},
             "published": published.to_dict() if published else None,
             "dt1_explained": published.dt1_explained if published else True,
-            "speedup": {name: _rounded(value) for name, value in self.speedup(baseline).items()},
+            "speedup": {name: rounded(value) for name, value in self.speedup(baseline).items()},
             "messages": self._each("messages"),
             "ioctls": self._each("ioctls"),
             "set_maps": self._each("set_maps"),
@@ -173,6 +175,34 @@ class RowResult:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredRow:
+    """A row of what another program did, from a recording: figures in ms, calls by downtime, over all its devices."""
+
+    title: str
+    recording: str
+    dt1_ms: float | None
+    dt2_ms: float | None
+    dest_ms: float | None
+    stop_to_run_ms: float | None
+    counts: Mapping[str, Counts]
+    lost: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return {
+            "title": self.title,
+            "recording": self.recording,
+            "dt1_ms": rounded(self.dt1_ms),
+            "dt2_ms": rounded(self.dt2_ms),
+            "dest_ms": rounded(self.dest_ms),
+            "stop_to_run_ms": rounded(self.stop_to_run_ms),
+            "ioctls": {name: each.ioctls for name, each in self.counts.items()},
+            "messages": {name: each.messages for name, each in self.counts.items()},
+            "lost_events": self.lost,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class LadderReport:
     """The whole ladder. ``regions`` is how many regions guest memory has, R of the formulas."""
 
@@ -185,6 +215,8 @@ class LadderReport:
     clock: str
     rows: Sequence[RowResult]
     environment: Mapping[str, Any]
+    measured: Sequence[MeasuredRow] = ()
+    """Rows from recordings."""
 
     @property
     def baseline(self) -> RowResult | None:
@@ -209,12 +241,9 @@ class LadderReport:
             "profile": self.profile,
             "clock": self.clock,
             "rows": [row.to_dict(self.baseline) for row in self.rows],
+            "measured": [row.to_dict() for row in self.measured],
             "environment": dict(self.environment),
         }
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
 
 
 def _all(values: Sequence[float]) -> list[float]:

@@ -14,21 +14,27 @@ from dataclasses import dataclass
 
 from ...base.errors import MissingFeature
 from ...base.uapi import ALL_BACKEND_FEATURES, BackendFeature
-from ...device.procedure.base import Procedure, Target
+from ...device.procedure.base import Procedure
 from ...device.procedure.direct import Direct
 from ...device.procedure.in_place import InPlace
 from ...device.procedure.series import Optimization, Series
+from ...device.target import Target
 
 _ALWAYS = BackendFeature.IOTLB_MSG_V2 | BackendFeature.IOTLB_BATCH | BackendFeature.IOTLB_ASID | BackendFeature.SUSPEND
 """What QEMU acknowledges in every row."""
 _NONE = Optimization(0)
 
 
+def spell(value: float | tuple[float, float]) -> str:
+    """Return a published figure for people; two numbers are a range."""
+    return f"{value[0]:g} to {value[1]:g}" if isinstance(value, tuple) else f"{value:g}"
+
+
 @dataclass(frozen=True, slots=True)
 class Published:
     """What the cover letter says: downtimes in seconds, two numbers for a range.
 
-    ``dt1_explained`` tells whether the calls of the row account for its DT1;
+    ``dt1_explained`` is whether the calls of the row account for its DT1;
     where they do not, a difference says nothing about either side.
     """
 
@@ -93,7 +99,7 @@ class Resolution:
     impossible: str
 
     def make(self, target: Target) -> Procedure:
-        """Return the procedure for a device; of an impossible row it is not to be started."""
+        """Return the procedure for a device; that of an impossible row must not be started."""
         if self.plan.procedure is not None:
             return (Direct if self.impossible else self.plan.procedure)(target)
         return Series(target, self.switches)
@@ -103,8 +109,8 @@ def _lacks(target: Target, keeps_maps: bool) -> dict[Optimization, str]:
     """Return why a device cannot do an optimization, for each that it cannot."""
     found = {}
     features = target.backend_features
-    if not target.descriptors_apart:
-        found[Optimization.DESC_ASID] = target.why_not_apart
+    if not target.separate_descriptors:
+        found[Optimization.DESC_ASID] = target.why_not_separate
     if BackendFeature.IOTLB_PERSIST not in features:
         found[Optimization.PERSIST] = "IOTLB_PERSIST is not offered"
     if BackendFeature.IOTLB_BATCH not in features:
@@ -121,7 +127,7 @@ _APART = _MAPPED_EARLY | Optimization.DESC_ASID
 _PERSISTENT = _APART | Optimization.PERSIST
 _BATCHED = Optimization.BATCH_RINGS | Optimization.DEFER_UNMAP
 
-PLANS = {
+LADDER_ROWS = {
     plan.row: plan
     for plan in (
         LadderRow("baseline", "baseline QEMU", _NONE, published=Published((20.0, 30.0), 20.0, dt1_explained=False)),
@@ -155,9 +161,9 @@ PLANS = {
 """Every row, in the order of the table."""
 
 
-def plan(row: str) -> LadderRow:
-    """Return a row by its name; MissingFeature tells which there are."""
-    if row not in PLANS:
-        known = ",".join(PLANS)
-        raise MissingFeature(f"there is no row {row!r}", hint=f"vhost-vdpa ladder --rows takes some of {known}")
-    return PLANS[row]
+def ladder_row(name: str) -> LadderRow:
+    """Return a row by its name; MissingFeature lists the known ones."""
+    if name not in LADDER_ROWS:
+        known = ",".join(LADDER_ROWS)
+        raise MissingFeature(f"there is no row {name!r}", hint=f"vhost-vdpa ladder --rows takes some of {known}")
+    return LADDER_ROWS[name]

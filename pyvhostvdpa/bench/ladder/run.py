@@ -18,15 +18,17 @@ from dataclasses import dataclass
 
 from ...base.errors import MigrationFailed, MigrationRefused
 from ...device.net import State, VdpaNetDevice
-from ...device.together import together
+from ...device.shadowing import USED
 from ...guest.arena import GuestArena
 from ...guest.nic import GuestNic, NicOptions
-from ...guest.traffic import Traffic
+from ...guest.protocol import FrameCounts
+from ...guest.synthetic import SyntheticGuest
 from ...host import mgmt
 from ...memory.guest import DEFAULT_GPA, HUGE_PAGE, Gpa, GuestMemory, check_available
+from ...migration.common import ReportCallback
+from ...migration.paused import AheadOfOthers, Prepared, no_collection
 from ...migration.report import environment
-from ...net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
-from ...net.control_queue import GuestControl
+from ...net.control import ControlModel
 from ...net.features import CONTROL, SUPPORTED
 from ...trace import gap
 from ...trace.downtime import milliseconds
@@ -34,11 +36,8 @@ from ...trace.phases import DEST, DEST_PREMAP, DEST_STAND_BY, DEST_START, DT1, D
 from ...trace.recorder import Trace
 from .. import hwsim
 from .report import Counts, Floor, LadderReport, RowResult, Run
-from .rows import PLANS, LadderRow
+from .rows import LADDER_ROWS, LadderRow
 from .stage import Stage, Supply
-
-PhaseCallback = Callable[[str], None]
-"""Called with words of progress."""
 
 DOWNTIMES = {"dt1": DT1, "dt2": DT2, "dest": DEST}
 _FRAMES_SECONDS = 120.0
@@ -48,14 +47,19 @@ _POLL = 0.005
 
 @dataclass(frozen=True, slots=True)
 class LadderOptions:
-    """What to run. ``memory`` in bytes, in ``regions`` pieces; ``frames`` on each pair in each part of a run."""
+    """What to run. ``memory`` in bytes, in ``regions`` pieces; ``frames`` on each pair in each part of a run.
+
+    ``shadow`` is one of :data:`pyvhostvdpa.device.shadowing.NAMES`, None for the default, in rows of the package's own
+    procedures: QEMU's copies descriptors.
+    """
 
     pairs: int = 2
     memory: int = 1 << 30
     regions: int = 4
-    rows: Sequence[LadderRow] = tuple(PLANS.values())
+    rows: Sequence[LadderRow] = tuple(LADDER_ROWS.values())
     repeat: int = 1
     frames: int = 200
+    shadow: str | None = None
 
 
 def regions(memory: int, count: int) -> list[tuple[Gpa, int]]:
@@ -72,7 +76,7 @@ def regions(memory: int, count: int) -> list[tuple[Gpa, int]]:
 
 
 def ladder(
-    supply: Supply, options: LadderOptions, observer: PhaseCallback = lambda words: None
+    supply: Supply, options: LadderOptions, observer: ReportCallback = lambda words: None
 ) -> tuple[LadderReport, dict[str, Trace]]:
     """Run the rows; the report, and the trace of each row's last run.
 
@@ -80,12 +84,12 @@ def ladder(
     touched, and whatever the first step raises that fails.
     """
     if not options.rows:
-        raise MigrationRefused("no rows to run", hint=f"rows are {', '.join(PLANS)}")
+        raise MigrationRefused("no rows to run", hint=f"rows are {', '.join(LADDER_ROWS)}")
     check_available(options.memory)
     layout = regions(options.memory, options.regions)
     traces: dict[str, Trace] = {}
     results: list[RowResult] = []
-    place: dict[str, object] = {}
+    where: dict[str, object] = {}
     observer(f"allocating {options.memory >> 20:,} MiB of guest memory")
     with GuestMemory(layout) as memory:
         for plan in options.rows:
@@ -94,7 +98,7 @@ def ladder(
                 observer(f"{plan.row}" + (f", run {number + 1} of {options.repeat}" if options.repeat > 1 else ""))
                 with supply.stage(plan) as stage, ExitStack() as stack:
                     row = _Row(plan, stage, memory, options, observer, stack)
-                    place = row.environment()
+                    where = row.environment()
                     result = row.run(result)
                 traces[plan.row] = row.trace
                 if result.impossible:
@@ -109,7 +113,7 @@ def ladder(
         profile=supply.profile,
         clock="virtual" if os.environ.get("PYVHOSTVDPA_LAB_ACCEL") == "icount" else "wall",
         rows=results,
-        environment=place,
+        environment=where,
     )
     return report, traces
 
@@ -126,47 +130,46 @@ class _Guest:
         stack: ExitStack,
     ) -> None:
         self.source, self.destination = devices
-        self.options = options
+        self._frames = options.frames
         nic_options = NicOptions(
-            pairs=options.pairs, features=self.source.features, control_index=self.source.groups.control_index
+            pairs=options.pairs,
+            features=self.source.features,
+            control_index=self.source.groups.control_index,
+            rx_relayed=self.source.shadow == USED,
         )
-        self.nic = GuestNic(memory, nic_options, arena)
-        stack.callback(self.nic.close)
-        self.control: GuestControl | None = None
-        if self.nic.control is not None:
-            model = ControlModel(self.source.features, mac=self.source.mac)
-            self.control = GuestControl(self.nic.control.queue, model)
-        self.traffic = Traffic(self.nic)
-        # the devices let go of the rings before the NIC does
+        guest = self._guest = SyntheticGuest(memory)
+        # the memory is that of all guests; the devices release the rings before the NIC does
+        stack.callback(guest.detach)
+        guest.add(GuestNic(memory, nic_options, arena), ControlModel(self.source.features, mac=self.source.mac))
         for device in devices:
             stack.callback(device.close)
-        stack.callback(self.traffic.pause)
+        stack.callback(guest.pause)
+        self.queues, self.control = guest.queues(0), guest.control(0)
+        self.pause, self.counts = guest.pause, guest.counts
 
     def use_pairs(self) -> None:
-        """What a guest's driver does once it runs: take all its queues into use."""
-        if self.nic.control is not None and self.options.pairs > 1:
-            answer = self.nic.control.send(command(Class.MQ, VQ_PAIRS_SET, self.options.pairs.to_bytes(2, "little")))
-            if answer != OK:
-                raise MigrationFailed(f"{self.source.path} refused to use {self.options.pairs} queue pairs")
+        """Do what a guest's driver does once it runs: take all its queues into use."""
+        self._guest.use_pairs(0, self.source.path)
 
     def exchange(self, device: VdpaNetDevice) -> None:
         """Let the guest run until each pair received some more frames."""
-        goals = [pair.counts().received + self.options.frames for pair in self.nic.pairs]
+        [nic] = self._guest.nics
+        goals = [pair.counts().received + self._frames for pair in nic.pairs]
         deadline = time.monotonic() + _FRAMES_SECONDS
-        self.traffic.run()
-        while not all(pair.counts().received >= goal for pair, goal in zip(self.nic.pairs, goals, strict=True)):
+        self._guest.run()
+        while not all(pair.counts().received >= goal for pair, goal in zip(nic.pairs, goals, strict=True)):
             device.check()
             if time.monotonic() > deadline:
                 raise MigrationFailed(
-                    f"{device.path}: not {self.options.frames} frames on each pair within {_FRAMES_SECONDS:g} s"
+                    f"{device.path}: not {self._frames} frames on each pair within {_FRAMES_SECONDS:g} s"
                 )
             time.sleep(_POLL)
-        self.traffic.pause()
+        self.pause()
 
     def stand_by(self) -> None:
-        """Let the destination stand ready, as far as it can."""
+        """Put the destination on standby, if it can."""
         with self.destination.trace.in_phase(DEST_STAND_BY):
-            self.destination.stand_by(self.nic.queues, self.control)
+            self.destination.stand_by(self.queues, self.control)
 
     def stop(self) -> None:
         """Stop the source."""
@@ -176,13 +179,13 @@ class _Guest:
     def start(self) -> None:
         """Start the destination."""
         with self.destination.trace.in_phase(DEST_START):
-            self.destination.start_passthrough(self.nic.queues, self.control)
+            self.destination.start_passthrough(self.queues, self.control)
 
     def settle(self) -> None:
         """Wait for what is under way."""
-        self.traffic.run()
-        self.traffic.stop_sending(_DRAIN_SECONDS)
-        self.traffic.pause()
+        self._guest.run()
+        self._guest.drain(_DRAIN_SECONDS)
+        self.pause()
 
 
 class _Row:
@@ -192,7 +195,7 @@ class _Row:
         stage: Stage,
         memory: GuestMemory,
         options: LadderOptions,
-        observer: PhaseCallback,
+        observer: ReportCallback,
         stack: ExitStack,
     ) -> None:
         self.plan, self.options, self.memory, self.observe = plan, options, memory, observer
@@ -210,6 +213,7 @@ class _Row:
             self.plan.use,
             SUPPORTED | CONTROL,
             lambda target: self.plan.resolve(target, self._keeps_maps).make(target),
+            shadow=self.options.shadow,
         )
         return self._stack.enter_context(device)
 
@@ -256,20 +260,20 @@ class _Row:
             self._say("mapping guest memory on the source", number)
             guest.source.attach(self.memory)
             self._say("passthrough on the source", number)
-            guest.source.start_passthrough(guest.nic.queues, guest.control)
+            guest.source.start_passthrough(guest.queues, guest.control)
             guest.use_pairs()
             guest.exchange(guest.source)
         for number, guest in enumerate(guests):
             self._say("mapping guest memory on the destination", number)
             with guest.destination.trace.in_phase(DEST_PREMAP):
                 guest.destination.attach(self.memory)
-            if self._ours:
+            if self._own_procedure:
                 guest.stand_by()
         counted = {"dt1": self._counted(self.sources, lambda: self._switch(guests))}
         for number, guest in enumerate(guests):
             self._say("through shadow virtqueues", number)
             guest.exchange(guest.source)
-        self.observe(f"{self.plan.row}: stop (DT2) and start of the destination, all devices")
+        self.observe(f"{self.plan.row}: stop (DT2) and destination start, all devices")
         counted["dt2"], counted["dest"] = self._moved(guests)
         for number, guest in enumerate(guests):
             self._say("passthrough on the destination", number)
@@ -283,29 +287,46 @@ class _Row:
             with guest.source.trace.in_phase(DT1_STOP):
                 guest.source.stop(then=State.SHADOW)
             with guest.source.trace.in_phase(DT1_START):
-                guest.source.start_shadow(guest.nic.queues, guest.control)
+                guest.source.start_shadow(guest.queues, guest.control)
 
     @property
-    def _ours(self) -> bool:
+    def _own_procedure(self) -> bool:
         """Whether the row is the package's own: all devices at once then, where QEMU takes one after the other."""
         return self.plan.procedure is not None
 
-    def _each(self, actions: list[Callable[[], None]]) -> None:
-        if self._ours:
-            together(actions)
-            return
-        for action in actions:
-            action()
+    def _prepared(self, guests: list[_Guest]) -> tuple[Prepared, Prepared]:
+        """Return the stop of all sources and the start of all destinations, ready."""
+        stops = [guest.source.prepare_stop() for guest in guests]
+        starts = [guest.destination.prepare_start(guest.queues, guest.control) for guest in guests]
+        return (
+            Prepared(self.sources, DT2_STOP, stops, lambda number: guests[number].stop()),
+            Prepared(self.destinations, DEST_START, starts, lambda number: guests[number].start()),
+        )
 
-    def _stop(self, guests: list[_Guest]) -> None:
-        # the guest's traffic is paused already: its gap begins here
-        with gap.step(self.sources[0].trace, gap.PAUSE):
+    def _stop_and_start(self, guests: list[_Guest]) -> None:
+        with ExitStack() as stack:
+            if self._own_procedure:
+                stop, start = (stack.enter_context(each) for each in self._prepared(guests))
+                stack.enter_context(no_collection())
+                stop.begin()
+                # the control queues are held, so nothing is set any more that a destination would have to know
+                start.begin()
+                stack.enter_context(AheadOfOthers()).begin()
             for guest in guests:
-                guest.traffic.pause()
-        self._each([guest.stop for guest in guests])
-
-    def _start_destinations(self, guests: list[_Guest]) -> None:
-        self._each([guest.start for guest in guests])
+                guest.pause()
+            # the guest's traffic was paused already: its gap begins here
+            with gap.step(self.sources[0].trace, gap.PAUSE):
+                pass
+            if self._own_procedure:
+                stop.do()
+                start.do()
+                start.finish()
+                stop.finish()
+                return
+            for guest in guests:
+                guest.stop()
+            for guest in guests:
+                guest.start()
 
     def _say(self, words: str, number: int) -> None:
         """Report what begins, and on which device: one alone may take half a minute."""
@@ -315,8 +336,7 @@ class _Row:
         """Stop the sources and start the destinations, and nothing else in between."""
         devices = self._devices
         before = self._counters(devices)
-        self._stop(guests)
-        self._start_destinations(guests)
+        self._stop_and_start(guests)
         counted = _difference(before, self._counters(devices))
         return counted[: len(self.sources)], counted[len(self.sources) :]
 
@@ -337,10 +357,9 @@ class _Row:
             counts[downtime] = [
                 self._calls(device, phases, *each) for device, each in zip(devices, counted[downtime], strict=True)
             ]
-        frames = [guest.nic.counts() for guest in guests]
-        total = type(frames[0])(*(sum(getattr(each, name) for each in frames) for name in type(frames[0]).__slots__))
+        total = FrameCounts.total(guest.counts() for guest in guests)
         gaps = gap.stop_to_run(gap.steps(self.trace.events))
-        return Run(ms, counts, total, gaps, self._floor(), self.sources[0].procedure.name)
+        return Run(ms, counts, total, gaps, self._floor(), self.sources[0].procedure.name, self.sources[0].shadow)
 
     def _floor(self) -> Floor:
         """What the device takes for itself: by its own account where it has one, else what its calls took."""

@@ -29,13 +29,13 @@ class Stage:
 
 
 class Supply(Protocol):
-    """Where stages come from. ``profile`` and ``charged`` (bytes) are None where costs are the device's own."""
+    """Where stages come from. ``profile`` and ``charged`` (bytes) are ``None`` where the device has its own costs."""
 
     profile: str | None
     charged: int | None
 
     def stage(self, plan: LadderRow) -> AbstractContextManager[Stage]:
-        """Return devices for one run of a row, theirs for the block."""
+        """Return devices for one run of a row, which owns them for the block."""
 
 
 class Simulated:

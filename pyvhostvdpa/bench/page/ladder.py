@@ -8,14 +8,12 @@ the traces; whatever the report does not have is left out, and said.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from ...base.errors import VhostVdpaError
 from ...base.files import check_folder, check_writable, replace_file
 from ...trace import events, perfetto
 from ...trace.phases import DEST
@@ -23,9 +21,8 @@ from ...trace.recorder import Trace
 from ...trace.spans import Kind, Span, downtimes, spans
 from . import stopped
 from .charts import CLASSES, Bar, stacked, sums, timeline
-from .page import cell, facts, figure, heading, notes, page, paragraph, wide_table
-
-Row = Mapping[str, Any]
+from .page import cell, facts, figure, heading, notes, page, paragraph, wide_table, written_to
+from .stopped import RowJson
 
 TITLE = "What a live migration's downtime is made of"
 _PAGE = "index.html"
@@ -33,10 +30,14 @@ _DATA = "ladder.json"
 _MEASURES = {
     "dt1": ("DT1", "DT1: switching to shadow virtqueues", True),
     "dt2": ("DT2", "DT2: stopping on the source", False),
-    "dest": ("start", "starting on the destination, in neither DT1 nor DT2", False),
+    "dest": (
+        "destination start",
+        "destination start: setting up and starting the devices at the destination; not part of DT1 or DT2",
+        False,
+    ),
 }
 _DWARFED = 1 / 8
-"""Bars that are shorter than this part of the longest are shown once more, larger."""
+"""Bars that are shorter than this part of the longest are shown again, larger."""
 _NOTHING = "-"
 _COUNTS = {"ioctls": "ioctls", "messages": "messages", "set_maps": "set_map", "heavy": "heavy"}
 _KINDS = {
@@ -58,7 +59,7 @@ def prepare(directory: Path) -> None:
 
     Nothing is made yet: a run that fails leaves the page of the last one.
     """
-    with _explained(directory):
+    with written_to(directory, "vhost-vdpa ladder --report DIR"):
         check_folder(directory)
         if directory.is_dir():
             for file in (directory / _PAGE, directory / _DATA):
@@ -74,7 +75,7 @@ def write(report: Mapping[str, Any], traces: Mapping[str, Trace], directory: Pat
     """
     prepare(directory)
     index = directory / _PAGE
-    with _explained(directory):
+    with written_to(directory, "vhost-vdpa ladder --report DIR"):
         directory.mkdir(parents=True, exist_ok=True)
         text, data = render(report, traces), json.dumps(report, indent=2) + "\n"
         replace_file(directory / _DATA, lambda file: file.write(data))
@@ -85,21 +86,10 @@ def write(report: Mapping[str, Any], traces: Mapping[str, Trace], directory: Pat
     return index
 
 
-@contextmanager
-def _explained(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise VhostVdpaError(
-            f"{e.filename or directory} cannot be written: {e.strerror}",
-            hint="vhost-vdpa ladder --report DIR with another folder",
-        ) from e
-
-
 def render(report: Mapping[str, Any], traces: Mapping[str, Trace]) -> str:
     """Return the page."""
     measured = {row: _measure(trace) for row, trace in traces.items()}
-    rows: Sequence[Row] = report["rows"]
+    rows: Sequence[RowJson] = report["rows"]
     return page(
         TITLE,
         [
@@ -107,6 +97,7 @@ def render(report: Mapping[str, Any], traces: Mapping[str, Trace]) -> str:
             *_headline(rows),
             *stopped.section(rows),
             *_tables(rows),
+            *_measured(report.get("measured") or ()),
             *_where(rows, measured),
             *_when(rows, measured),
             *_on_what(report, rows, traces),
@@ -138,12 +129,12 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:g} GiB"
 
 
-def _headline(rows: Sequence[Row]) -> list[str]:
-    """The first and the last row of the series beside each other, if both were measured."""
+def _headline(rows: Sequence[RowJson]) -> list[str]:
+    """The best row first, then the first and the last row of the series beside each other, if both were measured."""
     by_name = {row["row"]: row for row in rows}
+    found = _best(rows)
     if not {"baseline", "batch"} <= set(by_name):
-        return []
-    found = []
+        return [f'<ul class="headline">{"".join(found)}</ul>'] if found else []
     for name in ("dt1", "dt2"):
         before, after = (_milliseconds(by_name[row], name) for row in ("baseline", "batch"))
         if before and after:
@@ -153,39 +144,69 @@ def _headline(rows: Sequence[Row]) -> list[str]:
     return [f'<ul class="headline">{"".join(found)}</ul>'] if found else []
 
 
-def _title(row: Row) -> str:
+def _best(rows: Sequence[RowJson]) -> list[str]:
+    """How long the guest is stopped in the best row, and how much less that is than in the first."""
+    stopped = [(float(row["stop_to_run_ms"]), row) for row in rows if row.get("stop_to_run_ms")]
+    if len(stopped) < 2:
+        return []
+    (first, baseline), (best, row) = stopped[0], min(stopped, key=lambda each: each[0])
+    what = f"guest stopped, {_title(baseline)} to {_title(row)}"
+    change = f"{first:,.0f} ms → {best:,.1f} ms"
+    return [f"<li><small>{escape(what)}</small>{change}<small>{first / best:,.0f} x less</small></li>"]
+
+
+def _title(row: RowJson) -> str:
     return str(row.get("title") or row["row"])
 
 
 # -- the tables ----------------------------------------------------------------
 
 
-def _tables(rows: Sequence[Row]) -> list[str]:
+def _tables(rows: Sequence[RowJson]) -> list[str]:
     return [
         paragraph(
             "DT1 is the time that switching a device to shadow virtqueues takes, at the start of a migration; DT2 the "
             "time that stopping it on the source takes. Both as the series “vdpa-net: improve migration downtime "
             "through descriptor ASID and persistent IOTLB” defines them, whose cover letter has the published figures. "
-            "DT1 is that of the worst device, DT2 the sum of all devices."
+            "DT1 is that of the worst device, DT2 the sum of all devices. Destination start is the time that setting "
+            "up and starting the devices at the destination takes; it is in neither."
         ),
         _downtime_table(rows),
         notes(_remarks(rows)),
         heading("What was called, per device"),
         paragraph(
-            "set_map and heavy are what the device counted: how often it was given an address space anew, and how "
+            "set_map and heavy are what the device counted: how often it was given a new address space, and how "
             "often one that held guest memory, before or after."
         ),
         _call_table(rows),
     ]
 
 
-def _downtime_table(rows: Sequence[Row]) -> str:
+def _measured(rows: Sequence[RowJson]) -> list[str]:
+    """Other programs beside the rows, from recordings of their calls."""
+    if not rows:
+        return []
+    names = ("stop to run, ms", "DT1, ms", "DT2, ms", "destination start, ms")
+    head = "<tr><th></th>" + "".join(f'<th class="n">{escape(name)}</th>' for name in names) + "</tr>"
+    lines = []
+    for row in rows:
+        values = [row[name] for name in ("stop_to_run_ms", "dt1_ms", "dt2_ms", "dest_ms")]
+        cells = (cell(_NOTHING if ms is None else f"{ms:,.1f}", "n strong") for ms in values)
+        lines.append(f"<tr><th>{escape(row['title'])}</th>{''.join(cells)}</tr>")
+    return [
+        heading("Other programs, recorded"),
+        paragraph("What vhost-vdpa watch recorded of their calls, by the same definitions."),
+        wide_table(head, "\n".join(lines)),
+    ]
+
+
+def _downtime_table(rows: Sequence[RowJson]) -> str:
     columns = ("measured", "published", "faster")
-    head = _heads({"DT1, s": columns, "DT2, s": columns, "destination, s": ("measured",)})
+    head = _heads({"DT1, s": columns, "DT2, s": columns, "destination start, s": ("measured",)})
     return wide_table(head, "\n".join(_downtime_row(row, rows) for row in rows))
 
 
-def _downtime_row(row: Row, rows: Sequence[Row]) -> str:
+def _downtime_row(row: RowJson, rows: Sequence[RowJson]) -> str:
     cells = []
     for name in ("dt1", "dt2"):
         ms = _milliseconds(row, name)
@@ -198,7 +219,7 @@ def _downtime_row(row: Row, rows: Sequence[Row]) -> str:
     return _row(row, [*cells, cell(_seconds(_milliseconds(row, "dest")), "n g")])
 
 
-def _call_table(rows: Sequence[Row]) -> str:
+def _call_table(rows: Sequence[RowJson]) -> str:
     head = _heads({short: tuple(_COUNTS.values()) for short, *_ in _MEASURES.values()})
     body = (_row(row, [cell(*each) for name in _MEASURES for each in _counts(row, name)]) for row in rows)
     return wide_table(head, "\n".join(body), "dense")
@@ -215,12 +236,12 @@ def _heads(groups: Mapping[str, Sequence[str]]) -> str:
     return f"<tr><th></th>{above}</tr><tr><th></th>{below}</tr>"
 
 
-def _row(row: Row, cells: Sequence[str]) -> str:
+def _row(row: RowJson, cells: Sequence[str]) -> str:
     kind = "" if _milliseconds(row, "dt1") is not None else ' class="no"'
     return f"<tr{kind}><th>{escape(_title(row))}</th>{''.join(cells)}</tr>"
 
 
-def _milliseconds(row: Row, name: str) -> float | None:
+def _milliseconds(row: RowJson, name: str) -> float | None:
     value = (row.get(f"{name}_ms") or {}).get("worst" if name == "dt1" else "sum")
     return None if value is None else float(value)
 
@@ -229,7 +250,7 @@ def _seconds(ms: float | None) -> str:
     return _NOTHING if ms is None else f"{ms / 1000:.3f}"
 
 
-def _published(row: Row, name: str) -> tuple[float, float] | None:
+def _published(row: RowJson, name: str) -> tuple[float, float] | None:
     """What was published, in ns: low and high."""
     value = (row.get("published") or {}).get(f"{name}_s")
     if value is None:
@@ -238,27 +259,27 @@ def _published(row: Row, name: str) -> tuple[float, float] | None:
     return low * 1e9, high * 1e9
 
 
-def _published_text(row: Row, name: str) -> str:
+def _published_text(row: RowJson, name: str) -> str:
     found = _published(row, name)
     if found is None:
         return _NOTHING
     return " to ".join(f"{ns / 1e9:g}" for ns in dict.fromkeys(found))
 
 
-def _faster(row: Row, rows: Sequence[Row], name: str) -> str:
+def _faster(row: RowJson, rows: Sequence[RowJson], name: str) -> str:
     baseline = next((_milliseconds(each, name) for each in rows if each["row"] == "baseline"), None)
     own = _milliseconds(row, name)
     return f"{baseline / own:.1f} x" if baseline and own else _NOTHING
 
 
-def _counts(row: Row, name: str) -> list[tuple[str, str]]:
+def _counts(row: RowJson, name: str) -> list[tuple[str, str]]:
     """The counts with the classes of their cells; a device that does not count has question marks."""
     each = [(row.get(what) or {}).get(name) for what in _COUNTS]
     unknown = _NOTHING if all(value is None for value in each) else "?"
     return [(unknown if v is None else str(v), "n" if place else "n g") for place, v in enumerate(each)]
 
 
-def _remarks(rows: Sequence[Row]) -> list[str]:
+def _remarks(rows: Sequence[RowJson]) -> list[str]:
     found = []
     if any(row.get("dt1_explained") is False and _milliseconds(row, "dt1") is not None for row in rows):
         found.append(
@@ -282,7 +303,7 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
 # -- where the time goes -----------------------------------------------------------
 
 
-def _where(rows: Sequence[Row], measured: Mapping[str, Any]) -> list[str]:
+def _where(rows: Sequence[RowJson], measured: Mapping[str, Any]) -> list[str]:
     parts = [
         heading("Where the time goes"),
         paragraph("One run of each row, from the trace of its system calls."),
@@ -292,7 +313,7 @@ def _where(rows: Sequence[Row], measured: Mapping[str, Any]) -> list[str]:
         if not any(each[name] for each in measured.values()):
             continue
         bars = [_bar(row, measured.get(row["row"]), name, worst) for row in rows]
-        marks = " The black marks are what was published." if any(bar.published for bar in bars) else ""
+        marks = " A tick or bracket marks what was published." if any(bar.published for bar in bars) else ""
         caption = f"{what}; {'the worst device' if worst else 'the sum of all devices'}.{marks}"
         parts.append(figure(stacked(bars, f"{short} by row and kind of call"), caption))
         parts += _larger(short, bars)
@@ -301,7 +322,7 @@ def _where(rows: Sequence[Row], measured: Mapping[str, Any]) -> list[str]:
 
 
 def _larger(short: str, bars: Sequence[Bar]) -> list[str]:
-    """The short bars once more, on a scale of their own, if they are dwarfed by the long ones."""
+    """The short bars again, on a scale of their own, if they are dwarfed by the long ones."""
     longest = max(bar.total for bar in bars)
     small = [bar for bar in bars if 0 < bar.total < longest * _DWARFED]
     if len(small) < 2:
@@ -317,14 +338,14 @@ def _legend() -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def _bar(row: Row, spans_of: Mapping[str, Any] | None, name: str, worst: bool) -> Bar:
+def _bar(row: RowJson, spans_of: Mapping[str, Any] | None, name: str, worst: bool) -> Bar:
     parts = sums(spans_of[name], worst) if spans_of else {}
     absent = "" if parts else "not possible on these devices" if row.get("impossible") else "not measured"
     return Bar(_title(row), parts, _published(row, name), absent)
 
 
 def _numbers(short: str, bars: Sequence[Bar]) -> str:
-    """The same as a table, for those who want to calculate."""
+    """The same as a table, for calculations."""
     kinds = [kind for kind in Kind if any(bar.parts.get(kind) for bar in bars)]
     head = "<tr><th></th>" + "".join(f'<th class="n">{escape(name)}</th>' for name in [*kinds, "all"]) + "</tr>"
     body = "".join(
@@ -341,7 +362,7 @@ def _numbers(short: str, bars: Sequence[Bar]) -> str:
 # -- what happened when --------------------------------------------------------------
 
 
-def _when(rows: Sequence[Row], measured: Mapping[str, Any]) -> list[str]:
+def _when(rows: Sequence[RowJson], measured: Mapping[str, Any]) -> list[str]:
     parts = [
         heading("What happened when"),
         paragraph(
@@ -365,7 +386,7 @@ def _when(rows: Sequence[Row], measured: Mapping[str, Any]) -> list[str]:
 # -- on what ---------------------------------------------------------------------
 
 
-def _on_what(report: Mapping[str, Any], rows: Sequence[Row], traces: Mapping[str, Trace]) -> list[str]:
+def _on_what(report: Mapping[str, Any], rows: Sequence[RowJson], traces: Mapping[str, Trace]) -> list[str]:
     place = dict(report.get("environment") or {})
     devices = place.pop("devices", {})
     parts = [heading("On what"), facts({**place, "clock": report.get("clock"), "cost profile": report.get("profile")})]
@@ -382,5 +403,5 @@ def _files(title: str, row: str) -> str:
     timeline_file, events_file = f"{row}.perfetto.json", f"{row}.events.jsonl"
     return (
         f'<li>{escape(title)}: <a href="{timeline_file}">{timeline_file}</a> (open it at ui.perfetto.dev), '
-        f'<a href="{events_file}">{events_file}</a> (trace events of QEMU, one a line)</li>'
+        f'<a href="{events_file}">{events_file}</a> (trace events of QEMU, one per line)</li>'
     )

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from importlib import resources
+from pathlib import Path
 from typing import Any
+
+from ...base.errors import VhostVdpaError
 
 PACKAGE = __name__.rpartition(".")[0]
 
@@ -34,6 +38,17 @@ def page(title: str, parts: Iterable[str]) -> str:
     )
 
 
+@contextmanager
+def written_to(directory: Path, command: str) -> Iterator[None]:
+    """Explain an error of the block, which writes files to ``directory`` as ``command`` asked for."""
+    try:
+        yield
+    except OSError as e:
+        raise VhostVdpaError(
+            f"{e.filename or directory} cannot be written: {e.strerror}", hint=f"{command} with another folder"
+        ) from e
+
+
 def paragraph(text: str, kind: str = "") -> str:
     """Return a paragraph of plain text."""
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
@@ -45,7 +60,7 @@ def heading(text: str, level: int = 2) -> str:
 
 
 def notes(lines: Sequence[str]) -> str:
-    """Return remarks as a list, nothing if there are none."""
+    """Return remarks as a list, nothing without remarks."""
     if not lines:
         return ""
     return '<ul class="notes">\n' + "\n".join(f"<li>{escape(each)}</li>" for each in lines) + "\n</ul>"

@@ -12,11 +12,11 @@ from ...trace import gap
 from .charts import Bar, stacked
 from .page import cell, figure, heading, paragraph, wide_table
 
-Row = Mapping[str, Any]
+RowJson = Mapping[str, Any]
 
 
-class Part(enum.StrEnum):
-    """What the time was spent on in which the guest stood still."""
+class StoppedPart(enum.StrEnum):
+    """What the time was spent on in which the guest was paused."""
 
     PAUSE = "pause of the guest"
     STOP = "stop of the source's devices"
@@ -25,16 +25,16 @@ class Part(enum.StrEnum):
     STATE = "state"
     LOAD = "loading it"
     HAND_OVER = "READY and GO"
-    START = "start of the destination's devices"
+    START = "destination start"
     BETWEEN = "between them"
 
 
-_OF_PHASE = dict(zip((*gap.ORDER, gap.BETWEEN), Part.__members__.values(), strict=True))
-_CLASSES = {part: f"k{number}" for number, part in enumerate(Part.__members__.values())}
+_OF_PHASE = dict(zip((*gap.ORDER, gap.BETWEEN), StoppedPart.__members__.values(), strict=True))
+_CLASSES = {part: f"k{number}" for number, part in enumerate(StoppedPart.__members__.values())}
 _NOTHING = "-"
 
 
-def section(rows: Sequence[Row]) -> list[str]:
+def section(rows: Sequence[RowJson]) -> list[str]:
     """Return the section; nothing if no row has the figure."""
     if all(row.get("stop_to_run_ms") is None for row in rows):
         return []
@@ -56,20 +56,20 @@ def section(rows: Sequence[Row]) -> list[str]:
     return parts
 
 
-def _bar(row: Row) -> Bar:
+def _bar(row: RowJson) -> Bar:
     of_row = row.get("stop_to_run_parts_ms") or {}
     absent = "" if of_row else "not possible on these devices" if row.get("impossible") else "not measured"
     return Bar(str(row.get("title") or row["row"]), {_OF_PHASE[phase]: int(ms * 1e6) for phase, ms in of_row.items()},
                absent=absent)  # fmt: skip
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[RowJson]) -> str:
     names = ("stop to run, ms", "floor", "ratio", "switch: DT1, ms", "floor", "ratio")
     head = "<tr><th></th>" + "".join(f'<th class="n">{escape(name)}</th>' for name in names) + "</tr>"
     return wide_table(head, "\n".join(_line(row) for row in rows))
 
 
-def _line(row: Row) -> str:
+def _line(row: RowJson) -> str:
     floor, ratio = row.get("floor_ms") or {}, row.get("floor_ratio") or {}
     dt1 = (row.get("dt1_ms") or {}).get("worst")
     cells = [

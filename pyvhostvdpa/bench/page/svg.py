@@ -10,16 +10,21 @@ from html import escape
 WIDTH = 1000
 """Of every drawing, in its own units; the page scales it."""
 
+_HALF_LABEL = 30
+"""A tick's label is less than twice as wide."""
+
 
 def number(value: float) -> str:
     """Return a coordinate, short: two places, none without need."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def drawing(height: float, label: str, parts: Iterable[str]) -> str:
-    """Return an SVG element; ``label`` is what it shows, for those who do not see it."""
+def drawing(height: float, label: str, parts: Iterable[str], width: float = WIDTH) -> str:
+    """Return an SVG element; ``label`` describes it for screen readers."""
     body = "\n".join(parts)
-    return f'<svg viewBox="0 0 {WIDTH} {number(height)}" role="img" aria-label="{escape(label)}">\n{body}\n</svg>'
+    return (
+        f'<svg viewBox="0 0 {number(width)} {number(height)}" role="img" aria-label="{escape(label)}">\n{body}\n</svg>'
+    )
 
 
 def box(kind: str, x: float, y: float, width: float, height: float, title: str) -> str:
@@ -36,10 +41,11 @@ def line(kind: str, begin: tuple[float, float], end: tuple[float, float]) -> str
     return f'<line class="{kind}" x1="{number(x1)}" y1="{number(y1)}" x2="{number(x2)}" y2="{number(y2)}"/>'
 
 
-def words(text: str, x: float, y: float, kind: str = "") -> str:
-    """Return text at a baseline."""
+def text_at(text: str, x: float, y: float, kind: str = "", after: tuple[str, str] = ("", "")) -> str:
+    """Return text at a baseline; ``after`` is more of it, of another CSS class."""
     chosen = f' class="{kind}"' if kind else ""
-    return f'<text{chosen} x="{number(x)}" y="{number(y)}">{escape(text)}</text>'
+    more = f'<tspan class="{after[1]}" xml:space="preserve">{escape(after[0])}</tspan>' if after[0] else ""
+    return f'<text{chosen} x="{number(x)}" y="{number(y)}">{escape(text)}{more}</text>'
 
 
 class TimeAxis:
@@ -61,8 +67,14 @@ class TimeAxis:
         for k in range(math.floor(self._longest / self._step) + 1):
             x = self.x(k * self._step)
             parts.append(line("grid", (x, top), (x, bottom)))
-            parts.append(words(self._tick(k * self._step), x, bottom + 14, "s m"))
+            # the first is not cut where the scale begins at the drawing's edge
+            middle = "s m" if x > _HALF_LABEL else "s"
+            parts.append(text_at(self._tick(k * self._step), x, bottom + 14, middle))
         return parts
+
+    def scale(self, y: float) -> list[str]:
+        """Return ticks below a line, where they cross nothing."""
+        return [line("grid", (self.left, y), (self.right, y)), *self.grid(y, y + 4)]
 
     def _tick(self, ns: float) -> str:
         """A tick's label: all in the unit of the longest, as exact as the step is."""
@@ -85,7 +97,7 @@ def _unit(ns: float) -> tuple[str, float]:
     return next((each for each in _UNITS if abs(ns) >= each[1]), _UNITS[-1])
 
 
-def duration(ns: float) -> str:
+def time_label(ns: float) -> str:
     """Return a time for people, in three digits."""
     if not ns:
         return "0"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a device offers. Opening it resets it: use a device that nobody needs."""
+"""What a device offers. Opening it resets it: use a device that is not in use."""
 
 import argparse
 

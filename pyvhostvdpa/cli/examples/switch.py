@@ -4,28 +4,24 @@
 import argparse
 import time
 
-from pyvhostvdpa import DEFAULT_GPA, GuestMemory, VdpaNetDevice
-from pyvhostvdpa.guest.nic import GuestNic
-from pyvhostvdpa.guest.traffic import Traffic
+from pyvhostvdpa import GuestOptions, State, VdpaNetDevice
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("device", help="such as /dev/vhost-vdpa-0")
-arguments = parser.parse_args()
 
-with VdpaNetDevice(arguments.device) as dev, GuestMemory([(DEFAULT_GPA, 64 << 20)]) as memory:
-    dev.attach(memory)
-    nic = GuestNic(memory)
-    traffic = Traffic(nic)
-    dev.start_passthrough(nic.queues)
-    traffic.run()
-    for start in (dev.start_shadow, dev.start_passthrough):
+with VdpaNetDevice(parser.parse_args().device) as dev:
+    guest = GuestOptions(memory=64 << 20).create([dev])
+    dev.attach(guest.memory)
+    guest.start(0, dev)
+    guest.run()
+    for mode in (State.SHADOW, State.PASSTHROUGH):
         time.sleep(1)
         dev.stop()
-        start(nic.queues)
-        print(dev.state.value, nic.counts())
+        guest.start(0, dev, mode)
+        print(dev.state.value, guest.counts())
     time.sleep(1)
-    traffic.stop_sending(timeout=5)
-    traffic.pause()
-    print(nic.counts())
+    guest.drain(seconds=5)
+    guest.pause()
+    print(guest.counts())
     dev.close()
-    nic.close()
+    guest.close()

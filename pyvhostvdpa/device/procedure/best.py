@@ -2,8 +2,8 @@
 """Which procedure a device gets: the best that it can do, unless one is asked for.
 
 What a device offers decides, never the version of its kernel. The choice
-keeps why each better procedure was passed over, so that whoever wonders about
-a downtime can be told.
+keeps why each better procedure was passed over, which explains a long
+downtime.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...base.errors import MissingFeature
-from .base import Procedure, Target
+from ..target import Target
+from .base import Procedure
 from .direct import Direct
 from .in_place import InPlace
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A procedure by name, and why not a better one ("" if there is none, or if it was asked for)."""
+    """A procedure by name, and why not a better one ("" if it is the best, or was asked for)."""
 
     name: str
     why_not_better: str = ""
@@ -36,7 +37,7 @@ class Choice:
 IN_PLACE = "in-place"
 """Suspend, move the rings, resume: :class:`~pyvhostvdpa.device.procedure.in_place.InPlace`."""
 DIRECT = "direct"
-"""Reset and start anew, maps kept: :class:`~pyvhostvdpa.device.procedure.direct.Direct`."""
+"""Reset and start again, maps kept: :class:`~pyvhostvdpa.device.procedure.direct.Direct`."""
 
 _MADE: dict[str, Callable[[Target], Procedure]] = {IN_PLACE: InPlace, DIRECT: Direct}
 

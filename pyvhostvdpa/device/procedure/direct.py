@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The package's own procedure: few calls, guest memory mapped once, ours in one batch an address space."""
+"""The package's own procedure: few calls, guest memory mapped once, own memory in one batch per address space."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from ...base.uapi import Access, BackendFeature, Status
 from ...chardev.calls import PreparedCalls
 from ...chardev.iotlb import GuestMapping
-from ...memory.guest import GuestMemory
-from ...net.control_queue import GuestControl
-from ...virtqueue.layout import GuestQueue
-from .base import FEATURES_SET, GUEST_ASID, OWN_ASID, READY, RUNNING, Procedure, State, Target
+from ...chardev.message import IotlbWriteError
+from ...memory.guest import Region
+from ...virtqueue.layout import GuestQueue, same_rings
+from ..kind import GuestControl
+from ..target import FEATURES_SET, GUEST_ASID, OWN_ASID, READY, RUNNING, State, Target
+from .base import Procedure
 
 
 class Direct(Procedure):
@@ -25,16 +27,50 @@ class Direct(Procedure):
 
     @property
     def ring_asid(self) -> int:
-        """Apart from guest memory if the device can fetch descriptors from there."""
-        return OWN_ASID if self.target.descriptors_apart else GUEST_ASID
+        """Apart from guest memory if the device can fetch descriptors from there, and they are not the guest's."""
+        apart = self.target.separate_descriptors and not self.target.serving.in_place
+        return OWN_ASID if apart else GUEST_ASID
+
+    @property
+    def follows_memory(self) -> bool:
+        """Whether regions can come and go once memory is attached."""
+        return True
 
     def _attached(self) -> None:
-        memory: GuestMemory = self.memories.guest
+        self._map_regions(self.memories.guest.regions)
+        self.target.iotlb.space(GUEST_ASID).guest_mapping = GuestMapping.IDENTITY
+
+    def _detach(self) -> None:
+        self._unmap_regions(self.memories.guest.regions)
+        self.target.iotlb.space(GUEST_ASID).guest_mapping = GuestMapping.NONE
+
+    def _map_regions(self, regions: Sequence[Region]) -> None:
+        try:
+            with self.target.iotlb.space(GUEST_ASID).batch() as batch:
+                for region in regions:
+                    batch.map(region.gpa, region.memory.hva, region.size)
+        except IotlbWriteError:
+            self._unmap_regions(regions)
+            raise
+
+    def _unmap_regions(self, regions: Sequence[Region]) -> None:
         space = self.target.iotlb.space(GUEST_ASID)
+        if self._translation_lost:
+            # what was lost on the way is not in the mirror, and would come back with the next start
+            self.target.iotlb.map_again()
+            self._translation_lost = False
+        mapped = {m.iova for m in space.mappings}
         with space.batch() as batch:
-            for region in memory.regions:
-                batch.map(region.gpa, region.memory.hva, region.size)
-        space.layout = GuestMapping.IDENTITY
+            for region in regions:
+                if region.gpa in mapped:
+                    batch.unmap(region.gpa, region.size)
+
+    def _inherit_maps(self, before: Procedure) -> None:
+        if isinstance(before, Direct):
+            # groups were asked for, which takes a reset
+            self._translation_lost = BackendFeature.IOTLB_PERSIST not in self.target.backend_features
+        else:
+            super()._inherit_maps(before)
 
     # -- start ------------------------------------------------------------------
 
@@ -53,11 +89,11 @@ class Direct(Procedure):
         if self._set_up_for is None:
             return False
         set_up, known = self._set_up_for
-        if set_up == self._queues and known is control:
+        if same_rings(set_up, self._queues) and known is control:
             return True
         queues = self._queues
         self.reset()
-        self._take(queues)
+        self._set_queues(queues, control)
         return False
 
     def _stand_by(self, control: GuestControl | None) -> str:
@@ -83,10 +119,13 @@ class Direct(Procedure):
         calls.run()
 
     def _set_bases(self) -> None:
-        """Tell the device from where to go on in rings that it has."""
+        """Set the bases from which the device continues in rings that it has."""
+        set_up = self._set_up_for[0] if self._set_up_for is not None else ()
         calls = self.target.chardev.prepare()
-        for queue, used in zip(self._queues, self._used_indices(), strict=True):
+        for queue, had, used in zip(self._queues, set_up, self._used_indices(), strict=True):
             calls.set_vring_base(queue.index, used)
+            if queue is not had:
+                set_eventfds(calls, queue.index, queue.kick, queue.call)
         calls.run()
         if self._control is not None:
             self._control.take_up()
@@ -114,12 +153,12 @@ class Direct(Procedure):
 
         Before DRIVER_OK works on every parent (VDUSE looks at its queues
         then). With a control queue the data queues wait until the guest's
-        state is back, where the parent can be told late.
+        state is back, where the parent accepts that late.
         """
         c, control = self.target.chardev, self._control
         late = control is not None and BackendFeature.ENABLE_AFTER_DRIVER_OK in self.target.backend_features
         if control is not None:
-            c.set_vring_enable(control.queue.index, True)
+            c.set_vring_enable(control.index, True)
         if not late:
             self._enable_data_queues()
         c.set_status(RUNNING)
@@ -144,7 +183,7 @@ class Direct(Procedure):
         area = control.area
         self._ours.append((OWN_ASID, area.iova))
         self.target.iotlb.space(OWN_ASID).map(area.iova, area.hva, area.size)
-        index, desc = control.queue.index, area.iova
+        index, desc = control.index, area.iova
         addresses = (desc, desc + area.layout.avail_offset, desc + area.device_area)
         calls = self.target.chardev.prepare()
         set_ring(calls, index, area.layout.num, 0, addresses)
@@ -153,11 +192,12 @@ class Direct(Procedure):
 
     def _set_up_shadows(self) -> None:
         placed = self._map_shadow_rings()
+        self._remember_passed()
         calls = self.target.chardev.prepare()
         for shadow in self.shadows:
-            desc, used = placed[shadow.queue.index]
-            addresses = (desc, desc + shadow.layout.avail_offset, used)
-            set_ring(calls, shadow.queue.index, shadow.queue.num, 0, addresses)
+            shadow.take_up()
+            addresses = shadow.addresses(*placed[shadow.queue.index])
+            set_ring(calls, shadow.queue.index, shadow.queue.num, shadow.base, addresses)
             set_eventfds(calls, shadow.queue.index, shadow.kick, shadow.call)
         calls.run()
 
@@ -167,6 +207,9 @@ class Direct(Procedure):
         with self.target.iotlb.space(self.ring_asid).batch() as batch:
             for queue in self._queues:
                 shadow = self._shadow(queue)
+                if shadow.through:
+                    placed[queue.index] = (0, 0)
+                    continue
                 layout = shadow.layout
                 desc = self._allocate(layout.driver_area)
                 used = self._allocate(layout.device_area)
@@ -184,21 +227,22 @@ class Direct(Procedure):
 
     def _take_queues(self) -> None:
         """Bring the guest's rings to where the device stopped; in passthrough they are there, which is checked."""
+        if self.written_rings():
+            self._check_guest_queues()
         if self.state is State.SHADOW:
             self._take_shadow_queues()
-        else:
-            self._check_guest_queues()
 
     def _check_guest_queues(self) -> None:
         calls = self.target.chardev.prepare()
-        places = [calls.get_vring_base(queue.index) for queue in self._queues]
+        places = [calls.get_vring_base(queue.index) for queue in self.written_rings()]
         calls.run()
         self._check_bases([calls.got(place) for place in places])
 
     def _check_bases(self, bases: Sequence[int]) -> None:
-        assert self._guest_rings is not None
-        if not self._guest_rings.hold(bases):
-            for queue, base in zip(self._queues, bases, strict=True):
+        rings = self._passed_rings if self.state is State.SHADOW else self._guest_rings
+        assert rings is not None
+        if not rings.hold(bases):
+            for queue, base in zip(rings.queues, bases, strict=True):
                 self._check_base(queue, base)
 
     def _take_shadow_queues(self) -> None:
@@ -216,7 +260,7 @@ class Direct(Procedure):
         self.state = State.RESET
         if BackendFeature.IOTLB_PERSIST not in self.target.backend_features:
             self._translation_lost = True
-        self._drop_ours()
+        self._drop_own_maps()
 
 
 def set_ring(calls: PreparedCalls, index: int, num: int, base: int, addresses: tuple[int, int, int]) -> None:

@@ -14,15 +14,19 @@ import enum
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...base.errors import MissingFeature
+from ...base.eventfds import close_all
 from ...base.uapi import Access, BackendFeature, Status
 from ...chardev.iotlb import GuestMapping
 from ...memory.guest import Translation
-from ...net.control_queue import BUFFER_SIZE, GuestControl
+from ...net.control_queue import BUFFER_SIZE
+from ...virtqueue import SHADOWED
 from ...virtqueue.layout import GuestQueue, RingLayout
-from .base import GUEST_ASID, OWN_ASID, READY, Procedure, State, Target
+from ..kind import GuestControl
+from ..target import GUEST_ASID, OWN_ASID, READY, State, Target
+from .base import Procedure
 
 
 class Optimization(enum.Flag):
@@ -35,11 +39,11 @@ class Optimization(enum.Flag):
     DESC_ASID = enum.auto()
     """Shadow rings have an address space of their own, guest memory stays at IOVA = GPA (patches 2 to 10)."""
     PERSIST = enum.auto()
-    """Maps survive a reset; guest memory is mapped anew only for another layout (patches 11 to 20)."""
+    """Maps survive a reset; guest memory is mapped again only for another layout (patches 11 to 20)."""
     BATCH_RINGS = enum.auto()
     """Rings and control buffers of a net client are mapped and unmapped in one batch (patches 21 to 31)."""
     DEFER_UNMAP = enum.auto()
-    """Everything of ours is unmapped at the end of a stop, in one batch (patches 32 and 33)."""
+    """All own memory is unmapped at the end of a stop, in one batch (patches 32 and 33)."""
     KEEP_AT_SWITCH = enum.auto()
     """A switch keeps maps though PERSIST is not acknowledged: only right where a reset drops none."""
 
@@ -58,7 +62,8 @@ class Series(Procedure):
     """Starts and stops a device as QEMU does, net client by net client."""
 
     def __init__(self, target: Target, switches: Optimization) -> None:
-        super().__init__(target)
+        # guest memory has other IOVAs than GPAs in some rows, and QEMU copies descriptors in all
+        super().__init__(replace(target, serving=SHADOWED))
         self.switches = switches
         self._guest_control: GuestControl | None = None
         self._config_eventfd = -1
@@ -79,16 +84,17 @@ class Series(Procedure):
     @property
     def ring_asid(self) -> int:
         """Apart from guest memory if DESC_ASID is on and the device can do it."""
-        return OWN_ASID if self._on(Optimization.DESC_ASID) and self.target.descriptors_apart else GUEST_ASID
+        return OWN_ASID if self._on(Optimization.DESC_ASID) and self.target.separate_descriptors else GUEST_ASID
 
-    def _layout_for(self, mode: State) -> GuestMapping:
+    def _mapping_for(self, mode: State) -> GuestMapping:
         legacy = mode is State.SHADOW and self.ring_asid == GUEST_ASID
         return GuestMapping.TRANSLATED if legacy else GuestMapping.IDENTITY
 
     def _clients(self) -> list[NetClient]:
         queues = self._queues
         pairs = [queues[at : at + 2] for at in range(0, len(queues), 2)]
-        control = [(self._guest_control.queue,)] if self._guest_control is not None else []
+        guest = self._guest_control
+        control = [(guest.queue,)] if guest is not None and guest.queue is not None else []
         count = len(pairs) + len(control)
         return [
             NetClient(each, number >= len(pairs), number == 0, number == count - 1)
@@ -102,6 +108,9 @@ class Series(Procedure):
             self._place_guest(GuestMapping.IDENTITY)
             self._map_guest(GuestMapping.IDENTITY)
 
+    def _detach(self) -> None:
+        self._flush()
+
     def _add_status(self, bits: Status) -> Status:
         c = self.target.chardev
         c.set_status(c.get_status() | bits)
@@ -110,16 +119,18 @@ class Series(Procedure):
     # -- start ----------------------------------------------------------------------
 
     def _start(self, mode: State, control: GuestControl | None) -> None:
+        if control is not None and control.queue is None:
+            raise MissingFeature(f"{self.target.path}: QEMU's procedure takes the control queue of a guest only")
         self._guest_control = control
-        layout = self._layout_for(mode)
-        self._place_guest(layout)
+        mapping = self._mapping_for(mode)
+        self._place_guest(mapping)
         for client in self._clients():
-            self._start_client(client, mode, layout)
+            self._start_client(client, mode, mapping)
         if mode is State.SHADOW:
             self._serve()
         self._serve_control()
 
-    def _start_client(self, client: NetClient, mode: State, layout: GuestMapping) -> None:
+    def _start_client(self, client: NetClient, mode: State, mapping: GuestMapping) -> None:
         c = self.target.chardev
         if client.first:
             self._bind_descriptors(mode)
@@ -134,7 +145,7 @@ class Series(Procedure):
                 c.set_backend_features(self.target.backend_features)
         self._start_queues(client, mode)
         if client.last:
-            self._map_guest(layout)
+            self._map_guest(mapping)
             self._check_running(self._add_status(Status.DRIVER_OK))
         c.set_config_call(self._config_call if self.guest_config is not None else self._config_eventfd)
         self._load(client)
@@ -199,7 +210,7 @@ class Series(Procedure):
             for queue in client.queues:
                 c.set_vring_enable(queue.index, True)
         elif client.control and self._control is not None:
-            c.set_vring_enable(self._control.queue.index, True)
+            c.set_vring_enable(self._control.index, True)
             self._control.replay()
             for queue in self._queues:
                 c.set_vring_enable(queue.index, True)
@@ -207,7 +218,7 @@ class Series(Procedure):
     # -- the control queue, shadowed in either mode -------------------------------------
 
     def _is_control(self, index: int) -> bool:
-        return self._control is not None and self._control.queue.index == index
+        return self._control is not None and self._control.index == index
 
     def _prepare_control(self, mode: State) -> None:
         """Choose the control queue's address space and map its two buffers."""
@@ -215,9 +226,9 @@ class Series(Procedure):
         if guest is None:
             raise MissingFeature(f"{self.target.path}: there is no control queue")
         c, area = self.target.chardev, self._make_control(guest).area
-        self._control_asid = GUEST_ASID if self._layout_for(mode) is GuestMapping.TRANSLATED else OWN_ASID
+        self._control_asid = GUEST_ASID if self._mapping_for(mode) is GuestMapping.TRANSLATED else OWN_ASID
         if self._control_asid == OWN_ASID:
-            c.set_group_asid(c.get_vring_group(guest.queue.index), OWN_ASID)
+            c.set_group_asid(c.get_vring_group(guest.index), OWN_ASID)
         with self._batch(Optimization.BATCH_RINGS, self._control_asid):
             self._buffers = []
             for offset, perm in ((area.commands, Access.RO), (area.answers, Access.RW)):
@@ -228,7 +239,7 @@ class Series(Procedure):
         control = self._control
         if control is None:
             raise MissingFeature(f"{self.target.path}: there is no control queue")
-        index, area = control.queue.index, control.area
+        index, area = control.index, control.area
         self.target.chardev.set_vring_num(index, area.layout.num)
         with self._batch(Optimization.BATCH_RINGS, self._control_asid):
             iovas = area.iova, area.iova + area.device_area
@@ -256,14 +267,14 @@ class Series(Procedure):
             space.unmap(iova, size)
             self._ours.remove((asid, iova))
 
-    def _place_guest(self, layout: GuestMapping) -> None:
-        """Decide where guest memory goes in ``layout``; what lies elsewhere is taken away."""
+    def _place_guest(self, mapping: GuestMapping) -> None:
+        """Decide where guest memory goes in ``mapping``; memory mapped differently is unmapped."""
         space = self.target.iotlb.space(GUEST_ASID)
-        if space.layout is layout:
+        if space.guest_mapping is mapping:
             return
         self._flush()
         regions = self.memories.guest.regions
-        if layout is GuestMapping.IDENTITY:
+        if mapping is GuestMapping.IDENTITY:
             self._translation = None
             self._guest_at = [(region.gpa, region.size) for region in regions]
         else:
@@ -271,24 +282,24 @@ class Series(Procedure):
             self._translation = self.memories.guest.translate(iovas)
             self._guest_at = [(iova, region.size) for iova, region in zip(iovas, regions, strict=True)]
 
-    def _map_guest(self, layout: GuestMapping) -> None:
+    def _map_guest(self, mapping: GuestMapping) -> None:
         space = self.target.iotlb.space(GUEST_ASID)
-        if space.layout is layout:
+        if space.guest_mapping is mapping:
             return
         with space.batch() as batch:
             for (iova, size), region in zip(self._guest_at, self.memories.guest.regions, strict=True):
                 batch.map(iova, region.memory.hva, size)
-        space.layout = layout
+        space.guest_mapping = mapping
 
     def _flush(self) -> None:
-        """Unmap all guest memory, as far as it is mapped."""
+        """Unmap all guest memory that is mapped."""
         space = self.target.iotlb.space(GUEST_ASID)
         mapped = {m.iova for m in space.mappings}
         with space.batch() as batch:
             for iova, size in self._guest_at:
                 if iova in mapped:
                     batch.unmap(iova, size)
-        space.layout = GuestMapping.NONE
+        space.guest_mapping = GuestMapping.NONE
         if self._translation is not None:
             self._translation = None
             for iova, _ in self._guest_at:
@@ -310,7 +321,7 @@ class Series(Procedure):
             self._stop_client(client, then)
         if self._on(Optimization.DEFER_UNMAP):
             self._unmap_everything(clients)
-        self._drop_ours()
+        self._drop_own_maps()
         self._forget()
 
     def _is_shadowed(self, client: NetClient) -> bool:
@@ -352,7 +363,7 @@ class Series(Procedure):
         if self._on(Optimization.PERSIST):
             self.target.chardev.trace.note(
                 "vhost_vdpa_maybe_flush_map",
-                registered=self.target.iotlb.space(GUEST_ASID).layout is not GuestMapping.NONE,
+                registered=self.target.iotlb.space(GUEST_ASID).guest_mapping is not GuestMapping.NONE,
                 flush_map=not keeps,
                 iotlb_persistent=BackendFeature.IOTLB_PERSIST in self.target.backend_features,
             )
@@ -389,7 +400,7 @@ class Series(Procedure):
             self._on(Optimization.KEEP_AT_SWITCH) and then is not None
         ):
             return False
-        return then is None or self._layout_for(then) is self.target.iotlb.space(GUEST_ASID).layout
+        return then is None or self._mapping_for(then) is self.target.iotlb.space(GUEST_ASID).guest_mapping
 
     def _reset(self) -> None:
         self.target.chardev.set_status(Status(0))
@@ -398,11 +409,10 @@ class Series(Procedure):
         if BackendFeature.IOTLB_PERSIST not in self.target.backend_features:
             self._flush()
         self._rings.clear()
-        self._drop_ours()
+        self._drop_own_maps()
 
     def release(self) -> None:
-        """Let go of everything; the device must be closed."""
+        """Release everything; the device must be closed."""
         super().release()
-        if self._config_eventfd >= 0:
-            os.close(self._config_eventfd)
-            self._config_eventfd = -1
+        eventfd, self._config_eventfd = self._config_eventfd, -1
+        close_all([eventfd])

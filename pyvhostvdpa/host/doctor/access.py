@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checks of who may open a device, and who has it."""
+"""Checks of access to a device, and of its holders."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _served(machine: Machine, device: VdpaDevice) -> Iterator[Told]:
 
 
 def _unseen(machine: Machine) -> str:
-    return "" if machine.sees_all else ", as far as this user may see"
+    return "" if machine.sees_all else " (this user cannot see all processes)"
 
 
 def node_names(machine: Machine, _: GuestSize) -> Iterator[Told]:

@@ -13,7 +13,7 @@ from ..mgmt import VdpaDevice
 from ..parents import Parent
 
 DEFAULT_MEMORY = 1 << 30
-"""Guest memory in bytes to reckon with unless told otherwise: what ``vhost-vdpa migrate`` takes by default."""
+"""Guest memory in bytes by default, the same as that of ``vhost-vdpa migrate``."""
 
 
 class Level(enum.Enum):
@@ -27,7 +27,7 @@ class Level(enum.Enum):
 
 
 class Finding(Record):
-    """What one check found. ``next`` is a command or a thing to change, "" if nothing is to be done."""
+    """What one check found. ``next`` is a command or a thing to change, "" if there is nothing to do."""
 
     id: str
     level: Level
@@ -41,7 +41,7 @@ class Finding(Record):
 
 
 class GuestSize(Record):
-    """What is to be done on this machine: a guest of ``memory`` bytes."""
+    """What this machine shall do: run a guest of ``memory`` bytes."""
 
     memory: int = DEFAULT_MEMORY
 

@@ -25,14 +25,14 @@ def kernel_parts(machine: Machine, _: GuestSize) -> Iterator[Told]:
             Level.FAIL,
             f"kernel {machine.release} has vhost_vdpa but no driver that makes a vDPA device",
             "Debian builds neither vdpa_sim nor mlx5_vdpa; others put them into a package of extra modules",
-            "use a kernel with CONFIG_MLX5_VDPA_NET=m or CONFIG_VDPA_SIM=m; 'tools/lab run' has one",
+            "use a kernel with CONFIG_MLX5_VDPA_NET=m or CONFIG_VDPA_SIM=m; 'tools/lab run' in the source tree has one",
         )
     if "vdpa_sim" not in have and not machine.devices:
         yield Told(
             Level.INFO,
             f"no simulator: {_setting(machine, 'VDPA_SIM')}",
             "only hardware or a VDUSE daemon can make a device here",
-            "tools/lab run -- vhost-vdpa list   (a VM with simulated devices)",
+            "in the source tree: tools/lab run -- vhost-vdpa list   (a VM with simulated devices)",
         )
 
 
@@ -40,9 +40,9 @@ def _no_vhost_vdpa(machine: Machine) -> Told:
     if machine.installed is None:
         return Told(
             Level.WARN,
-            f"vhost_vdpa is not loaded, and the modules of kernel {machine.release} are not to be seen from here",
-            "in a container the host's modules count",
-            "on the host: modprobe vhost_vdpa",
+            f"vhost_vdpa is not loaded, and the modules of kernel {machine.release} cannot be read from here",
+            f"there is no list of modules in /lib/modules/{machine.release}; in a container the host's modules count",
+            "modprobe vhost_vdpa (from a container: on the host)",
         )
     return Told(
         Level.FAIL,
@@ -94,7 +94,7 @@ def _waiting(first: Holder) -> str:
 
 
 def _behind(machine: Machine) -> str:
-    """Tell the other processes that wait: they are not the reason."""
+    """Name the other processes that wait: they are not the reason."""
     others = ", ".join(str(each) for each in machine.stuck[1:])
     return f"; behind it: {others}" if others else ""
 
@@ -110,7 +110,7 @@ def _first_step(machine: Machine) -> str:
     have = machine.installed or frozenset()
     if "vdpa_sim_net" in have:
         return "modprobe vdpa_sim_net   (simulated devices)"
-    return "tools/lab run -- vdpa mgmtdev show   (a VM with simulated devices)"
+    return "in the source tree: tools/lab run -- vdpa mgmtdev show   (a VM with simulated devices)"
 
 
 def which_nic(machine: Machine, _: GuestSize) -> Iterator[Told]:
@@ -130,13 +130,13 @@ def which_nic(machine: Machine, _: GuestSize) -> Iterator[Told]:
         yield Told(
             Level.INFO,
             f"no NIC of which a vDPA driver is known (network functions: {seen})",
-            "unknown is not unable: new ids come with new drivers",
+            "a NIC that is not in the list may be able to: drivers add ids",
             "vhost-vdpa probe --json of a device on it, sent in, makes it known",
         )
 
 
 def firmware(machine: Machine, _: GuestSize) -> Iterator[Told]:
-    """Firmware versions with their board, and modules from elsewhere than the kernel."""
+    """Firmware versions with their board, and modules that are not from the kernel."""
     for each in machine.firmware:
         yield Told(
             Level.INFO,
@@ -152,4 +152,4 @@ def firmware(machine: Machine, _: GuestSize) -> Iterator[Told]:
             "dmesg | grep -i 'disagrees about version'",
         )
     if not machine.firmware and not machine.vendor_modules:
-        yield Told(Level.SKIP, "no firmware version to be seen (no RDMA-capable NIC, or its driver is not loaded)")
+        yield Told(Level.SKIP, "no firmware version visible (no RDMA-capable NIC, or its driver is not loaded)")

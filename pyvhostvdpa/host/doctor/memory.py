@@ -18,6 +18,28 @@ def _unknown(machine: Machine) -> str:
     return "; ".join(f"{device.name}: {parent.memory}" for device, parent in named(machine) if parent.pinned is None)
 
 
+def memory(machine: Machine, plan: GuestSize) -> Iterator[Told]:
+    """Whether the guest's memory fits: into the machine, its cgroup, and RLIMIT_MEMLOCK."""
+    yield from room(machine, plan)
+    yield from memlock(machine, plan)
+
+
+def room(machine: Machine, plan: GuestSize) -> Iterator[Told]:
+    """Compare the guest with what the machine and the cgroup have left."""
+    left = machine.available
+    if left is None:
+        return
+    what = f"{mebibytes(plan.memory)} of guest memory; {mebibytes(left)} available ({machine.available_by})"
+    fix = f"vhost-vdpa migrate SRC DST --memory {max(left // 2 >> 20, 1)}M, or free memory; a cgroup: raise its limit"
+    if plan.memory > left:
+        yield Told(Level.FAIL, what, "a guest that does not fit is refused, or killed later by the kernel", fix)
+    elif 2 * plan.memory > left:
+        why = "migrate has the guest's memory twice on this machine, once in each process"
+        yield Told(Level.WARN, f"{what}: enough for send or receive, too little for migrate", why, fix)
+    else:
+        yield Told(Level.PASS, what)
+
+
 def memlock(machine: Machine, plan: GuestSize) -> Iterator[Told]:
     """RLIMIT_MEMLOCK suffices for the guest, once per device; root is not exempt."""
     pinning = [device.name for device, parent in named(machine) if parent.pinned]
@@ -41,7 +63,7 @@ def memlock(machine: Machine, plan: GuestSize) -> Iterator[Told]:
 
 
 def entry_limit(machine: Machine, plan: GuestSize) -> Iterator[Told]:
-    """How many IOTLB entries an address space may hold, and whether memory is contiguous enough."""
+    """The limit of IOTLB entries per address space, and whether memory is contiguous enough."""
     limits = {d.name: p.max_iotlb_entries for d, p in named(machine) if p.pinned and p.max_iotlb_entries}
     if not limits:
         yield Told(Level.SKIP, "no pinning device with a known limit of IOTLB entries")
@@ -78,7 +100,7 @@ def private_memory(machine: Machine, _: GuestSize) -> Iterator[Told]:
 
 
 def silent_batches(machine: Machine, _: GuestSize) -> Iterator[Told]:
-    """A batch that failed in the device is reported by nobody."""
+    """A batch that failed in the device is not reported."""
     devices = [device for device, _ in named(machine)]
     if not devices:
         return
@@ -102,6 +124,6 @@ def map_cost(machine: Machine, plan: GuestSize) -> Iterator[Told]:
     yield Told(
         Level.INFO if contiguous else Level.WARN,
         f"{mebibytes(plan.memory)} of guest memory is up to {runs} contiguous runs to map",
-        "without IOTLB_PERSIST and descriptor ASIDs they are mapped anew within the downtime",
+        "without IOTLB_PERSIST and descriptor ASIDs they are mapped again within the downtime",
         f"vhost-vdpa migrate {pinning[0].chardev} OTHER --memory {plan.memory >> 20}M measures it",
     )

@@ -10,7 +10,7 @@ from .finding import PROBE, GuestSize, Level, Told, driver_of, named
 
 
 def migration(machine: Machine, _: GuestSize) -> Iterator[Told]:
-    """What blocks a migration, as far as the driver tells."""
+    """What blocks a migration, judged by the driver."""
     for device, parent in named(machine):
         driver = driver_of(parent)
         probe = PROBE.format(device.name)
@@ -21,7 +21,7 @@ def migration(machine: Machine, _: GuestSize) -> Iterator[Told]:
             yield Told(
                 Level.WARN,
                 f"{device.name}: {parent.module} cannot suspend, so its guest cannot be migrated",
-                "its queues cannot be taken over without loss",
+                "its queues cannot be stopped without loss",
                 f"{probe} lists all that is missing",
             )
         elif driver.asids == 1:
@@ -46,13 +46,14 @@ def vring_base(machine: Machine, _: GuestSize) -> Iterator[Told]:
             yield Told(
                 level,
                 f"{device.name}: {parent.module} reports {driver.base} as a suspended queue's base",
-                "what lies between used and avail index is done again by whoever goes on, or lost if he does not know",
+                "descriptors between used and avail index are processed again by the next owner, or lost if it "
+                "does not count them",
                 f"vhost-vdpa probe {device.name} --verify   (prints base, used and avail index)",
             )
 
 
 def resume(machine: Machine, _: GuestSize) -> Iterator[Told]:
-    """Whether a suspended device can go on without a reset."""
+    """Whether a suspended device can continue without a reset."""
     for device, parent in named(machine):
         driver = driver_of(parent)
         if driver is None or driver.suspend != "yes":
@@ -91,7 +92,7 @@ def address_kinds(machine: Machine, _: GuestSize) -> Iterator[Told]:
         return
     yield Told(
         Level.INFO,
-        f"{', '.join(d.name for d in devices)}: ring addresses are IOVAs, in a range that only the opened device tells",
+        f"{', '.join(d.name for d in devices)}: ring addresses are IOVAs, in a range that only an open device shows",
         "the kernel's field is called desc_user_addr, and a process's own pointer in it is just another IOVA",
         PROBE.format(devices[0].name),
     )
@@ -108,7 +109,7 @@ def access_platform(machine: Machine, _: GuestSize) -> Iterator[Told]:
                 "vdpa_sim, mlx5_vdpa and VDUSE refuse such a driver; shadow queues need it",
                 "add it to the driver's features",
             )
-    # one that tells no features, as VDUSE's, leaves them to each device
+    # one that reports no features, as VDUSE's, leaves them to each device
     telling = {name: shown["dev_features"] for name, shown in machine.management.items() if shown.get("dev_features")}
     lacking = [name for name, features in telling.items() if "ACCESS_PLATFORM" not in features]
     for name in lacking:
@@ -121,7 +122,7 @@ def access_platform(machine: Machine, _: GuestSize) -> Iterator[Told]:
     if telling and not lacking:
         yield Told(Level.PASS, f"{', '.join(sorted(telling))}: offers ACCESS_PLATFORM; a driver has to take it")
     elif not telling:
-        yield Told(Level.SKIP, "no management device tells its features")
+        yield Told(Level.SKIP, "no management device reports its features")
 
 
 def creation(machine: Machine, _: GuestSize) -> Iterator[Told]:
@@ -134,7 +135,7 @@ def creation(machine: Machine, _: GuestSize) -> Iterator[Told]:
             yield Told(
                 Level.INFO,
                 f"{device.name}: MAC address, MTU and link are unknown: {device.unknown or 'netlink shows none'}",
-                "they are told by netlink alone while a device is not open",
+                "only netlink shows them while a device is not open",
                 "as root, in the first network namespace, with iproute2: vhost-vdpa list",
             )
             continue

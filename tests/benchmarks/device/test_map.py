@@ -73,7 +73,7 @@ def test_unmap(benchmark: BenchmarkFixture, device: VdpaNetDevice, memory: Bench
     device.close()
 
 
-def test_what_was_timed_leads_to_memory(path: str) -> None:
+def test_timed_maps_lead_to_memory(path: str) -> None:
     """The same maps, each tried with frames."""
     report = run(path, MapBenchOptions(memory=(SIZE,), regions=(1, 16), repeat=1))
     assert len(report.results) == 6

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,16 +51,23 @@ def test_full_disk_in_the_middle(tmp_path):
     assert "free some space" in caught.value.next_step
 
 
+@contextmanager
+def inside(script):
+    """A process that has come to where its script prints "in"."""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(TOOLS)}
+    ) as child:
+        assert child.stdout.readline() == b"in\n"
+        yield child
+
+
 def test_killed_set_up_is_recovered(cache):
     script = (
         "import sys, time; from labkit.cache import Cache, building; c = Cache()\n"
         "with c.setting_up(), building(c.trees / 'x') as p:\n"
         "    (p / 'half').write_text('x'); print('in', flush=True); time.sleep(60)\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(TOOLS)}
-    ) as child:
-        assert child.stdout.readline() == b"in\n"
+    with inside(script) as child:
         child.kill()
     assert [path.name for path in leftovers(cache.root)] == ["x.partial"]
     with cache.setting_up(), building(cache.trees / "x") as partial:
@@ -72,10 +80,7 @@ def test_second_set_up_waits_for_the_first(cache):
         "from labkit.cache import Cache; import time\n"
         "with Cache().setting_up():\n    print('in', flush=True); time.sleep(0.3)\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(TOOLS)}
-    ) as child:
-        assert child.stdout.readline() == b"in\n"
+    with inside(script):
         begin = time.monotonic()
         with cache.setting_up():
             assert time.monotonic() - begin > 0.1
@@ -134,12 +139,12 @@ def test_folder_with_other_files_is_not_made_a_cache(cache):
     cache.root.mkdir()
     (cache.root / "logs").mkdir()
     (cache.root / "logs" / "mine.log").write_text("x")
-    with pytest.raises(LabError, match="is no cache folder of the lab"):
+    with pytest.raises(LabError, match="is not a cache folder of the lab"):
         cache.create()
     assert [path.name for path in cache.root.iterdir()] == ["logs"]
 
 
-def test_cache_of_a_lab_without_a_marker_is_taken_over_and_cleaned(cache):
+def test_cache_of_a_lab_without_a_marker_is_adopted_and_cleaned(cache):
     for name in ("trees", "kernels", "logs", "mnt"):
         (cache.root / name).mkdir(parents=True)
     (cache.root / "setup.lock").touch()
@@ -148,7 +153,7 @@ def test_cache_of_a_lab_without_a_marker_is_taken_over_and_cleaned(cache):
     assert not cache.root.exists()
 
 
-def test_build_goes_on_where_it_failed(tmp_path):
+def test_build_continues_where_it_failed(tmp_path):
     done = []
 
     def build(broken):
@@ -179,7 +184,7 @@ def test_step_that_failed_is_done_again(tmp_path):
     assert done == [1]
 
 
-def test_not_enough_space_is_said_before(cache):
+def test_missing_disk_space_is_reported_before_the_step(cache):
     with pytest.raises(LabError) as caught:
         cache.require_space(1 << 60, "the tree")
     assert "not enough disk space" in caught.value.what
@@ -196,6 +201,22 @@ def test_logs_do_not_pile_up(cache):
     for number in range(60):
         cache.log(f"n{number}").write_text("x")
     assert len(list(cache.logs.iterdir())) <= module.KEPT_LOGS + 1
+
+
+def test_a_log_that_another_process_drops_meanwhile_is_no_error(cache, monkeypatch):
+    cache.create()
+    for name in ("gone", "kept"):
+        (cache.logs / f"{name}.log").write_text("")
+    real = Path.stat
+
+    def stat(path, **options):
+        if path.name == "gone.log":
+            path.unlink(missing_ok=True)
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert cache.log("new").name == "new.log"
+    assert (cache.logs / "kept.log").exists()
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1500, "2 kB"), (279_000_000, "279 MB"), (2.5e9, "2.5 GB")])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit import accelerator, cli, host, output, pair, soak, values
+from labkit import accelerator, cli, host, in_tree, output, pair, soak, values
 from labkit.errors import EXIT_PIPE, LabError
 from labkit.session import Session
 from labkit.tree import Tree
@@ -58,14 +58,14 @@ def test_bad_devices_are_refused_before_anything_is_built(cache):
 BAD_VALUES = {
     "no CPU": (["--cpus", "0"], "--cpus 0: a VM has 1 to 255 CPUs"),
     "CPUs below zero": (["--cpus=-3"], "--cpus -3"),
-    "memory that is no size": (["--memory", "much"], "--memory much: this is no size"),
+    "memory that is not a size": (["--memory", "much"], "--memory much: this is not a size"),
     "memory that is not enough": (["--memory", "64"], "a VM needs at least 256M"),
     "memory that no machine has": (["--memory", "999T"], "does not fit"),
-    "memory without end": (["--memory", "inf"], "no size"),
+    "memory without end": (["--memory", "inf"], "this is not a size"),
     "a variable without a name": (["--env", "=x"], "there is no name"),
-    "no time": (["--timeout", "0"], "no time to wait"),
-    "time without end": (["--timeout", "inf"], "no time to wait"),
-    "a time that is no number": (["--timeout", "nan"], "no time to wait"),
+    "no time": (["--timeout", "0"], "not a time to wait"),
+    "time without end": (["--timeout", "inf"], "not a time to wait"),
+    "a time that is no number": (["--timeout", "nan"], "not a time to wait"),
 }
 
 
@@ -83,7 +83,7 @@ def test_bad_value_is_refused_before_anything_is_built(cache, case, monkeypatch,
 def test_soak_of_no_time_is_refused(cache, minutes, monkeypatch, capsys):
     monkeypatch.setattr(Session, "set_up", lambda *_: pytest.fail("a set-up was begun"))
     assert cli.main(["soak", "svq", f"--minutes={minutes}"]) == 125
-    assert "no time to wait" in capsys.readouterr().err
+    assert "not a time to wait" in capsys.readouterr().err
 
 
 def test_status_of_another_users_cache_says_who_may_read_it(tmp_path):
@@ -134,14 +134,16 @@ def test_reader_of_status_that_went_away_is_no_traceback(cache):
     done = subprocess.run([LAB, "status"], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert done.returncode == EXIT_PIPE
-    assert "nobody reads the output" in done.stderr
+    assert "the reader of the output has gone" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_messages_that_cannot_be_written_are_no_reason_to_fail(cache):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_messages_that_cannot_be_written_are_no_reason_to_fail(cache, unbuffered):
     cache.create()
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with FULL.open("w") as full:
-        done = subprocess.run([LAB, "clean"], stdout=subprocess.PIPE, stderr=full, check=False)
+        done = subprocess.run([LAB, "clean"], stdout=subprocess.PIPE, stderr=full, check=False, env=environment)
     assert (done.returncode, done.stdout) == (0, b"")
     assert not cache.root.exists()
 
@@ -275,6 +277,19 @@ def test_soak_test_brings_others_along_and_may_be_called_with_dashes(tmp_path):
     assert soak.tests(tmp_path, path) == ["tests/soak/very_long.py", "tests/kernel/a.py", "tests/kernel/b.py"]
 
 
+def test_soak_test_that_needs_no_device_boots_no_vm(cache, monkeypatch, capfd):
+    """On an emulated processor a fuzzer would do a hundredth of what it does here."""
+    asked = []
+    monkeypatch.setattr(Session, "set_up", lambda *_: None)
+    monkeypatch.setattr(Session, "run", lambda *_: pytest.fail("a VM was started"))
+    monkeypatch.setattr(in_tree, "run", lambda _, argv, *rest: asked.append((argv, rest)) or 0)
+    assert cli.main(["soak", "restore", "--env", "PYVHOSTVDPA_SOAK_SEED=7"]) == 0
+    [(argv, (limit, _, environment))] = asked
+    assert argv[-1] == "tests/soak/restore.py"
+    assert limit is None
+    assert environment == {"PYVHOSTVDPA_SOAK_MINUTES": "30", "PYVHOSTVDPA_SOAK_SEED": "7"}
+
+
 def test_kvm_only_after_a_proof(cache, monkeypatch):
     """Stand-in for a VM's boot: which verdict follows from it, and that it is remembered."""
     cache.create()
@@ -304,3 +319,18 @@ def test_no_root_no_set_up(monkeypatch, capsys):
     monkeypatch.setattr(host.os, "geteuid", lambda: 1000)
     assert cli.main(["run", "--", "true"]) == 125
     assert "sudo tools/lab run" in capsys.readouterr().err
+
+
+def test_wrong_option_prints_the_usage_of_its_sub_command(capsys):
+    for words in (["demo", "--nonsense"], ["status", "extra"], ["run", "--nonsense", "--", "true"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.parse(words)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.startswith(f"usage: tools/lab {words[0]} ")
+
+
+def test_bare_lab_prints_its_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse([])
+    assert stopped.value.code == 0
+    assert "demo" in capsys.readouterr().out

@@ -6,28 +6,28 @@ import subprocess
 
 import pytest
 
-from labkit import archive, debug_kernel, kernel, kernel_log, uml
+from labkit import archive, kernel, kernel_log, kernel_source, uml
 from labkit.chroot import contained
-from labkit.debug_kernel import REQUIRED, SETTINGS
 from labkit.errors import LabError
 from labkit.session import Request, Session
+from labkit.uml_config import DEBUG
 
 SOUND = "\n".join(uml.WATCHING)
 
 
 def test_settings_are_lines_of_a_configuration():
-    text = debug_kernel.configuration({"KASAN": "y", "STATIC_LINK": "n", "VDPA": "m"})
+    text = kernel_source.configuration({"KASAN": "y", "STATIC_LINK": "n", "VDPA": "m"})
     assert text == "CONFIG_KASAN=y\n# CONFIG_STATIC_LINK is not set\nCONFIG_VDPA=m\n"
 
 
-def test_what_a_configuration_did_not_take_is_named():
-    text = debug_kernel.configuration({**SETTINGS, "KASAN": "n"})
-    assert debug_kernel.lacking(text, REQUIRED) == ["CONFIG_KASAN=y"]
+def test_kernel_configuration_names_rejected_options():
+    text = kernel_source.configuration({**DEBUG.settings, "KASAN": "n"})
+    assert kernel_source.lacking(text, DEBUG.required) == ["CONFIG_KASAN=y"]
 
 
 @pytest.mark.parametrize("setting", ["KASAN", "PROVE_LOCKING", "DEBUG_ATOMIC_SLEEP", "DEBUG_KMEMLEAK"])
-def test_it_has_to_watch_memory_locks_and_leaks(setting):
-    assert REQUIRED[setting] == "y"
+def test_debug_kernel_checks_memory_locks_and_leaks(setting):
+    assert DEBUG.required[setting] == "y"
 
 
 REPORTS = (
@@ -53,7 +53,7 @@ def test_a_report_is_a_finding(line):
     assert kernel_log.reports(["something else", f"[   12.3] {line}"]) == [f"[   12.3] {line}"]
 
 
-def test_what_every_start_says_is_none():
+def test_debug_kernel_boot_messages_are_not_errors():
     assert kernel_log.reports(QUIET) == []
     assert uml.findings("\n".join(QUIET), "") == []
 
@@ -126,7 +126,7 @@ def test_a_kernel_that_ends_early_is_an_error(cache, tmp_path):
         uml.judge(Session(cache=cache), left(tmp_path, begun="", log=SOUND))
 
 
-def test_what_the_kernel_reports_is_an_error_whatever_the_command_says(cache, tmp_path):
+def test_kernel_report_is_an_error_even_if_the_command_succeeds(cache, tmp_path):
     with pytest.raises(LabError, match="reports 1 errors"):
         uml.judge(Session(cache=cache), left(tmp_path, begun="", status="0\n", log=f"{SOUND}\n{REPORTS[0]}", leaks=""))
 

@@ -52,7 +52,7 @@ def test_a_module_without_devices_is_loaded_for_those_made_later():
     assert plan.modules() == [("vdpa_sim", []), ("vdpa_sim_net", [])]
 
 
-def test_none_means_no_devices():
+def test_devices_option_none_means_no_devices():
     assert devices.parse(["none"]).count == 0
 
 
@@ -73,7 +73,7 @@ def test_refused(text):
         devices.parse([text])
 
 
-def test_one_module_cannot_have_two_values():
+def test_module_parameter_with_two_values_is_refused():
     plan = devices.parse(["vdpa_sim_net:1,use_va=0", "vdpa_sim_blk:1,use_va=1"])
     with pytest.raises(LabError, match="use_va=0 and with use_va=1"):
         plan.modules()

@@ -1,6 +1,6 @@
 """Machines on which the lab does not work, and what of the host is handed to the tree.
 
-Not being root, another processor and another distribution are stood in for: the message is what is tested.
+A user other than root, another processor and another distribution are simulated: the message is what is tested.
 """
 
 import os
@@ -80,14 +80,14 @@ def installs(cache, monkeypatch):
     return cache, calls, said, left
 
 
-def test_what_is_missing_is_said_before_it_is_installed(installs, capsys):
+def test_missing_packages_are_listed_before_they_are_installed(installs, capsys):
     cache, calls, _, _ = installs
     host.ensure_packages(cache, Progress())
     assert "installing the Debian packages: qemu-system-x86" in capsys.readouterr().err
     assert calls[-1][-2:] == ["--no-install-recommends", "qemu-system-x86"]
 
 
-def test_all_that_the_installation_touches_is_said(installs, capsys):
+def test_installation_prints_each_package_it_touches(installs, capsys):
     cache, calls, _, _ = installs
     host.ensure_packages(cache, Progress())
     said = capsys.readouterr().err
@@ -98,7 +98,7 @@ def test_all_that_the_installation_touches_is_said(installs, capsys):
     assert ["dpkg", "--configure", "-a"] in calls
 
 
-def test_nothing_is_configured_where_nothing_was_interrupted(installs, capsys):
+def test_dpkg_configures_nothing_if_no_installation_was_interrupted(installs, capsys):
     cache, calls, said, _ = installs
     said["dpkg"] = ""
     host.ensure_packages(cache, Progress())
@@ -106,7 +106,7 @@ def test_nothing_is_configured_where_nothing_was_interrupted(installs, capsys):
     assert "configure" not in capsys.readouterr().err
 
 
-def test_ubuntu_without_the_key_of_debian_13_is_told_where_it_is(installs, monkeypatch):
+def test_ubuntu_without_the_key_of_debian_13_is_reported_where_it_is(installs, monkeypatch):
     cache, _, _, left = installs
     left[:] = [["debian-archive-keyring"], ["debian-archive-keyring"]]
     monkeypatch.setattr(host, "distribution", lambda: "Ubuntu 24.04.3 LTS")

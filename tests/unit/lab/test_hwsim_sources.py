@@ -1,4 +1,4 @@
-"""vdpa_hwsim's sources: who calls whom, and what is read once."""
+"""vdpa_hwsim's sources: which function calls which, and what is read once."""
 
 import re
 from graphlib import CycleError, TopologicalSorter

@@ -1,6 +1,10 @@
 """`tools/lab soak mutants`: its list, and what it makes of what pytest says."""
 
+import contextlib
+import importlib.util
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +84,7 @@ def test_mutants_are_selected_by_name_or_file(project):
     folder = project(entry("one"), entry("two"))
     assert [mutant.name for mutant in mutants.load(folder, "two")] == ["two"]
     assert [mutant.name for mutant in mutants.load(folder, "code.c")] == ["one", "two"]
+    assert [mutant.name for mutant in mutants.load(folder, "nothing,one")] == ["one"]
     assert mutants.load(folder, "nothing") == []
 
 
@@ -150,7 +155,7 @@ class Session:
             raise error
 
 
-def test_mutant_that_ends_the_vm_is_noticed_and_the_rest_go_on_in_another(tmp_path):
+def test_mutant_that_ends_the_vm_is_noticed_and_the_rest_continue_in_another(tmp_path):
     run = mutants.Run.__new__(mutants.Run)
     run.session = Session(
         ([{"name": "one"}, {"name": "one", "status": 1}, {"name": "two"}], LabError("the VM's kernel panicked")),
@@ -163,6 +168,64 @@ def test_mutant_that_ends_the_vm_is_noticed_and_the_rest_go_on_in_another(tmp_pa
     assert run.session.plans == [["one", "two", "three"], ["three"]]
 
 
+def without_device(tmp_path, monkeypatch, statuses):
+    """A run whose calls of pytest end as a table says: by the mutant's name, `none` without a change."""
+    run = mutants.Run.__new__(mutants.Run)
+    run.session, run.folder, run.results, run.running = Session(), tmp_path, [], set()
+    run.session.environment = type("Environment", (), {"site": tmp_path})
+    monkeypatch.setattr(mutants.Run, "_copy", lambda _, mutant: tmp_path / (mutant.name if mutant else "none") / "copy")
+    monkeypatch.setattr(mutants.Run, "_site", lambda *_: tmp_path)
+    called = []
+
+    def pytest_(_, tests, copy, site, name):
+        called.append(tuple(tests))
+        return statuses[copy.parent.name], tmp_path / name
+
+    monkeypatch.setattr(mutants.Run, "_pytest", pytest_)
+    return run, called
+
+
+def test_tests_that_fail_without_a_change_kill_nothing(tmp_path, monkeypatch):
+    run, called = without_device(tmp_path, monkeypatch, {"none": 1, "one": 1})
+    with pytest.raises(LabError, match="fail without any change"):
+        run._without_device([Mutant("one", "f.c", "a", "b", "unit", ["tests/x.py"])])
+    assert run.results == []
+    assert called == [("tests/x.py",)]
+
+
+def test_mutants_without_a_device_are_reported_in_their_order(tmp_path, monkeypatch):
+    run, called = without_device(tmp_path, monkeypatch, {"none": 0, "one": 1, "two": 0, "three": 1})
+    names = ("one", "two", "three")
+    run._without_device([Mutant(name, "f.c", "a", "b", "unit", [f"tests/{name}.py"]) for name in names])
+    assert [(result.mutant.name, result.verdict) for result in run.results] == [
+        ("one", "killed"),
+        ("two", "survived"),
+        ("three", "killed"),
+    ]
+    assert called[0] == ("tests/one.py", "tests/three.py", "tests/two.py")
+
+
+def test_running_processes_are_ended_when_the_list_is_interrupted(tmp_path, monkeypatch):
+    run, _ = without_device(tmp_path, monkeypatch, {})
+    begin = time.monotonic()
+    child = subprocess.Popen(["sleep", "60"])
+    run.running.add(child)
+    with contextlib.suppress(KeyboardInterrupt), run._workers() as pool:
+        pool.submit(child.wait)
+        raise KeyboardInterrupt
+    assert child.wait(30) < 0
+    assert time.monotonic() - begin < 30
+
+
+def test_every_test_of_the_list_runs_once_without_a_change():
+    def of(*tests):
+        return Mutant("name", "f.c", "a", "b", "unit", tests)
+
+    chosen = [of("tests/a.py"), of("tests/a.py::one"), of("tests/b.py::two"), of("tests/c.py", "-k", "x")]
+    assert mutants.selections(chosen) == [["tests/a.py", "tests/b.py::two"], ["tests/c.py", "-k", "x"]]
+    assert mutants.selections(chosen[3:]) == [["tests/c.py", "-k", "x"]]
+
+
 def test_baseline_is_every_file_that_a_mutant_is_tried_with():
     """No file at all would be pytest's default, which is every test that there is."""
 
@@ -172,3 +235,35 @@ def test_baseline_is_every_file_that_a_mutant_is_tried_with():
     chosen = [of("tests/kernel/b.py", "-k", "some"), of("tests/kernel/a.py::test_one"), of("tests/kernel/b.py")]
     assert mutants._union(chosen) == ["tests/kernel/a.py", "tests/kernel/b.py"]
     assert mutants._union(mutants.load(PROJECT)) != []
+
+
+@pytest.fixture
+def in_vm(tmp_path, monkeypatch):
+    """The program that runs in the VM, with a plan of two steps and a module that always loads."""
+    spec = importlib.util.spec_from_file_location("in_vm", mutants.IN_VM)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    monkeypatch.setattr(program, "load", lambda module: True)
+    monkeypatch.setattr(program, "SYSRQ", tmp_path / "sysrq")
+    (tmp_path / "plan").write_text(json.dumps([{"name": name, "module": "", "tests": []} for name in ("one", "two")]))
+    (tmp_path / "results").touch()
+    return program
+
+
+def results_in(folder):
+    return [json.loads(line) for line in (folder / "results").read_text().splitlines()]
+
+
+def test_mutant_that_is_stuck_in_the_kernel_is_recorded_and_ends_the_vm(in_vm, tmp_path, monkeypatch):
+    def stuck(step):
+        if step["name"] == "two":
+            raise in_vm.StuckError
+        return 1
+
+    monkeypatch.setattr(in_vm, "attempt", stuck)
+    in_vm.main(tmp_path / "plan", tmp_path / "results")
+    assert [line for line in results_in(tmp_path) if "status" in line] == [
+        {"name": "one", "status": 1},
+        {"name": "two", "status": 124},
+    ]
+    assert (tmp_path / "sysrq").read_text() == "b"

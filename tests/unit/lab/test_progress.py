@@ -1,4 +1,4 @@
-"""Steps: what is said, what goes to the log, and which message a failure gets."""
+"""Steps: what is printed, what goes to the log, and which message a failure gets."""
 
 import os
 import time
@@ -29,10 +29,11 @@ def test_failure_shows_the_last_lines(tmp_path):
     assert caught.value.next_step
 
 
-# A stand-in for apt and pip: the messages are theirs, the trouble is not real.
+# A stand-in for apt and pip: real messages of these programs, for trouble that is not real.
 @pytest.mark.parametrize(
     ("said", "why"),
     [
+        ("unshare: cannot change root filesystem propagation: Invalid argument", "not a mount point"),
         ("E: Failed to fetch http://x/y.deb  Hash Sum mismatch", "checksum"),
         ("E: Failed to fetch http://x/y.deb  File has unexpected size (1 != 2). Mirror sync in progress?", "checksum"),
         ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", "checksum"),

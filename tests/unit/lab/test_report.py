@@ -16,7 +16,7 @@ JUNIT = """<?xml version="1.0"?><testsuites><testsuite name="pytest">
 </testsuite></testsuites>"""
 
 
-def test_all_parts_in_one_sum(tmp_path):
+def test_report_sums_all_parts(tmp_path):
     path = tmp_path / "unit.xml"
     path.write_text(JUNIT)
     parts = [
@@ -53,7 +53,7 @@ def test_a_skip_is_not_clean(results, expected):
     assert report.clean([Part("p", cases=[Case("x", result) for result in results])]) is expected
 
 
-def test_everything_without_arguments():
+def test_selection_without_arguments_is_everything():
     selection = Selection([])
     assert selection.parts == list(PARTS)
     assert selection.whole
@@ -71,6 +71,6 @@ def test_options_go_to_every_part():
     assert selection.pytest(UNIT, "/r")[3:6] == ["tests/unit", "-k", "migrate"]
 
 
-def test_a_path_elsewhere_is_refused():
+def test_path_outside_the_test_folders_is_refused():
     with pytest.raises(LabError, match="is in none of"):
         Selection(["tests/other"])

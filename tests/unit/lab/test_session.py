@@ -1,4 +1,4 @@
-"""A set-up: what an interrupted one left, and what of it the next one goes on with."""
+"""A set-up: what an interrupted one left, and which part of it the next one uses."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def leave(folder, done):
     return partial
 
 
-def test_set_up_goes_on_with_what_it_needs_and_removes_the_rest(session, capsys):
+def test_set_up_continues_with_what_it_needs_and_removes_the_rest(session, capsys):
     cache = session.cache
     kept = [
         leave(session.tree.folder, done=True),
@@ -36,7 +36,7 @@ def test_set_up_goes_on_with_what_it_needs_and_removes_the_rest(session, capsys)
     session._look_at_leftovers("6.12")
     assert [path.exists() for path in (*kept, *gone)] == [True] * len(kept) + [False] * len(gone)
     said = capsys.readouterr().err
-    assert said.count("going on with") == len(kept)
+    assert said.count("continuing an interrupted set-up") == len(kept)
     assert said.count("removing") == len(gone)
 
 

@@ -30,13 +30,13 @@ def test_size_is_read_as_qemu_reads_it(text, size):
 
 @pytest.mark.parametrize("text", ["", "much", "-4G", "4.5G", "4X", "inf", "1e4", "0x100M"])
 @pytest.mark.usefixtures("machine")
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(LabError, match="this is no size"):
+def test_size_value_that_is_invalid_is_refused(text):
+    with pytest.raises(LabError, match="this is not a size"):
         values.memory(text)
 
 
 @pytest.mark.usefixtures("machine")
-def test_memory_that_the_machine_has_not_is_refused_with_what_it_has():
+def test_memory_beyond_that_of_the_machine_is_refused_with_its_size():
     assert values.memory("10G") == 10 << 30
     with pytest.raises(LabError, match="does not fit") as caught:
         values.memory("11G")

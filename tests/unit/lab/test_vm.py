@@ -73,7 +73,7 @@ def test_virtual_time():
     assert argv[argv.index("-icount") + 1] == "shift=0,sleep=off"
 
 
-@pytest.mark.parametrize("name", ["init.sh", "main.sh"])
+@pytest.mark.parametrize("name", ["init.sh", "main.sh", "uml.sh", "uml-init.sh"])
 def test_scripts_of_the_vm_are_well_formed(name):
     subprocess.run(["sh", "-n", str(vm.GUEST / name)], check=True)
 
@@ -115,10 +115,10 @@ class Boots:
         return vm.run(self.spec, silent, silent, self.told.append)
 
 
-def test_an_emulated_vm_that_does_not_boot_is_started_once_more(tmp_path, monkeypatch):
+def test_emulated_vm_that_does_not_boot_is_started_a_second_time(tmp_path, monkeypatch):
     boots = Boots(spec(console_log=tmp_path / "console"), NotBooted("no boot"), 3)
     assert boots.run(monkeypatch) == 3
-    assert boots.told == [f"no boot; starting it once more (the console of the first: {tmp_path}/console-not-booted)"]
+    assert boots.told == [f"no boot; starting it again (the console of the first: {tmp_path}/console-not-booted)"]
     assert (tmp_path / "console-not-booted").read_text() == "2 to go"
 
 
@@ -130,7 +130,7 @@ def test_an_emulated_vm_that_does_not_boot_is_started_once_more(tmp_path, monkey
         ("kvm", [NotBooted("no boot")]),
     ],
 )
-def test_nothing_else_is_tried_again(tmp_path, monkeypatch, mode, outcomes):
+def test_vm_is_not_started_again_after_another_failure(tmp_path, monkeypatch, mode, outcomes):
     boots = Boots(spec(console_log=tmp_path / "console", mode=mode), *outcomes)
     with pytest.raises(LabError) as caught:
         boots.run(monkeypatch)

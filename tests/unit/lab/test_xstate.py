@@ -1,7 +1,7 @@
 """The extended state of the processor: its size, and the library for tracers that know less of it than there is.
 
 A tracer that keeps fewer bytes than this machine has stands for User Mode Linux on a machine with AMX: the kernel
-refuses both for the same reason.
+refuses both for the same reason. It keeps the 512 of FXSAVE, which is less than any processor with XSAVE has.
 """
 
 import os
@@ -27,7 +27,7 @@ static const char pattern[16] = "fifteen letters";
 
 int main(void)
 {
-    static char state[1024];
+    static char state[512];
     struct iovec part = {state, sizeof state};
     char seen[16] = "";
     int status, pid = fork();
@@ -50,9 +50,8 @@ int main(void)
 }
 """
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("gcc") is None or os.uname().machine != "x86_64" or xstate.size() <= 1024,
-    reason="needs a compiler and an x86_64 processor with AVX-512",
+needs_tracer = pytest.mark.skipif(
+    shutil.which("gcc") is None or os.uname().machine != "x86_64", reason="needs a compiler and an x86_64 processor"
 )
 
 
@@ -63,19 +62,21 @@ def tracer(tmp_path: Path) -> Path:
     return tmp_path / "tracer"
 
 
+@needs_tracer
 def test_tracer_with_a_small_buffer_is_refused_by_the_kernel(tracer):
     done = subprocess.run([tracer], capture_output=True, text=True, check=False)
     assert done.returncode == 3
     assert "Bad address" in done.stderr
 
 
+@needs_tracer
 def test_library_gives_a_tracer_with_a_small_buffer_the_registers_it_knows(tracer, tmp_path):
     library = tmp_path / xstate.LIBRARY
     warnings = ["-Wall", "-Wextra", "-Werror"]
     subprocess.run(["gcc", "-O2", *warnings, "-shared", "-fPIC", "-o", library, xstate.SOURCE], check=True)
     preloaded = {**os.environ, "LD_PRELOAD": str(library)}
     done = subprocess.run([tracer], capture_output=True, text=True, check=False, env=preloaded)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "1024\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "512\n", "")
 
 
 class Progress:
@@ -110,6 +111,6 @@ class Tree:
 def test_library_is_preloaded_where_the_state_is_larger_than_the_kernel_knows(tmp_path, monkeypatch, more):
     monkeypatch.setattr(xstate, "size", lambda: xstate.KNOWN_BYTES + more)
     progress = Progress()
-    found = xstate.environment(Tree(), progress, tmp_path, "/lab/run")
+    found = xstate.variables(Tree(), progress, tmp_path, "/lab/run")
     assert found == ({"LD_PRELOAD": "/lab/run/xstate.so"} if more else {})
     assert len(progress.said) == len(progress.called) == more

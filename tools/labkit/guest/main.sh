@@ -1,6 +1,6 @@
 # The VM's only "service": makes the devices, runs the command, reports how it ended.
 # config.sh (written for each run) brings: lab_mounts, lab_modules, lab_devices, lab_command, LAB_NAME, LAB_DEVICES,
-# LAB_SHELL, and LAB_PATIENCE: with virtual time a sleep takes none, so that there have to be more of them.
+# LAB_SHELL, LAB_PORTS, and LAB_PATIENCE: with virtual time a sleep takes none, so that there have to be more of them.
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export PATH
 . /run/lab/config.sh
@@ -46,8 +46,8 @@ busybox hostname "$LAB_NAME"
 busybox ip link set lo up
 
 # The first number in a port's name counts virtio devices of all sorts.
-await "/dev/vport*p1" || { echo "lab: no control port"; busybox poweroff -f; }
-ports=$(echo /dev/vport*p1)
+await "${LAB_PORTS}1" || { echo "lab: no control port"; busybox poweroff -f; }
+ports=$(echo ${LAB_PORTS}1)
 ports=${ports%1}
 exec 3<>"${ports}1"
 say booted

@@ -14,7 +14,7 @@ busybox mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts
 busybox mount -t tmpfs -o mode=1777 shm /dev/shm
 [ -e /dev/fd ] || busybox ln -s /proc/self/fd /dev/fd
 busybox ip link set lo up
-# There are no huge pages here: what is one entry elsewhere is one a page.
+# There are no huge pages here: an entry maps one small page, not a huge one.
 modprobe vhost_vdpa max_iotlb_entries=1000000 && insmod /lab/run/vdpa_hwsim.ko || echo "lab: the module cannot be loaded"
 
 # Through a pipe, so that nothing takes the console for a terminal.
