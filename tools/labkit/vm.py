@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from labkit import qemu
+from labkit import kernel_log, qemu
 from labkit.chroot import PATH
 from labkit.devices import DevicePlan
 from labkit.environment import INSIDE
@@ -23,7 +23,8 @@ from labkit.output import Sink
 GUEST = Path(__file__).with_name("guest")
 BOOT_LIMIT_S = {"kvm": 60.0, "tcg": 180.0, "icount": 400.0, "uml": 120.0}
 SHOWN_CONSOLE_LINES = 25
-PANIC = "Kernel panic - not syncing"
+SHOWN_PANIC_LINES = 100
+SHOWN_LINE = 200
 # The VM reports how many bytes its command wrote; if it cannot (a process left behind holds the output open), no more
 # is expected after this long without any.
 DRAIN_S = 2.0
@@ -226,7 +227,7 @@ class Machine:
         self._sockets: dict[int, socket.socket] = {}
         self._shell: socket.socket | None = None
         self._closed: set[int] = set()
-        self._control = b""
+        self._control = self._line = b""
         self._begin = self._last_data = time.monotonic()
         self._ended_at: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -288,6 +289,8 @@ class Machine:
         else:
             self._received[port] += len(data)
             self._last_data = time.monotonic()
+            if port == qemu.OUT:
+                self._line = (self._line + data)[-SHOWN_LINE:].rpartition(b"\n")[2]
             self._sinks[port](data)
 
     def _report(self, line: str) -> None:
@@ -340,7 +343,7 @@ class Machine:
         assert self._process is not None
         said = self._process.stdout.read().decode(errors="replace").strip() if self._process.stdout else ""
         console = self._console()
-        if PANIC in console:
+        if kernel_log.PANIC in console:
             what = "the VM's kernel panicked before the command ended"
         elif self.started_after is None:
             status = f"{self.spec.home.program}'s status {self._process.returncode}"
@@ -348,9 +351,11 @@ class Machine:
         else:
             what = "the VM stopped before the command ended"
         # a QEMU that ends by itself with an error refuses its command line or lacks something: so it would again
-        refused = self._process.returncode > 0 and PANIC not in console
+        refused = self._process.returncode > 0 and kernel_log.PANIC not in console
         kind = LabError if self.booted or refused else NotBooted
-        return kind(what, "\n".join(part for part in (said, console) if part), self._look())
+        reached = self._line.decode(errors="replace").strip()
+        last = f"the command's output ends with: {reached}" if reached else ""
+        return kind(what, "\n".join(part for part in (said, last, console) if part), self._look())
 
     def _console(self) -> str:
         try:
@@ -358,9 +363,7 @@ class Machine:
         except FileNotFoundError:
             return ""
         lines = [line.rstrip() for line in lines if line.strip()]
-        panic = next((number for number, line in enumerate(lines) if PANIC in line), None)
-        first = len(lines) - SHOWN_CONSOLE_LINES if panic is None else panic
-        return "\n".join(f"| {line}" for line in lines[max(0, first) :][:SHOWN_CONSOLE_LINES])
+        return "\n".join(f"| {line}" for line in kernel_log.end(lines, SHOWN_CONSOLE_LINES, SHOWN_PANIC_LINES))
 
     def _look(self) -> str:
         return f"less {self.spec.console_log}   (the kernel's whole console)"

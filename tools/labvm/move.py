@@ -60,6 +60,14 @@ class Peer:
         self._process.stdin.flush()
         return self.read()
 
+    def gap(self, begin: int, end: int) -> tuple[int, int] | None:
+        """Return begin and length of the longest gap between two frames that overlaps a span, ns; None if unknown."""
+        assert self._process.stdin
+        self._process.stdin.write(f"gap {begin} {end}\n")
+        self._process.stdin.flush()
+        gap: tuple[int, int] | None = self.read()["gap"]
+        return gap
+
     def read(self) -> dict[str, Any]:
         """Return its next line."""
         assert self._process.stdout
@@ -104,6 +112,22 @@ class Outcome:
     """When serve was at work, on either side."""
     lost_before: int = 0
     """Frames that the guest sent before its device had started; the guest's own kernel drops them."""
+
+    @property
+    def stop_to_run(self) -> tuple[int, int]:
+        """Return the span from the source's stop to the last queue that runs at the destination.
+
+        QEMU pauses the guest right before it stops the device, and reports it afterwards: the stop's first call counts.
+        """
+        stop, start = self.figures.stop, self.figures.start
+        begin = stop[0] if stop else self.stopped_ns
+        return begin, max(self.resumed_ns, start[1] if start else 0)
+
+    def ask_for_gaps(self, far: Peer) -> None:
+        """Note the gaps at the switch and at the move: on a slow machine they are not among the longest there were."""
+        assert self.peer is not None
+        spans = [self.stop_to_run, *([self.figures.switch] if self.figures.switch else [])]
+        self.peer["asked"] = [gap for gap in (far.gap(*span) for span in spans) if gap]
 
 
 def wait_until(
@@ -210,7 +234,10 @@ def _move(plan: Plan, folder: Path, there: Wires, far: Peer | None, say: Say) ->
     migrating = next(at for at, text in timeline if text == MIGRATING)
     figures = calls.move(*logs, migrating, paused.at_ns, resumed.at_ns)
     spans = paused.at_ns, resumed.at_ns
-    return Outcome(plan, figures, *spans, downtime, guest, account, stats, sorted(timeline), logs, work, lost)
+    outcome = Outcome(plan, figures, *spans, downtime, guest, account, stats, sorted(timeline), logs, work, lost)
+    if far:
+        outcome.ask_for_gaps(far)
+    return outcome
 
 
 def _note_devices(folder: Path, there: Wires) -> None:

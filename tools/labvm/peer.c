@@ -6,7 +6,8 @@
  *   vm-peer ADDRESS [REPORT_MS]
  *   vm-peer tsc                     prints how fast this processor's time stamp counter runs, kHz
  *
- * Commands on standard input: "report", and its end, which ends the program after a last report.
+ * Commands on standard input: "report"; "gap BEGIN END" (ns), which asks for the longest gap between two frames that
+ * overlaps this span; and its end, which ends the program after a last report.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -18,8 +19,12 @@
 
 #include "traffic.h"
 
+/* When the latest frames arrived: those of more than a quarter of an hour at one a millisecond. */
+#define ARRIVALS (1u << 20)
+
 static struct account account;
 static uint64_t answered, refused;
+static uint64_t arrivals[ARRIVALS], arrival_count;
 static struct {
 	uint64_t received, wrong, answered, connections, ended, last_ns, longest_ns, longest_begin_ns;
 } stream;
@@ -58,11 +63,14 @@ static void frames_answer(int udp)
 	for (;;) {
 		struct msghdr message = {.msg_name = &from, .msg_namelen = sizeof(from), .msg_iov = &piece,
 					 .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control)};
+		uint64_t before = account.received;
 
 		length = recvmsg(udp, &message, MSG_DONTWAIT);
 		if (length < 0)
 			return;
 		account_add(&account, &frame, (size_t)length, arrival_ns(&message));
+		if (account.received != before)
+			arrivals[arrival_count++ % ARRIVALS] = account.last_ns;
 		if (sendto(udp, &frame, (size_t)length, 0, (struct sockaddr *)&from, sizeof(from)) == length)
 			answered++;
 		else
@@ -138,16 +146,46 @@ static void report(const char *why)
 	line_write(&line);
 }
 
+/* null if the frames before the span are no longer known, or none came after it yet. */
+static void report_gap(uint64_t begin, uint64_t end)
+{
+	static struct line line;
+	uint64_t oldest = arrival_count > ARRIVALS ? arrival_count - ARRIVALS : 0;
+	struct gap longest = {0, 0};
+	int known = arrival_count && arrivals[oldest % ARRIVALS] <= begin && account.last_ns >= end;
+
+	for (uint64_t i = oldest + 1; known && i < arrival_count; i++) {
+		struct gap gap = {arrivals[(i - 1) % ARRIVALS], 0};
+		uint64_t next = arrivals[i % ARRIVALS];
+
+		gap.ns = next > gap.begin_ns ? next - gap.begin_ns : 0;
+		if (gap.begin_ns < end && next > begin && gap.ns > longest.ns)
+			longest = gap;
+	}
+	if (known)
+		line_add(&line, "{\"gap\":[%llu,%llu]}", (unsigned long long)longest.begin_ns,
+			 (unsigned long long)longest.ns);
+	else
+		line_add(&line, "{\"gap\":null}");
+	line_write(&line);
+}
+
 static int command(void)
 {
-	char text[256];
-	ssize_t length = read(0, text, sizeof(text));
+	char text[256], *word, *rest = NULL;
+	ssize_t length = read(0, text, sizeof(text) - 1);
 
 	if (length <= 0)
 		return 0;
-	for (ssize_t i = 0; i < length; i++)
-		if (text[i] == '\n')
+	text[length] = 0;
+	for (word = strtok_r(text, "\n", &rest); word; word = strtok_r(NULL, "\n", &rest)) {
+		unsigned long long begin, end;
+
+		if (sscanf(word, "gap %llu %llu", &begin, &end) == 2)
+			report_gap(begin, end);
+		else
 			report("asked");
+	}
 	return 1;
 }
 

@@ -24,7 +24,8 @@ def standstill(outcome: Outcome, begin: int, end: int) -> float | None:
     """
     if not outcome.peer:
         return None
-    overlapping = [ns for at, ns in outcome.peer["udp"]["gaps"] if at < end and at + ns > begin]
+    gaps = [*outcome.peer["udp"]["gaps"], *outcome.peer.get("asked", [])]
+    overlapping = [ns for at, ns in gaps if at < end and at + ns > begin]
     return _ms(max(overlapping, default=0)) if overlapping else None
 
 
@@ -33,16 +34,6 @@ def _still(outcome: Outcome, value: float | None) -> str:
     if value is None and outcome.peer and outcome.peer["udp"]["gaps"]:
         return f"at most {_figure(_ms(min(ns for _, ns in outcome.peer['udp']['gaps'])))}"
     return _figure(value)
-
-
-def stop_to_run(outcome: Outcome) -> tuple[int, int]:
-    """Return the span from the source's stop to the last queue that runs at the destination, ns.
-
-    QEMU pauses the guest right before it stops the device, and reports it afterwards: the stop's first call counts.
-    """
-    stop, start = outcome.figures.stop, outcome.figures.start
-    begin = stop[0] if stop else outcome.stopped_ns
-    return begin, max(outcome.resumed_ns, start[1] if start else 0)
 
 
 def device_lost(outcome: Outcome) -> int | None:
@@ -72,7 +63,7 @@ def parts(outcome: Outcome, begin: int, end: int) -> list[dict[str, Any]]:
 
 def row(outcome: Outcome) -> dict[str, Any]:
     """Return the row of `pyvhostvdpa/vm/1`."""
-    begin, end = stop_to_run(outcome)
+    begin, end = outcome.stop_to_run
     made = sorted([*outcome.logs[0], *outcome.logs[1]], key=lambda call: call.begin_ns)
     at_devices = calls.busy_ns(made, begin, end)
     ours = calls.busy_ns([*made, *outcome.work], begin, end) - at_devices

@@ -20,6 +20,7 @@ from labkit.vmm import wrapper
 from labvm import calls, machine, network
 from labvm.backends import SERVE, Attachment, attached
 from labvm.machine import GuestMachine, command_line, vhost_user, vhost_vdpa
+from labvm.move import Peer
 from labvm.network import Sim
 from labvm.qmp import Console, Qmp, QmpError
 
@@ -230,6 +231,45 @@ def test_account_of_frames_knows_what_was_lost_repeated_and_late(tmp_path):
     }
     assert account["longest_gap_ns"] == 70
     assert account["gaps"] == [[100, 10], [110, 10], [120, 5], [125, 5], [130, 70]]
+
+
+def numbered(number):
+    """Return a frame as the guest sends it."""
+    content = struct.pack("<Q", number) + bytes((number + i) & 255 for i in range(48))
+    total = 2166136261
+    for byte in content:
+        total = (total ^ byte) * 16777619 & 0xFFFFFFFF
+    return struct.pack("<II", 0x56444D31, total) + content
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler")
+def test_other_end_of_the_wire_knows_every_gap_that_it_is_asked_for(tmp_path):
+    program, address = tmp_path / "vm-peer", f"127.{os.getpid() >> 16 & 255}.{os.getpid() >> 8 & 255}.77"
+    subprocess.run(["gcc", "-Wall", "-o", program, PROJECT / "tools/labvm/peer.c"], check=True)
+    with (
+        subprocess.Popen([program, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
+        far = Peer(process)
+        far.read()
+        assert far.gap(1, 2) is None
+        sender.connect((address, 7001))
+        for number in range(100):
+            time.sleep(0.02 if number == 30 else 0.002 if number != 60 else 0)
+            sender.send(numbered(number))
+            sender.recv(2000)
+        gaps = far.report()["udp"]["gaps"]
+        begin, length = max(gaps, key=lambda gap: gap[1])
+        assert far.gap(begin + 1, begin + 2) == [begin, length]
+        assert far.gap(begin - 1, begin + length + 1) == [begin, length]
+        assert far.gap(begin + length, begin + length + 1)[0] == begin + length
+        last = begin + length
+        found = {}
+        while gap := far.gap(last, last + 1):
+            found[tuple(gap)] = last = gap[0] + gap[1]
+        assert len(found) >= 68
+        assert min(length for _, length in found) < min(length for _, length in gaps)
+        process.stdin.close()
 
 
 class Monitor:

@@ -72,6 +72,18 @@ def test_a_standstill_that_is_not_among_the_longest_gaps_has_a_bound():
     assert "300.0 ms at the move and at most 40.0 ms at the switch" in report.render(calm)
 
 
+def test_a_standstill_that_was_asked_for_is_known_among_longer_gaps():
+    class Far:
+        def gap(self, begin, end):
+            return (100 * MS, 12 * MS) if begin == 110 * MS else None
+
+    busy = outcome(peer={"udp": account(gaps=[[500 * MS, 40 * MS]])})
+    busy.ask_for_gaps(Far())
+    row = report.row(busy)
+    assert (row["guest"]["switch_gap_ms"], row["guest"]["move_gap_ms"]) == (12, None)
+    assert "at most 40.0 ms at the move and 12.0 ms at the switch" in report.render(busy)
+
+
 def test_guest_that_runs_later_than_its_queues_sets_the_end():
     assert report.row(outcome(resumed_ns=1200 * MS))["stop_to_run_ms"] == 200
 

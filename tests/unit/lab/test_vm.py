@@ -1,11 +1,13 @@
 """A VM's description: its configuration script and QEMU's command line."""
 
+import selectors
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from labkit import devices, qemu, vm
+from labkit import devices, kernel_log, qemu, vm
 from labkit.errors import LabError, NotBooted
 
 
@@ -144,7 +146,7 @@ def test_vm_is_not_started_again_after_another_failure(tmp_path, monkeypatch, mo
         (1, "", LabError),
         (0, "", NotBooted),
         (-11, "", NotBooted),
-        (1, f"{vm.PANIC}: Attempted to kill init", NotBooted),
+        (1, f"{kernel_log.PANIC}: Attempted to kill init", NotBooted),
     ],
     ids=["QEMU refuses", "the VM ends", "QEMU crashes", "the kernel panics"],
 )
@@ -158,6 +160,42 @@ def test_a_qemu_that_refuses_its_command_line_is_not_started_again(tmp_path, sta
         death = machine._death()
     assert type(death) is kind
     assert "why" in death.why
+
+
+PANICKED = f"""\
+[    1.0] vdpa0: link up
+[  1482.2] BUG: unable to handle page fault for address: ffffb2c3
+[  1482.2] Oops: Oops: 0002 [#1] PREEMPT SMP NOPTI
+[  1482.2] RIP: 0010:eventfd_signal_mask+0x1f/0x90
+[  1482.2]  vhost_vdpa_virtqueue_cb+0x25/0x40 [vhost_vdpa]
+[  1482.3] {kernel_log.PANIC}: Fatal exception in interrupt
+[  1482.3] Kernel Offset: disabled
+"""
+
+
+def test_a_panic_is_shown_with_the_report_before_it_and_the_last_line_of_output(tmp_path):
+    (tmp_path / "console").write_text(PANICKED)
+    machine = vm.Machine(spec(console_log=tmp_path / "console"), silent, silent)
+    ours, theirs = socket.socketpair()
+    machine._sockets[qemu.OUT] = ours
+    with subprocess.Popen(["true"], stdout=subprocess.PIPE) as process, theirs, ours:
+        for piece in (b"tests/kernel/test_one.py ...\ntests/kernel/te", b"st_two.py .."):
+            theirs.sendall(piece)
+            machine.receive(selectors.DefaultSelector(), qemu.OUT)
+        machine._process = process
+        process.wait()
+        death = machine._death()
+    assert death.why.splitlines() == [
+        "the command's output ends with: tests/kernel/test_two.py ..",
+        *(f"| {line}" for line in PANICKED.splitlines()[1:]),
+    ]
+
+
+def test_a_long_report_before_a_panic_is_shown_from_its_first_lines_on_that_fit():
+    lines = [*(f"BUG: {number}" for number in range(50)), kernel_log.PANIC, "end"]
+    assert kernel_log.end(lines, 2, 10) == [*(f"BUG: {number}" for number in range(41, 50)), kernel_log.PANIC]
+    assert kernel_log.end(lines[:50], 2, 10) == ["BUG: 48", "BUG: 49"]
+    assert kernel_log.end(["a", kernel_log.PANIC, "b"], 2, 10) == [kernel_log.PANIC, "b"]
 
 
 @pytest.mark.parametrize(("reached", "after", "kind"), [("", 91, NotBooted), ("booted", 181, LabError)])
