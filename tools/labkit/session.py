@@ -142,7 +142,8 @@ class Session:
         disks = [self.tree.image, chosen.modules_image]
         if self.environment.ready:
             disks.append(self.environment.image)
-        return replace(spec, disks=disks, modules=modules.build_own(self.tree, chosen, PROJECT, spec.devices))
+        own = modules.build_own(self.tree, chosen, PROJECT, spec.devices)
+        return replace(spec, disks=disks, modules=own, home=vm.Qemu(self.tree.root))
 
     def _in_process(self, spec: vm.Spec, request: Request, chosen: Kernel) -> vm.Spec:
         mine = self.uml(request, chosen)

@@ -62,6 +62,9 @@ class Qemu:
     ports = "/dev/vport*p"
     entries = ""
 
+    def __init__(self, tree: Path | None = None) -> None:
+        self.tree = tree
+
     def share(self, number: int, folder: str) -> str:
         """Return the command that mounts a folder of this machine."""
         options = "trans=virtio,version=9p2000.L,msize=524288,cache=mmap"
@@ -91,9 +94,8 @@ class Qemu:
         finally:
             os.close(descriptor)
 
-    @staticmethod
     def _hardware(
-        spec: "Spec", initrd: int, ends: Mapping[int, socket.socket], shell: socket.socket | None
+        self, spec: "Spec", initrd: int, ends: Mapping[int, socket.socket], shell: socket.socket | None
     ) -> qemu.Hardware:
         return qemu.Hardware(
             kernel=spec.kernel,
@@ -103,6 +105,7 @@ class Qemu:
             ports={port: end.fileno() for port, end in ends.items()},
             console_log=spec.console_log,
             mode=spec.mode,
+            tree=self.tree,
             cpus=1 if spec.mode == "icount" else spec.cpus,
             memory=spec.memory,
             shell_fd=shell.fileno() if shell else None,

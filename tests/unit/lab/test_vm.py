@@ -70,6 +70,20 @@ def test_accelerator(mode, accelerator):
     assert "-icount" not in argv
 
 
+def test_emulated_vm_with_several_cpus_is_started_by_the_trees_qemu():
+    argv = qemu.command_line(hardware(tree=Path("/t")))
+    assert argv[: argv.index("-nodefaults")] == [
+        *("env", "QEMU_MODULE_DIR=/t/usr/lib/x86_64-linux-gnu/qemu"),
+        *("/t/lib64/ld-linux-x86-64.so.2", "--library-path", "/t/usr/lib/x86_64-linux-gnu"),
+        *("/t/usr/bin/qemu-system-x86_64", "-L", "/t/usr/share/qemu", "-L", "/t/usr/share/seabios"),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["kvm", "icount"])
+def test_other_vms_are_started_by_this_machines_qemu(mode):
+    assert qemu.command_line(hardware(mode=mode, tree=Path("/t")))[0] == "qemu-system-x86_64"
+
+
 def test_virtual_time():
     argv = qemu.command_line(hardware(mode="icount"))
     assert argv[argv.index("-icount") + 1] == "shift=0,sleep=off"
