@@ -23,6 +23,7 @@ from labkit import devices, uml_tests, vm
 from labkit.cache import remove
 from labkit.environment import INSIDE, PACKAGE, Environment
 from labkit.errors import EXIT_TIMEOUT, LabError
+from labkit.extension import Extension
 from labkit.kernel import Kernel, build_modules
 from labkit.modules import own_sources
 from labkit.progress import Progress, seconds
@@ -141,6 +142,7 @@ class Run:
         self.results: list[Result] = []
         self.quiet = Progress(quiet=True)
         """For builds that run at the same time."""
+        self.extension = Extension(session.tree, self.quiet, self.folder / "extension")
         self.running: set[subprocess.Popen[bytes]] = set()
 
     def execute(self) -> int:
@@ -182,9 +184,14 @@ class Run:
                         f"less {log}",
                     )
             self.session.progress.say("without any change all their tests pass")
+            self._compile(copy, mutants)
             remove(copy.parent)
             for mutant, outcome in zip(mutants, pool.map(self._unit, mutants), strict=True):
                 self._note(mutant, *outcome)
+
+    def _compile(self, copy: Path, mutants: Sequence[Mutant]) -> None:
+        if any(_one_unit(mutant) for mutant in mutants) and not self.extension.kept.exists():
+            self.extension.compile(copy)
 
     def _unit(self, mutant: Mutant) -> tuple[str, str]:
         copy = self._copy(mutant)
@@ -245,6 +252,9 @@ class Run:
         if mutant.file.startswith(f"{PACKAGE}/"):
             shutil.copytree(installed, site, symlinks=True)
             shutil.copyfile(copy / mutant.file, site / mutant.file)
+        elif _one_unit(mutant) and self.extension.kept.exists():
+            shutil.copytree(installed, site, symlinks=True)
+            self.extension.install(copy, site)
         elif mutant.file.startswith("cdefs/"):
             changed = Environment(self.session.cache, self.session.tree, copy, self.quiet)
             changed.install(copy.parent, copy.parent / "build.log")
@@ -388,6 +398,11 @@ def selections(mutants: Sequence[Mutant]) -> list[list[str]]:
     together = [word for word in plain if word in files or word.partition("::")[0] not in files]
     others = sorted({tuple(mutant.tests) for mutant in mutants if "-k" in mutant.tests})
     return [*([together] if together else []), *(list(words) for words in others)]
+
+
+def _one_unit(mutant: Mutant) -> bool:
+    """Return whether a change is one of a C file of the package, of which nothing else is made."""
+    return mutant.file.startswith("cdefs/") and mutant.file.endswith(".c")
 
 
 def _pytest(tests: Sequence[str]) -> list[str]:
