@@ -23,9 +23,8 @@ void sum_begin(struct running_sum *s);
 void sum_words(struct running_sum *s, const uint8_t *bytes, uint64_t length);
 /* Copy a multiple of 64 bytes, aligned to 8, and take in what was copied; others may write there. */
 void sum_copy(struct running_sum *s, uint8_t *to, const uint8_t *from, uint64_t length);
-/* Take in a multiple of 64 bytes and bring where they will go into the cache meanwhile. */
-void sum_before_copy(struct running_sum *s, const uint8_t *to, const uint8_t *from,
-		     uint64_t length);
+/* Take in a multiple of 64 bytes. */
+void sum_blocks(struct running_sum *s, const uint8_t *bytes, uint64_t length);
 /* Nothing may be taken in afterwards. */
 uint64_t sum_end(struct running_sum *s);
 
@@ -86,7 +85,7 @@ void written_soft_dirty(const uint64_t *entries, uint64_t count, uint64_t pages,
 #define FRAME_ZEROS 67108864	/* bytes that one frame says are zero at most */
 #define FRAME_RUN_BYTES 16
 
-#define SENDER_PAGES 64		/* in one frame, so that it stays in the cache */
+#define SENDER_PAGES 24		/* in one frame, so that it stays in the cache and a socket takes it whole */
 #define SENDER_DATA_AT 4096	/* header and runs end where the pages begin */
 #define RECEIVER_DATA_AT 20480	/* the same, with room for FRAME_RUNS */
 

@@ -11,7 +11,7 @@
 #define BLOCK 64
 #define ODD 0x9e3779b97f4a7c15ULL	/* 2^64 / golden ratio */
 #define ODD_2 0xd6e8feb86659fd93ULL
-#define AHEAD 2048	/* bytes: the CPU by itself asks memory for fewer at a time */
+#define AHEAD 4096	/* bytes: the CPU by itself asks memory for fewer at a time */
 
 struct lanes {
 	uint64_t a, b, c, d, e, f, g, h;
@@ -127,25 +127,26 @@ void sum_words(struct running_sum *s, const uint8_t *bytes, uint64_t length)
 void sum_copy(struct running_sum *s, uint8_t *to, const uint8_t *from, uint64_t length)
 {
 	struct lanes l = take_lanes(s);
-	uint64_t at;
+	uint64_t page, at;
 
-	for (at = 0; at < length; at += BLOCK) {
-		__builtin_prefetch(from + at + AHEAD);
-		copy_block(&l, to + at, from + at);
+	for (page = 0; page < length; page += GUEST_PAGE) {
+		/* who gathers the next frame looks at the first words of its pages */
+		__builtin_prefetch(from + page + SENDER_PAGES * GUEST_PAGE);
+		for (at = page; at < length && at < page + GUEST_PAGE; at += BLOCK) {
+			__builtin_prefetch(from + at + AHEAD);
+			copy_block(&l, to + at, from + at);
+		}
 	}
 	put_lanes(s, &l, length);
 }
 
-void sum_before_copy(struct running_sum *s, const uint8_t *to, const uint8_t *from,
-		     uint64_t length)
+void sum_blocks(struct running_sum *s, const uint8_t *bytes, uint64_t length)
 {
 	struct lanes l = take_lanes(s);
 	uint64_t at;
 
-	for (at = 0; at < length; at += BLOCK) {
-		__builtin_prefetch(to + at, 1);
-		take_block(&l, from + at);
-	}
+	for (at = 0; at < length; at += BLOCK)
+		take_block(&l, bytes + at);
 	put_lanes(s, &l, length);
 }
 
