@@ -145,10 +145,18 @@ static void take_jobs(struct crew *c, uint32_t round)
 	}
 }
 
+static int is_ahead(void)
+{
+	const int policy = sched_getscheduler(0) & ~SCHED_RESET_ON_FORK;
+
+	return policy == SCHED_FIFO || policy == SCHED_RR;
+}
+
 /*
  * A guest stands still while there are jobs: a thread that is woken must not
  * wait until others have had their turn. Without the right to it (CAP_SYS_NICE,
- * RLIMIT_RTPRIO) the thread stays as it is, and the answer is 0.
+ * RLIMIT_RTPRIO) the thread stays as it is, and the answer is 0. One whose
+ * maker is ahead of others is so from the beginning, and on its level.
  */
 static int do_first(void)
 {
@@ -156,7 +164,7 @@ static int do_first(void)
 		.sched_priority = sched_get_priority_min(SCHED_FIFO),
 	};
 
-	return !pthread_setschedparam(pthread_self(), SCHED_FIFO, &lowest);
+	return is_ahead() || !pthread_setschedparam(pthread_self(), SCHED_FIFO, &lowest);
 }
 
 static void *crew_member(void *crew)
@@ -212,6 +220,13 @@ void *crew_make(uint32_t threads)
 	return c;
 }
 
+uint32_t crew_threads(const void *crew)
+{
+	const struct crew *c = crew;
+
+	return c ? c->threads : 0;
+}
+
 int crew_is_ahead(void *crew)
 {
 	const struct crew *c = crew;
@@ -225,9 +240,7 @@ int crew_is_ahead(void *crew)
  */
 static void let_them_begin(struct crew *c)
 {
-	if (!c->alone || !crew_is_ahead(c))
-		return;
-	if ((sched_getscheduler(0) & ~SCHED_RESET_ON_FORK) == SCHED_FIFO)
+	if (c->alone && crew_is_ahead(c) && is_ahead())
 		sched_yield();
 }
 

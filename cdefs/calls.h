@@ -66,6 +66,8 @@ void jobs_run(struct device_job *jobs, uint32_t count);
  * side by side without a thread being made for it. NULL if none can be had.
  */
 void *crew_make(uint32_t threads);
+/* How many threads it has. */
+uint32_t crew_threads(const void *crew);
 /*
  * Whether it has threads, and they run ahead of the normal scheduling class:
  * on one CPU, too, they begin when they are asked to.

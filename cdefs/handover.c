@@ -72,7 +72,10 @@ static int await(int fd, int cancel, int64_t until)
 	return poll(polled, 2, poll_timeout(until)) > 0 && polled[0].revents == POLLIN;
 }
 
-/* Whether the user cancelled, or a signal came: Python has to hear of it first. */
+/*
+ * Whether the user cancelled, or a signal comes now: Python has to hear of it
+ * first. Of one that came before this Python hears when the exchange is over.
+ */
 static int is_interrupted(int cancel)
 {
 	struct pollfd polled = { cancel, POLLIN, 0 };

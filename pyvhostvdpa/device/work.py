@@ -79,7 +79,8 @@ class Crew(Closing):
             work.job = self._jobs + number
         threads = count if beside else count - 1
         self._c: Any = lib.crew_make(threads) if threads else ffi.NULL
-        self._beside = beside and (len(os.sched_getaffinity(0)) > 1 or bool(lib.crew_is_ahead(self._c)))
+        begins = len(os.sched_getaffinity(0)) > 1 or bool(lib.crew_is_ahead(self._c))
+        self._beside = beside and begins and lib.crew_threads(self._c) > 0
         self._errors: dict[int, BaseException] = {}
 
     def begin(self) -> None:

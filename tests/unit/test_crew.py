@@ -22,7 +22,7 @@ from pyvhostvdpa.device.work import Crew
 THREADS = "/proc/self/task"
 LONG = 20_000
 """Requests of a job that takes milliseconds."""
-REST = ("crew_make", "crew_is_ahead", "crew_wait", "crew_end", "jobs_fine", "jobs_prepare")
+REST = ("crew_make", "crew_threads", "crew_is_ahead", "crew_wait", "crew_end", "jobs_fine", "jobs_prepare")
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -293,6 +293,45 @@ def cpus_at_most(count: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+CREW = ("crew_make", "crew_threads", "crew_begin", "crew_wait", "crew_run", "crew_end", "jobs_fine", "jobs_prepare")
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+@pytest.mark.parametrize("count", [1, JOBS])
+def test_without_threads_something_else_is_done_behind_the_jobs(
+    pipes: Pipes, count: int, cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {name: getattr(lib, name) for name in (*CREW, "crew_is_ahead")} | {"crew_make": lambda threads: ffi.NULL}
+    monkeypatch.setattr(work, "lib", SimpleNamespace(**own))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    done = []
+    works = [pipes.work(n, lambda: None, lambda: None) for n in range(count)]
+    with closing(Crew(works, beside=True)) as crew:
+        crew.begin()
+        assert crew.do(lambda: done.append([int(answer[0]) for answer in pipes.answers[:count]]))
+    assert done == [[n + 1 for n in range(count)]]
+
+
+@pytest.mark.parametrize(("own", "priority"), [(os.SCHED_FIFO, 50), (os.SCHED_RR, 1)], ids=["FIFO", "RR"])
+def test_on_one_cpu_jobs_of_a_thread_that_is_ahead_anyway_begin_in_front_of_something_else(
+    pipes: Pipes, own: int, priority: int
+) -> None:
+    done: list[list[int]] = []
+
+    def run() -> None:
+        with suppress(PermissionError):
+            os.sched_setscheduler(0, own, os.sched_param(priority))
+        works = [pipes.work(n, lambda: None, lambda: None) for n in range(JOBS)]
+        with cpus_at_most(1), closing(Crew(works, beside=True)) as crew:
+            crew.begin()
+            assert crew.do(lambda: done.append([int(answer[0]) for answer in pipes.answers]))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert done == [[n + 1 for n in range(JOBS)]]
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("allowed", [False, True])
 @pytest.mark.parametrize("count", [1, JOBS])
@@ -301,8 +340,7 @@ def test_on_one_cpu_jobs_begin_in_front_of_something_else(
 ) -> None:
     """It is done behind them where their threads may not run ahead of others."""
     if not allowed:
-        names = ("crew_make", "crew_begin", "crew_wait", "crew_run", "crew_end", "jobs_fine", "jobs_prepare")
-        own = SimpleNamespace(crew_is_ahead=lambda crew: 0, **{name: getattr(lib, name) for name in names})
+        own = SimpleNamespace(crew_is_ahead=lambda crew: 0, **{name: getattr(lib, name) for name in CREW})
         monkeypatch.setattr(work, "lib", own)
     done = []
     works = [pipes.work(n, lambda: None, lambda: None) for n in range(count)]

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from labkit.environment import PACKAGE
+from labkit.errors import LabError
 from labkit.progress import Progress
 from labkit.tree import Tree
 
@@ -25,7 +26,11 @@ class Extension:
 
     def install(self, copy: Path, site: Path) -> None:
         """Put the extension module of a changed copy in an installed package; LabError if it cannot be built."""
-        for module in (self._build("use", copy) / PACKAGE).glob("*.so"):
+        made = list((self._build("use", copy) / PACKAGE).glob("*.so"))
+        if not made or not all((site / PACKAGE / module.name).exists() for module in made):
+            names = ", ".join(module.name for module in made) or "none"
+            raise LabError("the extension module has another name than the installed one", f"What was built: {names}")
+        for module in made:
             shutil.copyfile(module, site / PACKAGE / module.name)
 
     def _build(self, how: str, copy: Path) -> Path:

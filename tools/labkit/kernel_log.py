@@ -25,4 +25,5 @@ def end(lines: Sequence[str], shown: int, shown_of_panic: int) -> Sequence[str]:
         return lines[max(0, len(lines) - shown) :]
     begin = max(0, panic + 1 - shown_of_panic)
     first = next(number for number in range(begin, panic + 1) if REPORT.search(lines[number]))
-    return lines[first:][:shown_of_panic]
+    # of some panics the trace comes behind it
+    return lines[first : panic + 1 + shown]

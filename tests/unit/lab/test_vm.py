@@ -206,8 +206,9 @@ def test_a_panic_is_shown_with_the_report_before_it_and_the_last_line_of_output(
 
 
 def test_a_long_report_before_a_panic_is_shown_from_its_first_lines_on_that_fit():
-    lines = [*(f"BUG: {number}" for number in range(50)), kernel_log.PANIC, "end"]
-    assert kernel_log.end(lines, 2, 10) == [*(f"BUG: {number}" for number in range(41, 50)), kernel_log.PANIC]
+    lines = [*(f"BUG: {number}" for number in range(50)), kernel_log.PANIC, "trace", "end", "more"]
+    shown = [*(f"BUG: {number}" for number in range(41, 50)), kernel_log.PANIC, "trace", "end"]
+    assert kernel_log.end(lines, 2, 10) == shown
     assert kernel_log.end(lines[:50], 2, 10) == ["BUG: 48", "BUG: 49"]
     assert kernel_log.end(["a", kernel_log.PANIC, "b"], 2, 10) == [kernel_log.PANIC, "b"]
 
