@@ -81,7 +81,7 @@ class _Ending:
         """Look."""
         if self.command is not None and self.command.poll() is not None:
             return True
-        # Ctrl-C goes to the command as well: what it does to end is still of interest
+        # a signal goes to the command as well: what it does to end is still of interest
         over = self._until is not None and time.monotonic() >= self._until
         return over or (self.signalled and self.command is None)
 
@@ -93,6 +93,10 @@ class _Ending:
             if self.signalled and self.command is not None:
                 # the second time: do not wait for the command
                 self.command = None
+            elif self.command is not None and number != signal.SIGINT:
+                # Ctrl-C is sent to both by the terminal
+                with contextlib.suppress(OSError):
+                    self.command.send_signal(number)
             self.signalled = True
 
         # behind nohup(1) a terminal may go away
@@ -120,7 +124,11 @@ def run(arguments: argparse.Namespace) -> int:
             about = {"clock": clocks.now(), "probes": watch.forms, "started_ns": started}
             arguments.about = about
             _say_begin(arguments)
-            status = _record(arguments, watch, ending, started)
+            try:
+                status = _record(arguments, watch, ending, started)
+            finally:
+                # whatever goes wrong from here on, it is saved
+                trace.events, trace.dropped = watch.trace.events, watch.trace.dropped
         signals.close()
         summary = with_savings(summarize(watch.trace, about))
         trace.events, trace.dropped = summary.trace.events, summary.trace.dropped
@@ -159,6 +167,8 @@ def _record(arguments: argparse.Namespace, watch: live.Watch, ending: _Ending, s
     with live.standing_back():
         live.follow(watch, ending, see, lambda now: show(narrator.idle(now, watch.busy)))
     show(narrator.idle())
+    if watch.reloaded:
+        tell(f"{PROGRAM}: vhost_vdpa was loaded again meanwhile: calls since then are not in this recording")
     for thread, device, name in watch.unfinished:
         tell(f"{PROGRAM}: {device}: {name} by thread {thread} had not ended")
     if command is not None:

@@ -124,9 +124,13 @@ def _pair(
 ) -> None:
     """Find the destination of a last stop: the device that was open by then and is the first to run behind it.
 
-    A start at the rings' begin does not count, if the guest that was stopped had come further: that guest boots.
+    A start at the rings' begin does not count, unless the guest that was stopped stood there: that guest boots. Without
+    a switch to shadow rings, only a start that goes on does. A process that closes its device hands over no guest.
+
+    A device with other features is not the destination if there is one with the same; and the guest of a process that
+    another of its devices has gone to goes there with all of them.
     """
-    if migration.stop is None:
+    if migration.stop is None or migration.stop.closed:
         return
     taken = {id(each.start) for each in all_of if each.start is not None}
     stood = _bases(_stops(migration), of_device[migration.source.device], "VHOST_GET_VRING_BASE")
@@ -135,10 +139,28 @@ def _pair(
         for session in sessions
         if (start := _first_run_behind(session, migration)) is not None
         and id(start) not in taken
-        and not (any(stood) and _boots(start, of_device[session.device]))
+        and not _other_guest(migration, stood, start, of_device[session.device])
     ]
-    if candidates:
-        migration.start, migration.destination = min(candidates, key=lambda pair: pair[0].running)
+    if not candidates:
+        return
+    source = migration.source
+    known = {each.destination.pid for each in all_of if each.destination and each.source.pid == source.pid} - {None}
+
+    def far(pair: tuple[Episode, DeviceSession]) -> tuple[bool, bool, int]:
+        start, session = pair
+        apart = bool(known) and session.pid not in known
+        return apart, session.acknowledged != source.acknowledged, start.running
+
+    migration.start, migration.destination = min(candidates, key=far)
+
+
+def _other_guest(migration: Migration, stood: Sequence[int], start: Episode, events: Sequence[Event]) -> bool:
+    """Whether what starts is a guest of its own, by where its rings begin."""
+    boots = _boots(start, events)
+    if migration.switch is None:
+        goes_on = bool(start.shadow) or any(_bases([start], events, "VHOST_SET_VRING_BASE"))
+        return not goes_on
+    return boots and (not stood or any(stood))
 
 
 def _stops(migration: Migration) -> list[Episode]:
@@ -175,6 +197,8 @@ def _first_run_behind(session: DeviceSession, migration: Migration) -> Episode |
 def _cut(migration: Migration, of_device: Mapping[str, Sequence[Event]]) -> None:
     """End the stop where the destination runs, and begin the start with the first change behind the stop's begin.
 
+    A start that changed nothing behind it was under way before: of another guest.
+
     What the source is asked once the destination runs keeps no guest waiting; what the destination is asked while
     it waits for the guest starts nothing.
     """
@@ -182,11 +206,12 @@ def _cut(migration: Migration, of_device: Mapping[str, Sequence[Event]]) -> None
     if stop is None or start is None or destination is None:
         return
     there = of_device[destination.device]
-    migration.first_start = next(
-        number
-        for number in range(destination.first, start.last + 1)
-        if there[number].t_begin >= stop.t_first and changes(there[number])
-    )
+    behind = (n for n in range(destination.first, start.last + 1) if there[n].t_begin >= stop.t_first)
+    first = next((number for number in behind if changes(there[number])), None)
+    if first is None:
+        migration.start = migration.destination = None
+        return
+    migration.first_start = first
     migration.t_start = there[migration.first_start].t_begin
     events = of_device[migration.source.device]
     while stop.last > stop.first and events[stop.last].t_begin >= start.running:
@@ -216,7 +241,8 @@ def _stamped(trace: Trace, found: Sequence[Migration], of_device: Mapping[str, S
     stamped = Trace(max(trace.limit, len(trace.events)))
     for event in trace.events:
         number = counts[event.device] = counts.get(event.device, -1) + 1
-        phase = phase_of.get((event.device, number), "")
+        # a note has the time of what it is about, and no place among the calls
+        phase = "" if event.result is None else phase_of.get((event.device, number), "")
         stamped.events.append(event if event.phase == phase else event._replace(phase=phase))
     stamped.dropped = trace.dropped
     return stamped

@@ -84,6 +84,14 @@ class _Files:
         self._known.pop(file, None)
 
 
+def _driver(folder: Path = Path("/sys/module/vhost_vdpa")) -> int:
+    """Return what tells the driver as it is loaded now from one that is loaded later; 0 without one."""
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return 0
+
+
 class Watch(Closing):
     """Record every call on vhost-vdpa devices, of all processes or of some, from now on.
 
@@ -100,6 +108,7 @@ class Watch(Closing):
     ) -> None:
         self.trace = Trace(LIMIT)
         self._devices, self._pids = frozenset(devices), frozenset(pids)
+        self._driver = _driver()
         self._instance = instance or Instance()
         files = _Files()
         self._assembler = Assembler(
@@ -170,6 +179,11 @@ class Watch(Closing):
     def unfinished(self) -> list[tuple[int, str, str]]:
         """Calls that have begun and not ended: thread, device, name."""
         return self._assembler.unfinished()
+
+    @property
+    def reloaded(self) -> bool:
+        """Whether the driver was removed meanwhile, or loaded again: probes do not come back with it."""
+        return _driver() != self._driver
 
     @property
     def busy(self) -> set[str]:

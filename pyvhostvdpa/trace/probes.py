@@ -53,6 +53,7 @@ def _file(names: tuple[str, ...], more: str) -> tuple[str, ...]:
     )
 
 
+_BY_PLACE = _file(("filep", "arg1"), f"cmd=$arg2:u32 {_WORDS.format('$arg3')}")[1:]
 PROBES = (
     KernelProbe(
         "open", "vhost_vdpa_open", False, ("rdev=inode->i_rdev:u32 comm=$comm", *_file(("filep", "arg2"), "comm=$comm"))
@@ -62,10 +63,7 @@ PROBES = (
         "ioctl",
         "vhost_vdpa_unlocked_ioctl",
         False,
-        (
-            "rdev=filep->f_inode->i_rdev:u32 cmd=cmd:u32",
-            *_file(("filep", "arg1"), f"cmd=$arg2:u32 {_WORDS.format('$arg3')}")[1:],
-        ),
+        ("rdev=filep->f_inode->i_rdev:u32 cmd=cmd:u32", *_BY_PLACE),
     ),
     KernelProbe(
         "ioctl_end",
@@ -103,3 +101,11 @@ PROBES = (
     KernelProbe("release_end", "vhost_vdpa_release", True, ("ret=$retval:s32",)),
 )
 """All of them. ``kiocb`` has its file first (include/linux/fs.h)."""
+
+IOCTL_WITH_WORDS = KernelProbe(
+    "ioctl",
+    "vhost_vdpa_unlocked_ioctl",
+    False,
+    (f"rdev=filep->f_inode->i_rdev:u32 cmd=cmd:u32 {_WORDS.format('arg')}", *_BY_PLACE),
+)
+"""Takes the place of ``ioctl`` where its end has no arguments: kernels know fields by name before they know those."""

@@ -13,13 +13,13 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..base.closing import Closing
 from ..base.errors import MissingFeature, VhostVdpaError
-from .probes import PROBES, KernelProbe
+from .probes import IOCTL_WITH_WORDS, PROBES, KernelProbe
 from .ringbuffer import Decoder, Format, Record
 
 PREFIX = "pyvhostvdpa_"
@@ -150,6 +150,20 @@ class Tracefs:
             group, _, name = line.split()[0].partition(":")[2].partition("/")
             yield group, name
 
+    def define_all(self, group: str, probes: Iterable[KernelProbe]) -> dict[str, str]:
+        """Define probes; return the forms that the kernel took, by name. One that it does not take is an error."""
+        forms: dict[str, str] = {}
+        for probe in probes:
+            if probe.at_end and probe.name.removesuffix("_end") not in forms:
+                continue
+            form = self.define(group, probe)
+            if form:
+                forms[probe.name] = form
+        if "ioctl" in forms and not any("a3=" in forms.get(name, "") for name in ("ioctl", "ioctl_end")):
+            self.undefine(group, "ioctl")
+            forms["ioctl"] = self.define(group, IOCTL_WITH_WORDS)
+        return forms
+
     def define(self, group: str, probe: KernelProbe) -> str:
         """Define a probe in the first form that the kernel takes, and return that; "" if it is optional and refused."""
         for definition in probe.definitions(group):
@@ -176,10 +190,10 @@ class Tracefs:
             hint=f"tail {self.root}/error_log says why",
         )
 
-    def undefine(self, group: str) -> None:
-        """Remove all probes of a group."""
+    def undefine(self, group: str, only: str = "") -> None:
+        """Remove all probes of a group, or only one."""
         for each, name in list(self._defined()):
-            if each == group:
+            if each == group and only in ("", name):
                 with contextlib.suppress(OSError):
                     _append(self.definitions, f"-:{group}/{name}\n")
 
@@ -256,12 +270,7 @@ class Instance(Closing):
             raise
 
     def _set_up(self, kib: int | None, probes: tuple[KernelProbe, ...]) -> None:
-        for probe in probes:
-            if probe.at_end and probe.name.removesuffix("_end") not in self.forms:
-                continue
-            form = self._tracefs.define(self.name, probe)
-            if form:
-                self.forms[probe.name] = form
+        self.forms = self._tracefs.define_all(self.name, probes)
         events = self._folder / "events" / self.name
         formats = [Format(name, (events / name / "format").read_text()) for name in self.forms]
         self._decoder = Decoder(formats)
@@ -344,6 +353,9 @@ class Instance(Closing):
             buffer.close()
         if not self._made:
             return
+        # should the folder have to stay, since someone reads in it, nothing is recorded there
+        with contextlib.suppress(OSError):
+            self._set(f"events/{self.name}/enable", "0")
         with contextlib.suppress(OSError):
             os.rmdir(self._folder)
         with contextlib.suppress(OSError):

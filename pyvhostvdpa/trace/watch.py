@@ -102,11 +102,13 @@ _DECODERS: dict[Argument, Callable[[Ioctl, bytes, bool], Fields]] = {
 }
 
 
-def decode(row: Ioctl, argument: bytes | None, result: int) -> Fields:
+def decode(row: Ioctl, argument: bytes | None, result: int, before: bool = False) -> Fields:
     """Return a request's fields from its argument as it is after the call; None if that was not recorded.
 
-    What a failed request would have read is left out.
+    What a failed request would have read is left out, and what any would if the argument is that of ``before``.
     """
+    if before:
+        result = min(result, -1)
     if argument is None or row.argument is None:
         return {}
     if row.name in _NUMBERS:
@@ -188,7 +190,7 @@ class Assembler:
         if "rdev" in values:
             return f"/dev/vhost-vdpa-{int(values['rdev']) & ((1 << RDEV_WIDTH) - 1)}"
         if values.get("name"):
-            return f"/dev/{values['name']}"
+            return f"/dev/{_printable(values['name'])}"
         file = int(values.get("file", 0))
         return self._ask.device_of(self._process(record.thread), file) or f"file {file:#x}"
 
@@ -225,7 +227,7 @@ class Assembler:
 
     def _described(self, call: _Call, end: Record, result: int, pid: int) -> tuple[str, Fields]:
         if call.kind == "open":
-            return "open", {"pid": pid, "comm": str(call.values.get("comm", ""))}
+            return "open", {"pid": pid, "comm": _printable(call.values.get("comm", ""))}
         if call.kind == "release":
             return "close", {}
         if call.kind == "mmap":
@@ -235,7 +237,8 @@ class Assembler:
         row = _BY_REQUEST.get(int(call.values["cmd"]))
         if row is None:
             return self._name(call), {}
-        return row.name, decode(row, _argument(call, end), result)
+        after = _words(end)
+        return row.name, decode(row, after or _words(call), result, before=after is None)
 
     def _message(self, call: _Call) -> tuple[str, Fields]:
         values = call.message
@@ -257,9 +260,14 @@ class Assembler:
         return _BY_REQUEST[cmd].name if cmd in _BY_REQUEST else f"ioctl {cmd:#x}"
 
 
-def _argument(call: _Call, end: Record) -> bytes | None:
-    """Return the 32 bytes at the argument: after the call, when the kernel has surely read or written them."""
-    for values in (end.values, call.values):
-        if "a3" in values:
-            return _WORDS.pack(*(int(values[f"a{place}"]) for place in range(4)))
-    return None
+def _words(recorded: _Call | Record) -> bytes | None:
+    """Return the 32 bytes at a request's argument, where they were recorded: at its end if the kernel can do that."""
+    values = recorded.values
+    if "a3" not in values:
+        return None
+    return _WORDS.pack(*(int(values[f"a{place}"]) for place in range(4)))
+
+
+def _printable(name: Value) -> str:
+    """Return a name that some process chose, with nothing in it that would move a terminal's cursor."""
+    return "".join(each if each.isprintable() else "?" for each in str(name))

@@ -16,7 +16,7 @@ from pyvhostvdpa.bench.ladder.savings import saved
 from pyvhostvdpa.cli import main
 from pyvhostvdpa.cli.recording import read
 from pyvhostvdpa.trace import live, records
-from pyvhostvdpa.trace.recorder import Trace
+from pyvhostvdpa.trace.recorder import Event, Trace
 from pyvhostvdpa.trace.sessions import DeviceSession
 from pyvhostvdpa.trace.summary import summarize
 
@@ -244,6 +244,69 @@ def test_open_files_of_a_process_are_those_of_vhost_vdpa(tmp_path: Path) -> None
     assert live.holders(tmp_path) == [("/dev/vhost-vdpa-0", 77), ("/dev/vhost-vdpa-1", 77)]
 
 
+class Recording:
+    """Stands for a recording, of which a kernel would have to be part."""
+
+    reloaded = False
+
+    def __init__(self, *_: object) -> None:
+        self.forms: dict[str, str] = {}
+        self.unfinished: list[tuple[int, str, str]] = []
+        self.trace = Trace()
+        self.busy: set[str] = set()
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def events(self) -> list[Event]:
+        return []
+
+    def stop(self) -> list[Event]:
+        return []
+
+
+def test_recording_that_fails_is_saved_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Recording):
+        def events(self) -> list[Event]:
+            if self.trace.events:
+                raise OSError(5, "Input/output error")
+            opened = Event(1, 2, "/dev/vhost-vdpa-0", "", "open", {"pid": 1, "comm": "qemu"}, 0)
+            self.trace.append(opened)
+            return [opened]
+
+    monkeypatch.setattr(live, "Watch", Failing)
+    saved = tmp_path / "saved.jsonl"
+    assert main(["watch", "--trace", str(saved)]) == 1
+    assert "/dev/vhost-vdpa-0" in saved.read_text()
+
+
+def test_driver_that_was_loaded_again_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Reloaded(Recording):
+        reloaded = True
+
+    monkeypatch.setattr(live, "Watch", Reloaded)
+    assert main(["watch", "--for", "0.01"]) == 0
+    assert "vhost_vdpa was loaded again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_goes_to_the_command_as_well(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Signalled(Recording):
+        def events(self) -> list[Event]:
+            if not self.busy:
+                self.busy = {""}
+                os.kill(os.getpid(), number)
+            return []
+
+    monkeypatch.setattr(live, "Watch", Signalled)
+    assert main(["watch", "--", "sleep", "60"]) == 128 + number
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_recording_in_order_from_its_first_moment(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
@@ -251,26 +314,16 @@ def test_a_signal_ends_a_recording_in_order_from_its_first_moment(
     """Also a terminal that goes away: probes that stay behind slow every call down."""
     closed: list[bool] = []
 
-    class Recording:
+    class Signalled(Recording):
         def __init__(self, *_: object) -> None:
-            self.forms: dict[str, str] = {}
-            self.unfinished: list[tuple[int, str, str]] = []
-            self.trace = Trace()
+            super().__init__()
             os.kill(os.getpid(), number)
-
-        def __enter__(self) -> Recording:
-            return self
 
         def __exit__(self, *_: object) -> None:
             closed.append(True)
 
-        def events(self) -> list[object]:
-            return []
-
-        stop = events
-
     before = signal.signal(number, signal.default_int_handler)
-    monkeypatch.setattr(live, "Watch", Recording)
+    monkeypatch.setattr(live, "Watch", Signalled)
     try:
         assert main(["watch"]) == 0
         assert signal.getsignal(number) is signal.default_int_handler

@@ -13,7 +13,7 @@ from pyvhostvdpa.trace import clocks, records
 from pyvhostvdpa.trace.downtime import milliseconds
 from pyvhostvdpa.trace.infer import infer, pieces
 from pyvhostvdpa.trace.phases import CANCEL_START, DEST, DEST_PREMAP, DEST_START, DT1, DT2, DT2_STOP
-from pyvhostvdpa.trace.recorder import Trace
+from pyvhostvdpa.trace.recorder import Event, Trace
 from pyvhostvdpa.trace.summary import summarize
 
 C, D = "/dev/vhost-vdpa-2", "/dev/vhost-vdpa-3"
@@ -210,6 +210,114 @@ def test_another_guest_that_boots_behind_the_stop_is_not_a_destination() -> None
     other.start()
     sort(trace)
     assert infer(trace).migrations == []
+
+
+@pytest.mark.parametrize("end", ["killed", "reset"])
+def test_guest_that_boots_long_after_another_was_killed_has_not_come_from_it(end: str) -> None:
+    """A device that cannot be suspended is stopped by a reset: where its guest stood is not known."""
+    trace = Trace()
+    other, here = waiting(trace, B), started(trace, A)
+    if end == "reset":
+        here.call("VHOST_VDPA_SET_STATUS", status=0)
+        here.unmap_memory()
+    here.close()
+    other.at = here.at + 3_600_000 * MS
+    other.base = 0
+    other.start()
+    sort(trace)
+    assert infer(trace).migrations == []
+
+
+def test_process_that_is_killed_while_its_guest_migrates_hands_nothing_over() -> None:
+    """Another guest arrives on another device a while later."""
+    trace = Trace()
+    other, here = waiting(trace, B), started(trace, A)
+    switch(here)
+    here.close()
+    other.at = here.at + 60_000 * MS
+    other.start()
+    sort(trace)
+    (migration,) = infer(trace).migrations
+    assert (migration.dt1_ms is not None, migration.start) == (True, None)
+
+
+@pytest.mark.parametrize("end", ["suspended", "closed"])
+def test_start_whose_last_call_was_under_way_is_another_guests(end: str) -> None:
+    trace = Trace()
+    other, here = waiting(trace, B), started(trace, A)
+    if end == "suspended":
+        here.call("VHOST_VDPA_SUSPEND")
+    else:
+        here.close()
+    other.at = here.at - 3_000 * MS
+    other.prepare()
+    for index in range(other.queues):
+        other.call("VHOST_VDPA_SET_VRING_ENABLE", index=index, num=1)
+    other.call("VHOST_VDPA_SET_STATUS", 20_000 * MS, status=15)
+    sort(trace)
+    assert infer(trace).migrations == []
+
+
+def migrating_at_once(pids: tuple[int, int, int, int], other_features: int = 0) -> list[tuple[str, str]]:
+    """A and C migrate at the same time, to B and D; D runs before B does. Returns the pairs that are found."""
+    trace = Trace()
+    to_b, to_d = waiting(trace, B, pids[2]), waiting(trace, D, pids[3])
+    a, c = started(trace, A, pids[0]), Vmm(trace, C)
+    for each in (c, to_d):
+        each.features ^= other_features
+    c.open(pids[1])
+    c.start()
+    c.at = a.at + MS
+    switch(a)
+    switch(c)
+    a.at = c.at = max(a.at, c.at) + 1_000 * MS
+    stop_for_good(a)
+    stop_for_good(c)
+    to_d.at = max(a.at, c.at) + MS
+    to_d.start()
+    to_b.at = to_d.at + MS
+    to_b.start()
+    sort(trace)
+    found = infer(trace).migrations
+    return [(each.source.device, each.destination.device) for each in found if each.destination]
+
+
+def test_guests_that_migrate_at_once_are_told_apart_by_their_features() -> None:
+    assert migrating_at_once((101, 102, 201, 202), other_features=1 << 15) == [(A, B), (C, D)]
+
+
+def test_devices_of_one_guest_go_to_one_process() -> None:
+    """Another guest's device, which runs before the second of them, is not taken for it."""
+    trace = Trace()
+    there = [waiting(trace, "/dev/vhost-vdpa-5", 200), waiting(trace, "/dev/vhost-vdpa-6", 200)]
+    other = waiting(trace, "/dev/vhost-vdpa-7", 300)
+    here = [started(trace, A, 100), started(trace, B, 100)]
+    for each in here:
+        switch(each)
+    end = max(each.at for each in here) + 1_000 * MS
+    for each in here:
+        each.at = end
+        stop_for_good(each)
+        end = each.at
+    for each in (there[0], other, there[1]):
+        each.at = end + MS
+        each.start()
+        end = each.at
+    sort(trace)
+    found = [(each.source.device, each.destination and each.destination.pid) for each in infer(trace).migrations]
+    assert found == [(A, 200), (B, 200)]
+
+
+def test_note_that_comes_late_is_in_no_phase() -> None:
+    trace = Trace()
+    times = migrated(trace)
+    within = next(n for n, e in enumerate(trace.events) if e.device == A and e.t_begin > times["dt2"][0])
+    at = times["dt1"][1]
+    trace.events.insert(within, Event(at, at, A, "", "ring_pages", {"index": 0, "runs": 1, "pages": 2}, None))
+    stamped = infer(trace).trace
+    assert [event.phase for event in stamped.events if event.result is None] == [""]
+    begin = min(event.t_begin for event in stamped.events if event.phase == DT2_STOP)
+    assert begin == times["dt2"][0]
 
 
 def test_recording_of_the_source_alone_has_its_downtimes() -> None:

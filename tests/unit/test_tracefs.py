@@ -81,6 +81,32 @@ def test_first_form_that_the_kernel_takes_is_used(fake: Path, monkeypatch: pytes
     assert len(asked) == 4
 
 
+@pytest.mark.parametrize("words_at_the_end", [False, True])
+def test_arguments_are_recorded_at_the_begin_where_the_end_has_none(
+    fake: Path, monkeypatch: pytest.MonkeyPatch, words_at_the_end: bool
+) -> None:
+    """Linux 6.6 to 6.8 know fields by name, and no arguments of a function that returns."""
+
+    defined: dict[str, str] = {}
+
+    def take(path: Path, line: str) -> None:
+        kind, _, name = line.split(maxsplit=1)[0].partition(":")
+        if kind == "-":
+            del defined[name]
+        elif name.endswith("_end") and "a0=" in line and not words_at_the_end:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        else:
+            assert name not in defined
+            defined[name] = line
+        path.write_text("".join(defined.values()))
+
+    monkeypatch.setattr(tracefs, "_append", take)
+    forms = tracefs.Tracefs(fake).define_all("g", PROBES)
+    assert {f"g/{name}": f"{form}\n" for name, form in forms.items()} == defined
+    assert ("a3=" in forms["ioctl"], "a3=" in forms["ioctl_end"]) == (not words_at_the_end, words_at_the_end)
+    assert "rdev=" in forms["ioctl"]
+
+
 @pytest.mark.parametrize(
     ("symbols", "hint"),
     [("ffff t vhost_net_open\t[vhost_net]\n", "modprobe vhost_vdpa"), ("ffff t vhost_vdpa_open\t[x]\n", "error_log")],

@@ -169,6 +169,37 @@ def test_arguments_are_named_as_the_door_names_them() -> None:
     ]
 
 
+def test_what_a_request_reads_is_unknown_where_its_argument_is_recorded_at_the_begin() -> None:
+    """Kernels before 6.9: what lies there then is whatever the caller had in that memory."""
+    kernel = Kernel()
+    kernel.open(100)
+    for name, argument in (
+        ("VHOST_GET_FEATURES", struct.pack("=Q", 0x7FFD_1234_5678)),
+        ("VHOST_GET_VRING_BASE", struct.pack("=II", 2, 99)),
+        ("VHOST_VDPA_GET_IOVA_RANGE", struct.pack("=QQ", 1, 2)),
+        ("VHOST_SET_FEATURES", struct.pack("=Q", 6)),
+        ("VHOST_SET_VRING_BASE", struct.pack("=II", 2, 7)),
+    ):
+        words = struct.unpack("=4Q", argument.ljust(32, b"\0"))
+        begin = {f"a{place}": word for place, word in enumerate(words)}
+        kernel.put("ioctl", 100, rdev=RDEV, cmd=IOCTLS[name].request, **begin)
+        kernel.put("ioctl_end", 100, ret=0)
+    assert events(kernel)[1:] == [
+        ("VHOST_GET_FEATURES", {}, 0),
+        ("VHOST_GET_VRING_BASE", {"index": 2}, 0),
+        ("VHOST_VDPA_GET_IOVA_RANGE", {}, 0),
+        ("VHOST_SET_FEATURES", {"features": 6}, 0),
+        ("VHOST_SET_VRING_BASE", {"index": 2, "num": 7}, 0),
+    ]
+
+
+def test_name_of_a_program_cannot_forge_a_line() -> None:
+    kernel = Kernel()
+    kernel.put("open", 100, rdev=RDEV, comm="x\r\n[0] y\x1b[1m")
+    kernel.put("open_end", 100, ret=0)
+    assert events(kernel) == [("open", {"pid": 100, "comm": "x??[0] y?[1m"}, 0)]
+
+
 def test_messages_have_what_their_type_gives_a_meaning_to() -> None:
     kernel = Kernel()
     kernel.open(100)

@@ -27,6 +27,7 @@ class Vmm:
         self.gpa = LOW
         self.base = 0
         """Where the guest's own rings continue; shadow rings begin at 0."""
+        self.features = FEATURES
 
     def call(self, event: str, ns: int | None = None, result: int | None = 0, **fields: int | str) -> None:
         begin = self.at + 10_000
@@ -68,7 +69,7 @@ class Vmm:
     def _begin_start(self) -> None:
         self.call("VHOST_VDPA_GET_STATUS", status=0)
         self.call("VHOST_VDPA_SET_STATUS", status=3)
-        self.call("VHOST_SET_FEATURES", features=FEATURES)
+        self.call("VHOST_SET_FEATURES", features=self.features)
         self.call("VHOST_VDPA_SET_STATUS", status=11)
 
     def _rings(self, shadow: bool) -> None:
@@ -88,10 +89,14 @@ class Vmm:
                 self.call("VHOST_SET_VRING_ADDR", index=index, desc=at, avail=at + 0x1000, used=at + 0x2000)
             self.call("VHOST_SET_VRING_KICK", index=index, fd=20 + index)
 
-    def start(self, shadow: bool = False, moved: int = 0, ns: int | None = None) -> None:
+    def prepare(self, shadow: bool = False, moved: int = 0, ns: int | None = None) -> None:
+        """All of a start that comes before the device runs."""
         self._begin_start()
         self.map_memory(moved, ns)
         self._rings(shadow)
+
+    def start(self, shadow: bool = False, moved: int = 0, ns: int | None = None) -> None:
+        self.prepare(shadow, moved, ns)
         self.call("VHOST_VDPA_SET_STATUS", status=15)
         self.call("VHOST_VDPA_SET_VRING_ENABLE", index=self.queues - 1, num=1)
         for index in range(self.queues - 1):
