@@ -23,6 +23,8 @@ class Extension:
         """Compile an unchanged copy of the project, and keep its objects; LabError if that fails."""
         self.kept.mkdir()
         self._build("fill", copy)
+        if not any(self.kept.rglob("*.o")):
+            raise LabError("no object was kept", f"setuptools compiles in another way than {SCRIPT.name} knows.")
 
     def install(self, copy: Path, site: Path) -> None:
         """Put the extension module of a changed copy in an installed package; LabError if it cannot be built."""

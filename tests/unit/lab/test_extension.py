@@ -5,13 +5,14 @@ import sys
 
 import pytest
 
+from labkit.errors import LabError
 from labkit.extension import SCRIPT, Extension
 
 # Of setuptools what the script uses: each file that is compiled is told.
 SETUPTOOLS = {
     "__init__.py": """
 from pathlib import Path
-from ._distutils.unixccompiler import UnixCCompiler
+from distutils.unixccompiler import UnixCCompiler
 
 def setup(script_args):
     target, temporary = Path(script_args[3]), Path(script_args[5])
@@ -22,8 +23,8 @@ def setup(script_args):
         UnixCCompiler()._compile(str(objects[-1]), source, ".c", [], [], [])
     (target / "module.so").write_text("".join(path.read_text() for path in objects))
 """,
-    "_distutils/__init__.py": "",
-    "_distutils/unixccompiler.py": """
+    "../distutils/__init__.py": "",
+    "../distutils/unixccompiler.py": """
 from pathlib import Path
 
 class UnixCCompiler:
@@ -61,6 +62,13 @@ def test_only_what_differs_is_compiled_again(build):
     assert build("fill") == (["build/_cdefs.c", "cdefs/a.c", "cdefs/b.c"], "<g><a><b>")
     assert build("use", **{"b.c": "changed"}) == (["cdefs/b.c"], "<g><a><changed>")
     assert build("use") == ([], "<g><a><b>")
+
+
+def test_objects_that_nobody_kept_are_an_error(tmp_path):
+    recorder = Recorder()
+    (tmp_path / "one").mkdir()
+    with pytest.raises(LabError, match="no object was kept"):
+        Extension(recorder, recorder, tmp_path / "kept").compile(tmp_path / "one/project")
 
 
 class Recorder:

@@ -7,6 +7,7 @@ To fill it is to keep what is compiled. The flags are setuptools' own.
 """
 
 import filecmp
+import importlib
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,16 +15,17 @@ from pathlib import Path
 from unittest.mock import patch
 
 from setuptools import setup
-from setuptools._distutils.unixccompiler import UnixCCompiler
 
 GENERATED = Path("build/_cdefs.c")
 
 
 def main(fill: bool, kept: Path, target: str) -> None:
     """Build into a folder."""
-    compile_one: Callable[..., None] = UnixCCompiler._compile
+    # by the name under which setuptools imports its copy of distutils: by its place it is another module
+    compiler = importlib.import_module("distutils.unixccompiler").UnixCCompiler
+    compile_one: Callable[..., None] = compiler._compile
 
-    def compile_or_copy(self: UnixCCompiler, made: str, source: str, *others: object) -> None:
+    def compile_or_copy(self: object, made: str, source: str, *others: object) -> None:
         known, known_object = kept / source, kept / f"{source}.o"
         if known_object.exists() and filecmp.cmp(known, source, shallow=False):
             shutil.copyfile(known_object, made)
@@ -40,7 +42,7 @@ def main(fill: bool, kept: Path, target: str) -> None:
     else:
         GENERATED.parent.mkdir(exist_ok=True)
         shutil.copyfile(kept / GENERATED, GENERATED)
-    with patch.object(UnixCCompiler, "_compile", compile_or_copy):
+    with patch.object(compiler, "_compile", compile_or_copy):
         setup(script_args=["-q", "build_ext", "--build-lib", target, "--build-temp", "build/temp"])
 
 
