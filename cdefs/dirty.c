@@ -19,6 +19,7 @@
 
 #define UFFD_USER_MODE_ONLY 1
 #define UFFD_API 0xaaULL
+#define UFFD_FEATURE_EVENT_REMAP (1ULL << 2)
 #define UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1ULL << 12)
 #define UFFD_FEATURE_WP_ASYNC (1ULL << 15)
 #define UFFDIO_REGISTER_MODE_WP (1ULL << 1)
@@ -43,6 +44,8 @@ struct uffd_writeprotect {
 #define PM_SCAN_WP_MATCHING (1ULL << 0)
 #define PM_SCAN_CHECK_WPASYNC (1ULL << 1)
 #define PAGE_IS_WRITTEN (1ULL << 1)
+#define PAGE_IS_PRESENT (1ULL << 3)
+#define PAGE_IS_SWAPPED (1ULL << 4)
 
 struct scanned {
 	uint64_t start, end, categories;
@@ -160,7 +163,9 @@ int written_open(void)
 {
 	struct uffd_api api = {
 		.api = UFFD_API,
-		.features = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
+		/* the event is for set_aside.c */
+		.features = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_HUGETLBFS_SHMEM |
+			    UFFD_FEATURE_EVENT_REMAP,
 	};
 	int fd = (int)syscall(SYS_userfaultfd,
 			      UFFD_USER_MODE_ONLY | O_CLOEXEC | O_NONBLOCK);
@@ -196,7 +201,8 @@ int written_watch(int uffd, uint8_t *start, uint64_t size)
 	return 0;
 }
 
-int written_collect(int pagemap, uint8_t *start, uint64_t size, uint64_t *bits)
+static int collect(int pagemap, uint8_t *start, uint64_t size, uint64_t *bits,
+		   uint64_t any_of)
 {
 	struct scanned found[SCANNED];
 	struct scan scan = {
@@ -207,6 +213,7 @@ int written_collect(int pagemap, uint8_t *start, uint64_t size, uint64_t *bits)
 		.vec = (uintptr_t)found,
 		.vec_len = SCANNED,
 		.category_mask = PAGE_IS_WRITTEN,
+		.category_anyof_mask = any_of,
 		.return_mask = PAGE_IS_WRITTEN,
 	};
 
@@ -224,6 +231,20 @@ int written_collect(int pagemap, uint8_t *start, uint64_t size, uint64_t *bits)
 		scan.start = scan.walk_end;
 	}
 	return 0;
+}
+
+int written_collect(int pagemap, uint8_t *start, uint64_t size, uint64_t *bits)
+{
+	return collect(pagemap, start, size, bits, 0);
+}
+
+int written_collect_used(int pagemap, uint8_t *start, uint64_t size, uint64_t *bits)
+{
+	/*
+	 * A page that has no entry counts as written (pagemap_scan_pmd_entry(),
+	 * and whole tables that are missing). One that is swapped by its entry is on its way to another place.
+	 */
+	return collect(pagemap, start, size, bits, PAGE_IS_PRESENT | PAGE_IS_SWAPPED);
 }
 
 void written_soft_dirty(const uint64_t *entries, uint64_t count, uint64_t pages,

@@ -67,12 +67,26 @@ int written_watch(int uffd, uint8_t *start, uint64_t size);
  * step a page. pagemap is /proc/self/pagemap. 0 or errno.
  */
 int written_collect(int pagemap, uint8_t *start, uint64_t size, uint64_t *bits);
+/* The same behind aside_move(): a page that has no entry was not used. */
+int written_collect_used(int pagemap, uint8_t *start, uint64_t size, uint64_t *bits);
 /*
  * The same from pagemap's entries, each of pages guest pages: those that are
  * soft-dirty, and absent ones, whose state it does not show.
  */
 void written_soft_dirty(const uint64_t *entries, uint64_t count, uint64_t pages,
 			uint64_t *bits, uint64_t first);
+
+/* Addresses for the page tables of a mapping; NULL if there are none left. unmap_memory() gives them back. */
+uint8_t *aside_reserve(const uint8_t *start, uint64_t size);
+/*
+ * Move the page tables of a watched mapping of a file to reserved addresses,
+ * which are watched too. The mapping has none behind it: what is in its tables
+ * later was used since. 0, or errno and nothing has changed.
+ */
+int aside_move(int uffd, uint8_t *start, uint64_t size, uint8_t *aside);
+/* Keep what is used of a mapping from now on from being swapped out, or no longer; 0 or errno. */
+int lock_used(uint8_t *start, uint64_t size);
+int unlock_used(uint8_t *start, uint64_t size);
 
 /* ---------------------------------------------------------------------- */
 /* Pages on the stream                                                     */

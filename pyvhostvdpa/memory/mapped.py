@@ -109,8 +109,10 @@ class SharedMemory(MappedMemory):
 
     def __init__(self, name: str, size: int, progress: ProgressCallback = lambda done: None) -> None:
         super().__init__(-(-size // PAGE_SIZE) * PAGE_SIZE)
+        self.pooled = from_pool(self.size)
+        """Whether it is of the kernel's pool of huge pages."""
         # the pool needs a flag; memory that becomes contiguous on advice needs none
-        self._map_file(name, os.MFD_HUGETLB if from_pool(self.size) else 0, HUGE_PAGE)
+        self._map_file(name, os.MFD_HUGETLB if self.pooled else 0, HUGE_PAGE)
         lib.advise_huge(self._address, self.size)
         try:
             self.populate(progress)

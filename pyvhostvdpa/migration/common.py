@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..base.errors import VhostVdpaError
 from ..guest.shape import GuestShape
@@ -29,9 +29,12 @@ HAND_OVER_SECONDS = 60.0
 _HASHED_PER_SECOND = 50 << 20
 
 
-def hash_bytes(memory: GuestMemory) -> bytes:
-    """Return the hash of guest memory, which must not be written meanwhile, as it goes over the stream."""
-    return memory_hash(memory).to_bytes(8, "big")
+def hash_bytes(memory: GuestMemory, c_map: Any = None) -> bytes:
+    """Return the hash of guest memory, which must not be written meanwhile, as it goes over the stream.
+
+    ``c_map`` as :func:`memory_hash` takes it.
+    """
+    return memory_hash(memory, c_map=c_map).to_bytes(8, "big")
 
 
 def patience(shape: GuestShape) -> float:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from .._cdefs import ffi, lib
 from ..base.errors import MissingFeature, VhostVdpaError
 from ..base.eventfds import close_all
 from ..device.together import together
+from ..memory.aside import TablesAside, address
 from ..memory.guest import GUEST_PAGE, PAGE_SIZE, Gpa, GuestMemory, Region, bitmap_words
 
 _PAGEMAP = "/proc/self/pagemap"
@@ -183,6 +185,7 @@ class DirtyTracker:
         self._cpus = os.cpu_count() or 1
         self._uffd = -1
         self._pagemap: int | None = None
+        self._aside: TablesAside | None = None
 
     @property
     def atomic(self) -> bool:
@@ -217,7 +220,7 @@ class DirtyTracker:
         if self._uffd < 0:
             _check("userfaultfd", -self._uffd)
         for region in self._memory.regions:
-            _check("userfaultfd write protection", lib.written_watch(self._uffd, _address(region), region.size))
+            _check("userfaultfd write protection", lib.written_watch(self._uffd, address(region), region.size))
 
     def collect(self) -> PageSet:
         """Return what was written since the last time; see :attr:`atomic`."""
@@ -246,26 +249,50 @@ class DirtyTracker:
             self._read_soft_dirty(region, bits)
         Path(_CLEAR_REFS).write_bytes(_CLEAR_SOFT_DIRTY)
 
+    def look_at_used(self, pages: PageSet) -> Any | None:
+        """Let :meth:`collect` and :meth:`scan_into` look at those pages only that are used from now on, if that works.
+
+        They take no longer for more memory then (:mod:`pyvhostvdpa.memory.aside`). To ``pages`` is added what was
+        written until now, which takes as long as a look before. What is only read between this and the next look is
+        reported too, once. Returns guest memory as C is to read it, so that nothing counts as used by that; None if
+        nothing has changed. Raises :class:`MissingFeature` if the tracker cannot be used any more.
+        """
+        if self._pagemap is None or self._aside is not None or self.interface is not Interface.PAGEMAP_SCAN:
+            return None
+        with suppress(MissingFeature):
+            self._aside = TablesAside(self._memory, self._uffd)
+        if self._aside is None:
+            return None
+        self._aside.move()
+        self._scan_all(pages, self._aside.moved)
+        return self._aside.read_through() if self._aside.moved else None
+
     def _scan(self, pages: PageSet) -> None:
-        """Ask the kernel for what was written; a large memory in parts, on all CPUs at once."""
+        """Ask the kernel for what was written."""
+        used = self._aside.moved if self._aside else {}
+        for region, bits in zip(self._memory.regions, pages.bits, strict=True):
+            if region in used:
+                found = lib.written_collect_used(self._pagemap, address(region), region.size, bits)
+                _check("PAGEMAP_SCAN", found)
+        self._scan_all(pages, {region: address(region) for region in self._memory.regions if region not in used})
+
+    def _scan_all(self, pages: PageSet, regions: Mapping[Region, Any]) -> None:
+        """Look at all page tables of ``regions``, which are there; of a large memory in parts, on all CPUs at once."""
         # of private memory the kernel knows huge pages: a thread takes longer to be made than it has to look
         least = _SCAN_HUGE_MIN if self._memory.private else _SCAN_MIN
-        if self._memory.size <= least:
-            for region, bits in zip(self._memory.regions, pages.bits, strict=True):
-                self._scan_part(region, 0, region.size, bits)
-            return
-        step = max(least, -(-self._memory.size // self._cpus // _SCAN_ALIGN) * _SCAN_ALIGN)
+        size = sum(region.size for region in regions)
+        step = size if size <= least else max(least, -(-size // self._cpus // _SCAN_ALIGN) * _SCAN_ALIGN)
         parts = [
-            partial(self._scan_part, region, offset, min(step, region.size - offset), bits)
+            partial(self._scan_part, regions[region] + offset, min(step, region.size - offset), bits, offset)
             for region, bits in zip(self._memory.regions, pages.bits, strict=True)
+            if region in regions
             for offset in range(0, region.size, step)
         ]
-        together(parts, at_most=self._cpus)
+        together(parts, at_most=self._cpus if size > least else 1)
 
-    def _scan_part(self, region: Region, offset: int, size: int, bits: Any) -> None:
+    def _scan_part(self, at: Any, size: int, bits: Any, offset: int) -> None:
         # parts begin at a word of the bitmap, so that no two threads write the same one
-        words = bits + offset // _SCAN_ALIGN
-        _check("PAGEMAP_SCAN", lib.written_collect(self._pagemap, _address(region) + offset, size, words))
+        _check("PAGEMAP_SCAN", lib.written_collect(self._pagemap, at, size, bits + offset // _SCAN_ALIGN))
 
     def _read_soft_dirty(self, region: Region, bits: Any) -> None:
         assert self._pagemap is not None
@@ -281,7 +308,10 @@ class DirtyTracker:
         self._memory.stop_dirty_log()
         fds = (self._uffd, -1 if self._pagemap is None else self._pagemap)
         self._uffd, self._pagemap = -1, None
+        aside, self._aside = self._aside, None
         close_all(fds)
+        if aside is not None:
+            aside.close()
 
     def __enter__(self) -> Self:
         self.start()
@@ -291,10 +321,6 @@ class DirtyTracker:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
-
-
-def _address(region: Region) -> Any:
-    return ffi.cast("uint8_t *", region.memory.hva)
 
 
 def _check(what: str, error: int) -> None:

@@ -116,13 +116,17 @@ def stream_sum(data: Buffer) -> int:
     return int(lib.stream_sum(view, len(view)))
 
 
-def memory_hash(memory: GuestMemory, progress: Moved = lambda done, total: None) -> int:
-    """Return a 64-bit hash of where guest memory is and what it holds; only a paused guest has one."""
+def memory_hash(memory: GuestMemory, progress: Moved = lambda done, total: None, c_map: Any = None) -> int:
+    """Return a 64-bit hash of where guest memory is and what it holds; only a paused guest has one.
+
+    ``c_map`` is where C reads it, if that is not in its own place.
+    """
     done, parts = 0, []
-    for region in memory.regions:
+    c_map = memory.c_map if c_map is None else c_map
+    for number, region in enumerate(memory.regions):
         for at in range(0, region.size, _HASH_STEP):
             size = min(_HASH_STEP, region.size - at)
-            part = lib.stream_sum(ffi.cast("uint8_t *", region.memory.hva + at), size)
+            part = lib.stream_sum(c_map.regions[number].hva + at, size)
             parts += [region.gpa + at, size, part]
             done += size
             progress(done, memory.size)
@@ -161,12 +165,16 @@ class PageSender:
         self._zeros = ffi.new("struct page_run[]", lib.FRAME_RUNS)
         self._rounds: list[RoundStatistics] = []
         self._c: Any = ffi.new("struct page_sender *")
-        self._c.memory = memory.c_map
+        self.read_through(memory.c_map)
         self._c.frame = ffi.from_buffer("uint8_t[]", self._frame)
         self._c.zeros = self._zeros
         self._c.cancel = channel.cancel
         self._c.stall = int(channel.stall * 1e9)
         self.limit = limit
+
+    def read_through(self, c_map: Any) -> None:
+        """Read memory from now on where ``c_map`` says that it is."""
+        self._c_map = self._c.memory = c_map
 
     @property
     def limit(self) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from ..base.errors import MigrationFailed
 from ..guest.protocol import Guest
@@ -37,6 +38,8 @@ class Rounds:
         """The pages for the last round."""
         self.left_by_devices = PageSet(guest.memory)
         """Those of :attr:`left` that the devices were seen to write."""
+        self.c_map: Any = guest.memory.c_map
+        """Where C reads guest memory."""
 
     @property
     def atomic(self) -> bool:
@@ -61,11 +64,14 @@ class Rounds:
                 f"round {len(self.statistics)}: {_speed(self.statistics[-1])}; "
                 f"{pages.bytes >> 10:,} KiB written since, {takes}"
             )
-            if converging.done(pages, self._sender.bandwidth) and pages.count and not short:
-                # this round is known to be short: the guest runs for it, and is paused for what it writes meanwhile
+            done = converging.done(pages, self._sender.bandwidth)
+            if done and not short:
                 short = True
-                continue
-            if converging.done(pages, self._sender.bandwidth):
+                self._look_at_used(pages)
+                if pages.count:
+                    # this round is known to be short: the guest runs for it, and is paused for what it writes meanwhile
+                    continue
+            if done:
                 self.left = pages
                 self.left_by_devices.update(self._tracker.written_by_devices)
                 return
@@ -75,6 +81,16 @@ class Rounds:
                     f"{pages.bytes >> 10:,} KiB are left, {takes}",
                     hint="allow a longer downtime, or a faster stream, or let the guest write less",
                 )
+
+    def _look_at_used(self, pages: PageSet) -> None:
+        """Make looks short from here on; add to ``pages`` what was written until now."""
+        c_map = self._tracker.look_at_used(pages)
+        if c_map is not None:
+            self._read_through(c_map)
+
+    def _read_through(self, c_map: Any) -> None:
+        self.c_map = c_map
+        self._sender.read_through(c_map)
 
     def collect_written_by_cpu(self) -> None:
         """Add to :attr:`left` what the guest's CPU has written since; the guest is paused."""
@@ -91,6 +107,8 @@ class Rounds:
 
     def stop(self) -> None:
         """Watch memory no more. Idempotent; it takes longer the more memory there is."""
+        # what is read through is unmapped with the tracker
+        self._read_through(self._guest.memory.c_map)
         self._tracker.stop()
 
     def _collect(self) -> PageSet:

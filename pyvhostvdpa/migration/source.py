@@ -296,7 +296,7 @@ class Source:
         if self._leaving is not None and self._leaving.await_ready():
             self._note_ready()
             return
-        ours = hash_bytes(self.guest.memory) if self.options.hashed else b""
+        ours = hash_bytes(self.guest.memory, self._rounds.c_map) if self.options.hashed else b""
         assert self._fence is not None
         kind, theirs = self.channel.expect(Frame.READY, Frame.FAILED, seconds=max(1.0, self._fence.left - MARGIN))
         self._note_ready()

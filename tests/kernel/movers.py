@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.memory.guest import GUEST_PAGE, GuestMemory
@@ -36,6 +37,10 @@ class Copy:
 
     def move(self, pages: PageSet) -> RoundStatistics:
         return self._sender.send(pages)
+
+    def read_through(self, c_map: Any) -> None:
+        """Read the original where C says that it is."""
+        self._sender.read_through(c_map)
 
     def finish(self) -> None:
         """Wait until all that was sent is in the copy."""

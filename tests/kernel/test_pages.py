@@ -12,6 +12,7 @@ import pytest
 from conftest import RunningGuest
 from movers import GuestCpu, copying
 
+from pyvhostvdpa.memory import aside
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GUEST_PAGE, HUGE_PAGE, Gpa, GuestMemory
 from pyvhostvdpa.migration.dirty import DirtyTracker, Interface, PageSet, probe_interface
 from pyvhostvdpa.migration.pages import memory_hash
@@ -159,6 +160,38 @@ def test_dirty_tracker_reports_device_writes(guest: RunningGuest) -> None:
 
 def test_dirty_tracker_reports_device_writes_past_the_page_tables(pinned_guest: RunningGuest) -> None:
     precopy_with_traffic(pinned_guest)
+
+
+def test_no_write_of_cpu_or_device_is_missed_while_page_tables_are_moved_aside(
+    guest: RunningGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aside, "_MIN", 1)
+    guest.device.start_shadow(guest.nic.queues)
+    size = guest.memory.regions[0].size // 4
+    cpu = GuestCpu(guest.memory, guest.memory.regions[0].size - size, size // GUEST_PAGE, 2000)
+    with setting(SHMEM_HUGE, "never"), copying(guest.memory) as copy, DirtyTracker(guest.memory) as tracker:
+        guest.traffic.run()
+        with cpu.running():
+            copy.move(PageSet.all(guest.memory))
+            guest.receives(500)
+            pages = tracker.collect()
+            through = tracker.look_at_used(pages)
+            assert through is not None
+            copy.read_through(through)
+            copy.move(pages)
+            for _ in range(8):
+                guest.receives(200)
+                copy.move(tracker.collect())
+        guest.traffic.pause()
+        guest.device.stop()
+        last = tracker.collect()
+        assert last.count < size // GUEST_PAGE
+        copy.move(last)
+        copy.finish()
+        ours = memory_hash(guest.memory, c_map=through)
+        assert memory_hash(copy.memory) == ours == memory_hash(guest.memory)
+    cpu.close()
+    assert guest.memory.lost == 0
 
 
 def test_only_shadow_virtqueues_know_what_a_pinning_device_writes(pinned_guest: RunningGuest) -> None:

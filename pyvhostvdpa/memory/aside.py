@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""Page tables of guest memory that were moved aside, so that those in its place show only what was used since.
+
+A look at what was written goes through all page tables: half a millisecond or more for each GiB of a file's memory, of
+which the kernel knows each page. That is too long while a guest is paused. Without page tables a mapping keeps what is
+in it, since that belongs to the file, and each page comes back when it is used (mm/memory.c:do_fault()).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .._cdefs import ffi, lib
+from ..base import sysfs
+from ..base.closing import Closing
+from ..base.errors import MissingFeature
+from . import hugepages
+from .guest import GuestMemory, Region
+from .mapped import SharedMemory
+from .pinned import HUGE_PAGE
+
+_SWAPS = "/proc/swaps"
+_MIN = 64 << 20
+"""Bytes of memory from which on a look at all of its page tables takes longer than to make some of them anew."""
+
+
+def _swap_is_used() -> bool:
+    """Return whether the kernel may swap, also where it does not say."""
+    lines = (sysfs.read(_SWAPS) or "unknown\nunknown").splitlines()
+    return len(lines) > 1
+
+
+def _may_become_huge() -> bool:
+    """Return whether the kernel gives files in memory huge pages: it takes small ones out of page tables for that."""
+    sizes = ("shmem_enabled", f"hugepages-{HUGE_PAGE >> 10}kB/shmem_enabled")
+    return any(hugepages.advisable(hugepages.choice(name)) for name in sizes)
+
+
+class TablesAside(Closing):
+    """The page tables of the regions of ``memory``, moved aside by :meth:`move`.
+
+    ``uffd`` write-protects the memory (``lib.written_watch``), and goes on with both. Raises
+    :class:`MissingFeature` if that would be no gain or not safe: little memory; memory that is not
+    a file's of this process, or in huge pages; swap, where this process may not lock memory
+    (mlock(2)), since a page that is swapped out leaves the page tables. :meth:`close` gives the addresses back;
+    close ``uffd`` first.
+    """
+
+    def __init__(self, memory: GuestMemory, uffd: int) -> None:
+        if memory.size < _MIN:
+            raise MissingFeature(f"{memory.size >> 20} MiB of memory have few page tables")
+        if not all(isinstance(region.memory, SharedMemory) and not region.memory.pooled for region in memory.regions):
+            raise MissingFeature("guest memory is not a file of this process in base pages")
+        if _may_become_huge():
+            raise MissingFeature("the kernel gives files in memory huge pages")
+        self._memory, self._uffd = memory, uffd
+        self._reserved: list[Any] = []
+        self._locked: list[Region] = []
+        try:
+            for region in memory.regions:
+                self._reserve(region)
+        except BaseException:
+            self.close()
+            raise
+        self.moved: dict[Region, Any] = {}
+        """Where the page tables of regions are."""
+
+    def _reserve(self, region: Region) -> None:
+        aside = lib.aside_reserve(address(region), region.size)
+        if aside == ffi.NULL:
+            raise MissingFeature(f"no {region.size >> 20} MiB of addresses are left")
+        self._reserved.append(aside)
+        # whether it may be locked is seen where nothing is yet: there is no way back once page tables are moved
+        self._may_lock = not lib.lock_used(aside, region.size)
+        if not self._may_lock and _swap_is_used():
+            raise MissingFeature("memory may be swapped out, and this process may not lock it")
+
+    def move(self) -> None:
+        """Move the page tables of each region, as long as the kernel can (Linux 5.13).
+
+        Raises :class:`MissingFeature` if what is moved turns out to be swappable: written pages may be missed then.
+        """
+        for region, aside in zip(self._memory.regions, self._reserved, strict=True):
+            if lib.aside_move(self._uffd, address(region), region.size, aside):
+                return
+            self.moved[region] = aside
+            if self._may_lock:
+                self._locked.append(region)
+                if error := lib.lock_used(address(region), region.size):
+                    raise MissingFeature(f"cannot lock guest memory: {os.strerror(error)}")
+
+    def read_through(self) -> Any:
+        """Return guest memory as C sees it, with the regions that are moved where they are now.
+
+        To read there uses no page of guest memory's own page tables.
+        """
+        source = self._memory.c_map
+        self._c_regions = ffi.new("struct memory_region[]", [source.regions[i] for i in range(source.count)])
+        for slot, region in zip(self._c_regions, self._memory.regions, strict=True):
+            slot.hva = self.moved.get(region, slot.hva)
+        return ffi.new("struct memory_map *", {"count": source.count, "regions": self._c_regions})
+
+    def close(self) -> None:
+        """Give the addresses back, and let memory be swapped again. Idempotent; it takes longer for more memory."""
+        locked, self._locked = self._locked, []
+        for region in locked:
+            lib.unlock_used(address(region), region.size)
+        reserved, self._reserved = self._reserved, []
+        for aside, region in zip(reserved, self._memory.regions, strict=False):
+            lib.unmap_memory(aside, region.size)
+
+
+def address(region: Region) -> Any:
+    """Return where a region starts, for C."""
+    return ffi.cast("uint8_t *", region.memory.hva)
