@@ -143,7 +143,8 @@ int touch_frame(struct touch *t, const struct touch_place *from,
 	build(t, from->hva, size);
 	memcpy(sent, from->hva + HEADER, size);
 	memset(to->hva, 0, HEADER + size);
-	post(t, to, size);
+	while ((uint16_t)(t->rx_avail - t->rx_used) <= t->ahead)
+		post(t, to, size);
 	begin = now_ns();
 	send_from(t, from, size);
 	for (;;) {

@@ -21,6 +21,7 @@ struct touch {
 	struct vring rx, tx;
 	int rx_kick, rx_call, tx_kick, tx_call;
 	uint16_t rx_avail, rx_used, tx_avail, tx_used;
+	uint16_t ahead;		/* receive buffers that the device has beside the frame's own */
 	uint64_t seq;
 	int64_t took;		/* ns from the kick to the return of the frame, 0 if it is away */
 };

@@ -29,6 +29,10 @@ MAX_FRAME: int = lib.TOUCH_MAX
 MODES = (State.PASSTHROUGH, State.SHADOW)
 _SETTLE = 10.0
 _FRAME_NS = 5_000_000_000
+_TRIES = 50
+"""How often the first frame is sent within as much time as any other has."""
+_AHEAD = 4
+"""Receive buffers that the device has beside that of the frame: a driver never has just one."""
 
 
 @dataclass(slots=True)
@@ -153,12 +157,19 @@ def _latencies(guest: BenchGuest, mode: State, frames: int, size: int) -> list[i
     (c.rx_kick, c.rx_call), (c.tx_kick, c.tx_call) = ((queue.kick, queue.call) for queue in queues)
     places = [_place(guest, arena.allocate(PAGE_SIZE)) for _ in range(2)]
     lib.touch_start(c)
+    c.ahead = _AHEAD
+
+    def comes_back(grace: int) -> bool:
+        state: int = lib.touch_frame(c, *places, size, time.monotonic_ns() + _FRAME_NS, grace)
+        return state == lib.TOUCH_SENT | lib.TOUCH_BACK
+
     try:
         guest.device.start(mode, queues, guest.control)
         took = []
+        # where what is sent does not go through the relay, the first frame may be faster than the first receive buffers
+        any(comes_back(_FRAME_NS // _TRIES) for _ in range(_TRIES))
         for _ in range(frames):
-            state: int = lib.touch_frame(c, *places, size, time.monotonic_ns() + _FRAME_NS, _FRAME_NS)
-            if state != lib.TOUCH_SENT | lib.TOUCH_BACK:
+            if not comes_back(_FRAME_NS):
                 raise NotProved(
                     f"{guest.device.path}, {mode.value}: a frame did not come back",
                     hint="a device that does not loop back needs a peer that reflects its frames",
