@@ -161,7 +161,7 @@ def _latencies(guest: BenchGuest, mode: State, frames: int, size: int) -> list[i
 
     def comes_back(grace: int) -> bool:
         state: int = lib.touch_frame(c, *places, size, time.monotonic_ns() + _FRAME_NS, grace)
-        return state == lib.TOUCH_SENT | lib.TOUCH_BACK
+        return state == int(lib.TOUCH_SENT | lib.TOUCH_BACK)
 
     try:
         guest.device.start(mode, queues, guest.control)
