@@ -128,13 +128,15 @@ void svq_memory_changed(struct svq *q);
 struct svq_thread {
 	uint32_t count;
 	struct svq **queues;
-	void *pollfds;			/* room for 2 * count + 1 struct pollfd */
+	int epoll;			/* an epoll of this thread alone */
+	int watched;			/* it has the queues' eventfds, which stay the same */
 	int wake;			/* eventfd that ends a wait */
 	int config_call;		/* eventfd to raise when a queue breaks, or -1 */
 	int stop;			/* set by another thread */
 	int inside;			/* a thread works on the rings */
 	int quit;
 	int broken;			/* queues found broken so far */
+	int forgotten;			/* of them, those whose eventfds are not waited for any more */
 	int64_t busy_poll;		/* ns to keep looking before it sleeps */
 	uint64_t rounds, sleeps;
 };

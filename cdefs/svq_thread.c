@@ -1,4 +1,6 @@
 /* SPDX-License-Identifier: MIT */
+#include <sys/epoll.h>
+
 #include "gate.h"
 #include "ring_access.h"
 
@@ -37,8 +39,7 @@ static void tell_of_broken(struct svq_thread *t)
 
 static int ended(const struct svq_thread *t, int64_t deadline)
 {
-	return __atomic_load_n(&t->stop, __ATOMIC_ACQUIRE) ||
-	       now_ns() >= deadline;
+	return is_set(&t->stop) || (deadline != INT64_MAX && now_ns() >= deadline);
 }
 
 static void want_notifications(struct svq_thread *t, int on)
@@ -50,36 +51,66 @@ static void want_notifications(struct svq_thread *t, int on)
 	full_barrier();
 }
 
-/* Whether it may continue. Otherwise it is outside, also if the gate was opened again meanwhile. */
-static int wait_for_notification(struct svq_thread *t, int64_t deadline)
+/* 0, or -1 if it cannot be waited for. One that is there stands for all that have the same number. */
+static int watch(const struct svq_thread *t, int fd)
 {
-	struct pollfd *p = t->pollfds;
-	uint32_t i, n = 2 * t->count;
-	int ready;
+	/* raised since the last look: nothing has to be read, and a count that stays is nobody's */
+	struct epoll_event event = { .events = EPOLLIN | EPOLLET };
+
+	if (fd < 0 || !epoll_ctl(t->epoll, EPOLL_CTL_ADD, fd, &event))
+		return 0;
+	return errno == EEXIST ? 0 : -1;
+}
+
+static void watch_all(struct svq_thread *t)
+{
+	uint32_t i;
+
+	for (i = 0; i < t->count; i++) {
+		struct svq *q = t->queues[i];
+
+		if (!q->broken && (watch(t, q->guest_kick) || watch(t, q->device_call)))
+			q->broken = SVQ_BAD_EVENTFD;
+	}
+	watch(t, t->wake);
+	t->watched = 1;
+}
+
+/* Nobody can keep a thread awake by a queue that is left alone. */
+static void forget_broken(struct svq_thread *t)
+{
+	uint32_t i;
 
 	for (i = 0; i < t->count; i++) {
 		const struct svq *q = t->queues[i];
 
-		/* poll() passes over negative descriptors */
-		p[2 * i].fd = q->broken ? -1 : q->guest_kick;
-		p[2 * i + 1].fd = q->broken ? -1 : q->device_call;
+		if (!q->broken)
+			continue;
+		/* of one that is not there, or closed, there is nothing to forget */
+		epoll_ctl(t->epoll, EPOLL_CTL_DEL, q->guest_kick, NULL);
+		epoll_ctl(t->epoll, EPOLL_CTL_DEL, q->device_call, NULL);
 	}
-	p[n].fd = t->wake;
-	for (i = 0; i <= n; i++)
-		p[i].events = POLLIN;
+	t->forgotten = t->broken;
+}
+
+/* Whether it may continue. Otherwise it is outside. */
+static int wait_for_notification(struct svq_thread *t, int64_t deadline)
+{
+	const int timeout = deadline == INT64_MAX ? -1 : poll_timeout(deadline);
+	struct epoll_event events[16];
+
+	if (!t->watched) {
+		watch_all(t);
+		/* what was raised before is told by the first wait */
+		return 1;
+	}
+	if (t->forgotten != t->broken)
+		forget_broken(t);
 	t->sleeps++;
 	gate_leave(&t->stop, &t->inside);
-	ready = is_set(&t->stop) ? 0 : poll(p, n + 1, poll_timeout(deadline));
-	/* once it is stopped its eventfds may be another's */
-	if (!gate_enter(&t->stop, &t->inside))
-		return 0;
-	for (i = 0; ready > 0 && i <= n; i++) {
-		if (p[i].revents & (POLLNVAL | POLLERR) && i < n)
-			t->queues[i / 2]->broken = SVQ_BAD_EVENTFD;
-		else if (p[i].revents & POLLIN)
-			eventfd_clear(p[i].fd);
-	}
-	return 1;
+	if (!is_set(&t->stop))
+		epoll_wait(t->epoll, events, sizeof(events) / sizeof(*events), timeout);
+	return gate_enter(&t->stop, &t->inside);
 }
 
 /* Relay as long as there is work, and busy_poll longer. */

@@ -10,6 +10,7 @@ starts at 0.
 from __future__ import annotations
 
 import os
+import select
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -170,13 +171,15 @@ class ShadowThread:
 
     def __init__(self, queues: Sequence[ShadowVirtqueue], busy_poll: float = 0.0, config_call: int = -1) -> None:
         self._queues = list(queues)
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        count = len(self._queues)
+        self._epoll = select.epoll()
+        try:
+            self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except OSError:
+            self._epoll.close()
+            raise
         self._array = ffi.new("struct svq *[]", [q.c for q in self._queues])
-        self._pollfds = ffi.new("uint64_t[]", 2 * count + 1)
-        self._c: Any = ffi.new(
-            "struct svq_thread *", {"count": count, "queues": self._array, "pollfds": self._pollfds, "wake": self._wake}
-        )
+        own = {"count": len(self._queues), "queues": self._array, "epoll": self._epoll.fileno(), "wake": self._wake}
+        self._c: Any = ffi.new("struct svq_thread *", own)
         self._c.busy_poll = int(busy_poll * 1e9)
         self._c.config_call = config_call
         self._thread = threading.Thread(target=self._run, name="svq-thread", daemon=True)
@@ -205,6 +208,7 @@ class ShadowThread:
         if self._thread.is_alive():
             self._thread.join()
         wake, self._wake = self._wake, -1
+        self._epoll.close()
         close_all([wake])
 
 

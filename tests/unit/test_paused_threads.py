@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 from collections.abc import Iterator
@@ -148,10 +149,8 @@ def test_a_paused_cpu_is_between_two_pages(memory: GuestMemory) -> None:
 
 
 def test_a_thread_is_stopped_while_it_sleeps_without_being_woken() -> None:
-    wake = os.eventfd(0, os.EFD_NONBLOCK)
-    thread_c = ffi.new(
-        "struct svq_thread *", {"wake": wake, "pollfds": (room := ffi.new("uint64_t[3]")), "config_call": -1}
-    )
+    wake, epoll = os.eventfd(0, os.EFD_NONBLOCK), select.epoll()
+    thread_c = ffi.new("struct svq_thread *", {"wake": wake, "epoll": epoll.fileno(), "config_call": -1})
     thread = threading.Thread(target=lib.svq_thread_serve, args=(thread_c,))
     thread.start()
     until(lambda: thread_c.sleeps)
@@ -165,14 +164,14 @@ def test_a_thread_is_stopped_while_it_sleeps_without_being_woken() -> None:
     thread.join(10)
     assert not thread.is_alive()
     os.close(wake)
-    del room
+    epoll.close()
 
 
 def test_a_thread_that_is_at_work_ends_whenever_it_is_asked_to() -> None:
     """It is asked to keep out and to end at once: a thread about to wait for the gate must not miss the second."""
-    wake, room = os.eventfd(0, os.EFD_NONBLOCK), ffi.new("uint64_t[3]")
+    wake, epoll = os.eventfd(0, os.EFD_NONBLOCK), select.epoll()
     for _ in range(300):
-        busy = {"wake": wake, "pollfds": room, "config_call": -1, "busy_poll": 1 << 50}
+        busy = {"wake": wake, "epoll": epoll.fileno(), "config_call": -1, "busy_poll": 1 << 50}
         thread_c = ffi.new("struct svq_thread *", busy)
         thread = threading.Thread(target=lib.svq_thread_serve, args=(thread_c,), daemon=True)
         thread.start()
@@ -187,11 +186,11 @@ def test_a_thread_that_is_at_work_ends_whenever_it_is_asked_to() -> None:
             lib.svq_thread_end(thread_c)
             thread.join(10)
     os.close(wake)
+    epoll.close()
 
 
 def test_closed_gate_lets_no_thread_in(memory: GuestMemory) -> None:
-    room = ffi.new("uint64_t[1]")
-    thread_c = ffi.new("struct svq_thread *", {"wake": -1, "pollfds": room, "stop": 1})
+    thread_c = ffi.new("struct svq_thread *", {"wake": -1, "epoll": -1, "stop": 1})
     lib.svq_thread_run(thread_c, time.monotonic_ns() + 10_000_000)
     assert (thread_c.rounds, thread_c.inside) == (0, 0)
     nic = GuestNic(memory, NicOptions(ring_size=16))
@@ -205,7 +204,7 @@ def test_closed_gate_lets_no_thread_in(memory: GuestMemory) -> None:
 
 def test_a_gate_that_is_closed_for_good_stays_so() -> None:
     """Stopping a thread that has ended must not make its thread wait until the gate is opened."""
-    thread_c = ffi.new("struct svq_thread *", {"wake": -1, "pollfds": ffi.NULL})
+    thread_c = ffi.new("struct svq_thread *", {"wake": -1, "epoll": -1})
     lib.svq_thread_end(thread_c)
     ended = thread_c.stop
     lib.svq_threads_stop(ffi.new("struct svq_thread *[]", [thread_c]), 1)

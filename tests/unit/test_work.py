@@ -172,8 +172,7 @@ def test_a_crew_waits_for_the_last_of_its_jobs(pipes: Pipes) -> None:
 
 def test_the_jobs_of_a_crew_are_under_way_at_the_same_time() -> None:
     """Each waits for a relay that is at work, until this test has it leave."""
-    room = ffi.new("uint64_t[1]")
-    relays = [ffi.new("struct svq_thread *", {"inside": 1, "wake": -1, "pollfds": room}) for _ in range(2)]
+    relays = [ffi.new("struct svq_thread *", {"inside": 1, "wake": -1, "epoll": -1}) for _ in range(2)]
     lists = [ffi.new("struct svq_thread *[]", [relay]) for relay in relays]
     jobs: Any = ffi.new("struct device_job[]", [{"threads": each, "thread_count": 1} for each in lists])
     crew = lib.crew_make(1)
@@ -197,8 +196,7 @@ def test_the_jobs_of_a_crew_are_under_way_at_the_same_time() -> None:
 @pytest.mark.parametrize("request_", [FIONREAD, 0xAF00])
 def test_queues_change_owner_only_after_every_call_was_made(pipes: Pipes, request_: int) -> None:
     """A device that could not be suspended continues, and so does the thread that serves its queues."""
-    room = ffi.new("uint64_t[1]")
-    relay = ffi.new("struct svq_thread *", {"wake": -1, "pollfds": room})
+    relay = ffi.new("struct svq_thread *", {"wake": -1, "epoll": -1})
     relays, left = ffi.new("struct svq_thread *[]", [relay]), ffi.new("uint16_t[1]", [0xFFFF])
     model = Model()
     model.describe(0, [Segment(BASE + 0x40000, 64)])
@@ -386,14 +384,13 @@ def test_error_beside_the_jobs_comes_when_they_are_done(pipes: Pipes, count: int
 
 def passed_job(pipes: Pipes, passed: Model, base: int) -> tuple[Any, list[Any]]:
     """A job whose device has worked on one ring itself, and reports a base; what C reaches by pointers is kept."""
-    room = ffi.new("uint64_t[1]")
-    relay = ffi.new("struct svq_thread *", {"wake": -1, "pollfds": room})
-    kept: list[Any] = [room, relay, ffi.new("struct svq_thread *[]", [relay]), ffi.new("uint32_t *", base)]
+    relay = ffi.new("struct svq_thread *", {"wake": -1, "epoll": -1})
+    kept: list[Any] = [relay, ffi.new("struct svq_thread *[]", [relay]), ffi.new("uint32_t *", base)]
     rings = GuestRings([passed.queue], passed.memory)
     rings.remember()
     job = pipes.work(0, nothing, nothing).job
-    job.threads, job.thread_count = kept[2], 1
-    rings.fill_stop(job, [kept[3]])
+    job.threads, job.thread_count = kept[1], 1
+    rings.fill_stop(job, [kept[2]])
     return job, [*kept, rings]
 
 
@@ -407,7 +404,7 @@ def test_a_ring_that_the_device_worked_on_itself_is_marked_and_its_base_looked_a
         m.publish(head)
     m.ring.used.ring[0].id, m.ring.used.idx = 0, 1
     lib.jobs_run(job, 1)
-    assert (job.in_order, job.held, bool(kept[1].stop)) == (1, held, True)
+    assert (job.in_order, job.held, bool(kept[0].stop)) == (1, held, True)
     assert bool(lib.jobs_fine(job, 1)) is bool(held)
     used, size = m.queue.parts[2]
     assert set(m.memory.dirty_pages()) == {gpa & ~0xFFF for gpa in range(used, used + size)}
@@ -421,7 +418,7 @@ def test_a_device_out_of_order_keeps_its_queues(pipes: Pipes) -> None:
         m.publish(head)
     m.ring.used.ring[0].id, m.ring.used.idx = 1, 1
     lib.jobs_run(job, 1)
-    assert (job.done, job.in_order, bool(kept[1].stop)) == (1, 0, False)
+    assert (job.done, job.in_order, bool(kept[0].stop)) == (1, 0, False)
     assert not lib.jobs_fine(job, 1)
     assert m.memory.dirty_pages() == []
     m.close()
