@@ -31,7 +31,7 @@ _SETTLE = 10.0
 _FRAME_NS = 5_000_000_000
 _TRIES = 50
 """How often the first frame is sent within as much time as any other has."""
-_AHEAD = 4
+_AHEAD = 64
 """Receive buffers that the device has beside that of the frame: a driver never has just one."""
 
 
@@ -157,7 +157,7 @@ def _latencies(guest: BenchGuest, mode: State, frames: int, size: int) -> list[i
     (c.rx_kick, c.rx_call), (c.tx_kick, c.tx_call) = ((queue.kick, queue.call) for queue in queues)
     places = [_place(guest, arena.allocate(PAGE_SIZE)) for _ in range(2)]
     lib.touch_start(c)
-    c.ahead = _AHEAD
+    c.ahead = min(_AHEAD, queues[0].num // 2)
 
     def comes_back(grace: int) -> bool:
         state: int = lib.touch_frame(c, *places, size, time.monotonic_ns() + _FRAME_NS, grace)
