@@ -1,11 +1,12 @@
 # lab: --devices vdpa_sim_net:2 --devices vdpa_hwsim:0
 """Devices that fetch the guest's own descriptors while they are shadowed, and of which only the rings are relayed.
 
-Not among the tests of every day as long as not all of it passes: --shadow is on trial.
+PYVHOSTVDPA_SOAK_SWITCHES (200, in each way) and PYVHOSTVDPA_SOAK_MIGRATIONS (200, in all) say how often.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -41,6 +42,10 @@ from pyvhostvdpa.memory.guest import DEFAULT_GPA
 from pyvhostvdpa.net.features import CONTROL, RING, SUPPORTED, Feature
 
 IN_PLACE, DIRECT = "in-place", "direct"
+SWITCHES = int(os.environ.get("PYVHOSTVDPA_SOAK_SWITCHES", "200"))
+"""In each way."""
+MIGRATIONS = int(os.environ.get("PYVHOSTVDPA_SOAK_MIGRATIONS", "200"))
+"""In all."""
 WAYS = [(USED, IN_PLACE), (USED_ALL, IN_PLACE), (USED, DIRECT), (USED_ALL, DIRECT)]
 
 
@@ -135,7 +140,7 @@ def test_descriptors_held_at_suspend_are_neither_lost_nor_done_twice(
     guest.start()
     guest.use_all_pairs()
     guest.traffic.run()
-    for _ in range(10):
+    for _ in range(SWITCHES // 2):
         guest.receives(60)
         guest.switch()
         if shadow == USED_ALL:
@@ -247,9 +252,10 @@ def test_an_idle_relay_uses_no_cpu(make: Make) -> None:
 # -- migrations ----------------------------------------------------------------------------------
 
 
-def _migrates(source: str, destination: str, shadow: str, procedure: str | None, pairs: int) -> None:
+def _migrates(source: str, destination: str, shadow: str, procedure: str | None, pairs: int, seconds: float = 3) -> int:
+    """Migrate with memory compared; the frames that came back."""
     guest = GuestOptions(lab.SMALL * 2, pairs=pairs, ring_size=64, write_rate=1 << 20)
-    options = MigrationOptions(guest, SendOptions(downtime=10.0, hashed=True), 3, procedure, shadow)
+    options = MigrationOptions(guest, SendOptions(downtime=10.0, hashed=True), seconds, procedure, shadow)
     report = migrate(source, destination, options)
     frames = report.frames
     assert (frames.lost, frames.duplicated, frames.corrupted) == (0, 0, 0)
@@ -257,15 +263,22 @@ def _migrates(source: str, destination: str, shadow: str, procedure: str | None,
     assert report.bad_pages == 0
     assert report.sent.hash
     assert report.procedure["source"]["shadow"] == shadow
+    return frames.received
 
 
 @pytest.mark.parametrize("base_avail", [0, 1])
 @pytest.mark.parametrize(("shadow", "procedure"), WAYS)
 def test_a_guest_migrates_with_what_the_device_held(shadow: str, procedure: str, base_avail: int) -> None:
+    """As often, in all of these ways together, as MIGRATIONS says."""
     options: dict[str, object] = {"inflight": 8, "base_avail": base_avail}
     source, destination = hwsim.add("hw0", 2, **options), hwsim.add("hw1", 2, **options)
+    times = -(-MIGRATIONS // (2 * len(WAYS)))
     try:
-        _migrates(source.chardev, destination.chardev, shadow, procedure, 2)
+        frames = 0
+        for number in range(times):
+            ends = (source, destination) if number % 2 else (destination, source)
+            frames += _migrates(*(end.chardev for end in ends), shadow, procedure, 2, seconds=1)
+        print(f"{times} migrations, {frames:,} frames, none lost, memory the same each time")
     finally:
         for device in (source, destination):
             hwsim.remove(device.name)
