@@ -1,4 +1,4 @@
-"""A shadow virtqueue moves nearly as many frames as the device does without it, side by side in one run."""
+"""Shadow virtqueues move nearly as many frames as the device does without them, side by side in one run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from hw_guest import HwGuest
 
 from pyvhostvdpa import State
 from pyvhostvdpa.base.uapi import BackendFeature
+from pyvhostvdpa.bench import shadow as bench
+from pyvhostvdpa.bench.stats import percentile
+from pyvhostvdpa.device.shadowing import USED
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
 
 FRAME = 1500
@@ -17,6 +20,7 @@ WINDOW = 64
 """Frames in flight on a pair: the guest sends bursts of as many."""
 ROUNDS, SECONDS = 3, 1.0
 AT_LEAST = 0.8
+MOST_LATENCY = 1.3
 
 
 def frames_per_second(guest: HwGuest) -> float:
@@ -52,3 +56,17 @@ def test_shadowing_costs_a_fifth_of_the_frames_at_most(pairs: int) -> None:
         f"{shadow / passthrough:.3f} of it; {speeds}"
     )
     assert shadow / passthrough >= AT_LEAST
+
+
+@pytest.mark.parametrize("pairs", [1, 4])
+@pytest.mark.parametrize(("frame", "at_least"), [(1500, 0.97), (64, 0.92)])
+def test_relaying_rings_alone_is_nearly_as_fast_as_passthrough(pairs: int, frame: int, at_least: float) -> None:
+    sim = hwsim.add("hw0", pairs)
+    try:
+        report = bench.run(sim.chardev, pairs, frame, seconds=0.5, rounds=ROUNDS, frames=300, shadow=USED)
+    finally:
+        hwsim.remove(sim.name)
+    passthrough, shadow = (percentile(cost.latencies, 50) for cost in report.costs)
+    print(f"{pairs} pairs, {frame} bytes: {report.ratio:.3f} of the frames, latency {shadow / passthrough:.2f} times")
+    assert report.ratio >= at_least
+    assert shadow <= MOST_LATENCY * passthrough

@@ -246,7 +246,7 @@ def test_an_idle_relay_uses_no_cpu(make: Make) -> None:
     time.sleep(0.3)
     begin, cpu = time.monotonic(), time.process_time()
     time.sleep(3)
-    assert time.process_time() - cpu < 0.005 * (time.monotonic() - begin)
+    assert time.process_time() - cpu < 0.001 * (time.monotonic() - begin)
 
 
 # -- migrations ----------------------------------------------------------------------------------
