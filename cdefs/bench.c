@@ -96,12 +96,6 @@ static void send_from(struct touch *t, const struct touch_place *from, uint32_t 
 	publish(&t->tx, &t->tx_avail, head, t->tx_kick);
 }
 
-static void want_calls_for_sent(struct touch *t, int on)
-{
-	store_once16(&t->tx.avail->flags, on ? 0 : VRING_AVAIL_F_NO_INTERRUPT);
-	full_barrier();
-}
-
 static void wait_for_calls(const struct touch *t, int64_t deadline)
 {
 	struct pollfd fds[2] = {
@@ -149,8 +143,6 @@ int touch_frame(struct touch *t, const struct touch_place *from,
 	build(t, from->hva, size);
 	memcpy(sent, from->hva + HEADER, size);
 	memset(to->hva, 0, HEADER + size);
-	/* a driver that has enough descriptors does not ask for them back */
-	want_calls_for_sent(t, !t->ahead);
 	/* as Linux does it: half of them at once (virtio_net.c:virtnet_receive()) */
 	if ((uint16_t)(t->rx_avail - t->rx_used) <= t->ahead / 2)
 		while ((uint16_t)(t->rx_avail - t->rx_used) <= t->ahead)
@@ -173,10 +165,6 @@ int touch_frame(struct touch *t, const struct touch_place *from,
 		    (state & (TOUCH_SENT | TOUCH_BACK)) == (TOUCH_SENT | TOUCH_BACK) ||
 		    now >= deadline)
 			return state;
-		if (state & TOUCH_BACK && load_once16(&t->tx.avail->flags)) {
-			want_calls_for_sent(t, 1);
-			continue;
-		}
 		wait_for_calls(t, deadline);
 	}
 }

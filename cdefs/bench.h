@@ -21,7 +21,7 @@ struct touch {
 	struct vring rx, tx;
 	int rx_kick, rx_call, tx_kick, tx_call;
 	uint16_t rx_avail, rx_used, tx_avail, tx_used;
-	uint16_t ahead;		/* receive buffers that the device has beside the frame's own; 0: see touch_frame() */
+	uint16_t ahead;		/* receive buffers that the device has beside the frame's own */
 	uint64_t seq;
 	int64_t took;		/* ns from the kick to the return of the frame, 0 if it is away */
 };
@@ -36,7 +36,6 @@ void touch_start(struct touch *t);
  * Send a frame of size bytes (60 to TOUCH_MAX) from one place and receive it
  * at the other. Waits until deadline (CLOCK_MONOTONIC, ns) for the sending,
  * and after it no longer than grace ns for the frame. Returns TOUCH_... bits.
- * With buffers ahead it waits for the frame, and for the sending only after it.
  */
 #define TOUCH_MAX 1514
 int touch_frame(struct touch *t, const struct touch_place *from,

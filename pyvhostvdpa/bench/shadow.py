@@ -159,8 +159,8 @@ def _latencies(guest: BenchGuest, mode: State, frames: int, size: int) -> list[i
     lib.touch_start(c)
     c.ahead = min(_AHEAD, queues[0].num // 2)
 
-    def comes_back(within: int) -> bool:
-        state: int = lib.touch_frame(c, *places, size, time.monotonic_ns() + within, within)
+    def comes_back(grace: int) -> bool:
+        state: int = lib.touch_frame(c, *places, size, time.monotonic_ns() + _FRAME_NS, grace)
         return state == int(lib.TOUCH_SENT | lib.TOUCH_BACK)
 
     try:
