@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
+import platform
 import select
 import threading
 import time
@@ -360,3 +362,61 @@ def test_busy_polling_begins_again_when_the_device_returns_something(
         return polls_on(serving(m, busy_poll=200 * MS), lambda: m.complete(head), lambda: int(m.svq.c.returned))
 
     assert any(once() for _ in range(20)), "it sleeps before work comes"
+
+
+class Scheduling(ctypes.Structure):
+    """The struct sched_attr of sched_setattr(2)."""
+
+    _fields_ = (
+        *(("size", ctypes.c_uint32), ("policy", ctypes.c_uint32), ("flags", ctypes.c_uint64)),
+        *(("nice", ctypes.c_int32), ("priority", ctypes.c_uint32)),
+        *((name, ctypes.c_uint64) for name in ("runtime", "deadline", "period")),
+    )
+
+
+GETATTR, SETATTR = {"x86_64": (315, 314)}.get(platform.machine(), (275, 274))
+
+
+def scheduling(tid: int) -> Scheduling:
+    attr = Scheduling(size=ctypes.sizeof(Scheduling))
+    assert ctypes.CDLL(None).syscall(GETATTR, tid, ctypes.byref(attr), attr.size, 0) == 0
+    return attr
+
+
+def served(before: Callable[[], object]) -> tuple[Scheduling, Scheduling]:
+    """How a thread is scheduled that did something, and how it is once it serves queues."""
+    epoll, wake = select.epoll(), os.eventfd(0, os.EFD_NONBLOCK)
+    thread_c = ffi.new("struct svq_thread *", {"wake": wake, "epoll": epoll.fileno(), "config_call": -1})
+    first: list[Scheduling] = []
+
+    def run() -> None:
+        before()
+        first.append(scheduling(0))
+        lib.svq_thread_serve(thread_c)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    until(lambda: thread_c.sleeps)
+    then = scheduling(thread.native_id or 0)
+    lib.svq_thread_end(thread_c)
+    thread.join()
+    epoll.close()
+    os.close(wake)
+    return first[0], then
+
+
+def test_a_serving_thread_takes_short_turns_where_the_kernel_has_them() -> None:
+    def ask() -> None:
+        attr = Scheduling(size=ctypes.sizeof(Scheduling), runtime=3_000_000)
+        assert ctypes.CDLL(None).syscall(SETATTR, 0, ctypes.byref(attr), 0) == 0
+
+    before, then = served(ask)
+    has_them = before.runtime == 3_000_000
+    assert then.runtime == (100_000 if has_them else before.runtime)
+    assert (then.policy, then.nice, then.flags) == (before.policy, before.nice, before.flags) == (0, 0, 0)
+
+
+def test_a_serving_thread_of_another_policy_keeps_it() -> None:
+    before, then = served(lambda: os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0)))
+    assert before.policy == then.policy == os.SCHED_BATCH
+    assert then.runtime == before.runtime
