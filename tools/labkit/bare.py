@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from labkit import host
-from labkit.cache import Cache, building, once, remove
+from labkit.cache import Cache, building, forget_old, hold, once, remove
 from labkit.chroot import Chroot, contained
 from labkit.progress import Progress
 from labkit.tree import KEPT_APT
@@ -112,16 +112,15 @@ class BareTree:
     def ensure(self) -> None:
         """Make the tree unless it is there."""
         if self.ready:
-            self.folder.touch()
+            hold(self.folder).touch()
             return
         self.cache.require_space(NEEDED_BYTES, self.recipe.title)
         with building(self.folder, goes_on=True) as partial:
             once(partial, "bootstrap", lambda: self._bootstrap(partial / "root"))
             for title, script in self.recipe.additions.items():
                 once(partial, title.replace(" ", "-"), lambda t=title, s=script: self._add(partial, t, s))  # type: ignore[misc]
-        trees = sorted(self.cache.bare.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in trees[KEPT:]:
-            remove(old)
+        hold(self.folder)
+        forget_old(self.cache.bare, KEPT)
 
     def _bootstrap(self, root: Path) -> None:
         remove(root)

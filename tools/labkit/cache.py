@@ -160,6 +160,34 @@ def by_age(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: found[path])
 
 
+_held: dict[Path, int] = {}
+
+
+def hold(build: Path) -> Path:
+    """Keep a build from being removed as an old one, by any process, as long as this one lives; return it."""
+    if build not in _held:
+        descriptor = os.open(build, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        _held[build] = descriptor
+    return build
+
+
+def forget_old(builds: Path, kept: int) -> None:
+    """Remove all but the newest builds in a folder, and those that somebody holds."""
+    for path in by_age(builds)[:-kept]:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(path)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(descriptor)
+
+
 @contextlib.contextmanager
 def building(target: Path, goes_on: bool = False) -> Iterator[Path]:
     """Build a folder as TARGET.partial and rename it when whole.

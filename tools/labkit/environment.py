@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from labkit.cache import Cache, building, remove
+from labkit.cache import Cache, building, forget_old, hold
 from labkit.images import make_image
 from labkit.progress import Progress
 from labkit.tree import Tree
@@ -67,12 +67,13 @@ class Environment:
             self.progress.say(f"the project has no package {PACKAGE}/ yet; the VM runs without it")
             return
         if self.ready:
-            self.folder.touch()
+            hold(self.folder).touch()
             return
         with building(self.folder) as partial:
             self.install(partial)
             make_image(self.cache, self.progress, partial / "site", partial / "site.img", "writing the project's image")
-        self._forget_old()
+        hold(self.folder)
+        forget_old(self.cache.environments, KEPT)
 
     def install(self, partial: Path, log: Path | None = None) -> None:
         """Install the project into the folder `site` in another one; what that prints goes to a log."""
@@ -92,8 +93,3 @@ class Environment:
             next_step="correct what the log names, then run the same command again",
         )
         shutil.rmtree(source)
-
-    def _forget_old(self) -> None:
-        builds = sorted(self.cache.environments.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in builds[KEPT:]:
-            remove(path)

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from labkit import archive
-from labkit.cache import building, once, remove, size
+from labkit.cache import building, forget_old, hold, once, size
 from labkit.errors import LabError
 from labkit.kernel import Builder
 from labkit.kernel_source import LEFT_OUT, TOOLS, SourceTree, configuration, lacking
@@ -82,6 +82,7 @@ class GuestKernelBuilder:
         """Return the guests' kernel; build it if necessary."""
         found = self.find()
         if found:
+            hold(found.folder)
             return found
         choice = self.stock.choose(WANTED)
         self.stock.cache.require_space(NEEDED_BYTES, "a kernel's source and build")
@@ -97,9 +98,8 @@ class GuestKernelBuilder:
             for name in ("build", "tools"):
                 shutil.rmtree(partial / name)
             (partial / "kernel.json").write_text(json.dumps({"version": choice.version}) + "\n")
-        builds = sorted(self.root.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in builds[KEPT:]:
-            remove(old)
+        hold(target)
+        forget_old(self.root, KEPT)
         return GuestKernel(target)
 
     def _compile(self, partial: Path) -> None:

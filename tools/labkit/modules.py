@@ -1,10 +1,11 @@
 """Kernel modules of the project's own, built when a run asks for a kind of device that needs them."""
 
+import contextlib
 import hashlib
 import shutil
 from pathlib import Path
 
-from labkit.cache import building, remove
+from labkit.cache import building, forget_old, hold
 from labkit.devices import DevicePlan, Kind
 from labkit.errors import LabError
 from labkit.kernel import Kernel, build_modules
@@ -43,8 +44,8 @@ def _built(tree: Tree, kernel: Kernel, kind: Kind, project: Path) -> Path:
         data = path.read_bytes()
         digest.update(f"{path.name}\0{len(data)}\0".encode() + data)
     target = kernel.folder / "own" / f"{kind.name}-{digest.hexdigest()[:12]}"
-    if target.exists():
-        return target
+    with contextlib.suppress(FileNotFoundError):
+        return hold(target)
     with tree.cache.setting_up(), building(target) as partial:
         source = partial / kind.name
         source.mkdir()
@@ -58,7 +59,6 @@ def _built(tree: Tree, kernel: Kernel, kind: Kind, project: Path) -> Path:
         for path in source.glob("*.ko"):
             path.rename(partial / path.name)
         shutil.rmtree(source)
-    builds = sorted(target.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    for old in builds[KEPT:]:
-        remove(old)
+    hold(target)
+    forget_old(target.parent, KEPT)
     return target

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from labkit import host
-from labkit.cache import Cache, building, once, remove
+from labkit.cache import Cache, building, forget_old, hold, once, remove
 from labkit.chroot import Chroot, contained
 from labkit.images import make_image
 from labkit.progress import Progress
@@ -75,15 +75,15 @@ class Tree:
     def ensure(self) -> None:
         """Build the tree unless it is there."""
         if self.ready:
+            hold(self.folder)
             return
         self.cache.require_space(NEEDED_BYTES, "the Debian tree")
         with building(self.folder, goes_on=True) as partial:
             once(partial, "bootstrap", lambda: self._bootstrap(partial / "root"))
             once(partial, "python-packages", lambda: self._python_packages(partial))
             make_image(self.cache, self.progress, partial / "root", partial / "root.img", "writing the tree's image")
-        trees = sorted(self.cache.trees.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in trees[KEPT:]:
-            remove(old)
+        hold(self.folder)
+        forget_old(self.cache.trees, KEPT)
 
     def _bootstrap(self, root: Path) -> None:
         remove(root)

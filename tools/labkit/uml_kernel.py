@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from labkit import archive
-from labkit.cache import building, once, remove, size
+from labkit.cache import building, forget_old, hold, once, remove, size
 from labkit.errors import LabError
 from labkit.kernel import Builder
 from labkit.kernel_source import LEFT_OUT, TOOLS, SourceTree, configuration, lacking
@@ -73,6 +73,7 @@ class UmlBuilder:
         """Return a kernel that fits; build one if necessary."""
         found = self.find(wanted)
         if found:
+            hold(found.folder)
             return found
         choice = self.stock.choose(wanted)
         self.cache.require_space(NEEDED_BYTES, "a kernel's source and build")
@@ -83,9 +84,8 @@ class UmlBuilder:
         target = self.root / f"{choice.version.replace(':', '_')}-{self.recipe()}"
         with building(target, goes_on=True) as partial:
             self._build(partial, choice.source, choice.version)
-        builds = sorted(self.root.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in builds[KEPT:]:
-            remove(old)
+        hold(target)
+        forget_old(self.root, KEPT)
         return UmlKernel(target)
 
     def _build(self, partial: Path, source: archive.Package, version: str) -> None:

@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from labkit.cache import building, once, remove
+from labkit.cache import building, forget_old, hold, once, remove
 from labkit.errors import LabError
 from labkit.guest_kernel import GuestKernel, GuestKernelBuilder
 from labkit.images import Cpio, make_image
@@ -70,8 +70,9 @@ class VmmBuilder:
                 make_image(self.cache, self.progress, partial / "root", partial / "image", "writing QEMU's image")
                 remove(partial / "debs")
                 remove(partial / "root")
-            self._forget_old(target.parent)
-        return target / "image"
+            hold(target)
+            forget_old(target.parent, KEPT)
+        return hold(target) / "image"
 
     def _fetch_qemu(self, debs: Path) -> None:
         remove(debs)
@@ -120,8 +121,9 @@ class VmmBuilder:
         if not target.exists():
             with building(target) as partial:
                 self._build_guest(partial, kernel)
-            self._forget_old(target.parent)
-        return target / "image"
+            hold(target)
+            forget_old(target.parent, KEPT)
+        return hold(target) / "image"
 
     def _build_guest(self, partial: Path, kernel: GuestKernel) -> None:
         root = partial / "root"
@@ -148,12 +150,6 @@ class VmmBuilder:
         folder = self.root / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-
-    @staticmethod
-    def _forget_old(folder: Path) -> None:
-        builds = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in builds[KEPT:]:
-            remove(old)
 
 
 def wrapper(prefix: str) -> str:

@@ -222,3 +222,51 @@ def test_a_log_that_another_process_drops_meanwhile_is_no_error(cache, monkeypat
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1500, "2 kB"), (279_000_000, "279 MB"), (2.5e9, "2.5 GB")])
 def test_sizes(count, text):
     assert module.size(count) == text
+
+
+def builds(folder, *names):
+    """Make builds, each newer than those before it."""
+    for age, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        os.utime(folder / name, (age + 1, age + 1))
+
+
+def test_the_newest_builds_are_kept(tmp_path):
+    builds(tmp_path, "a", "b", "c", "d")
+    module.forget_old(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"]
+    module.forget_old(tmp_path, 2)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_build_that_a_process_holds_is_not_removed_before_that_ends(tmp_path):
+    builds(tmp_path, "a", "b", "c", "d")
+    program = "import sys; from labkit.cache import *; hold(Path(sys.argv[1])); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path / "a"],
+        env={**os.environ, "PYTHONPATH": str(TOOLS)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        module.forget_old(tmp_path, 2)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "d"]
+        other.stdin.close()
+    module.forget_old(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"]
+
+
+def test_a_build_that_is_held_here_is_not_removed_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_held", {})
+    builds(tmp_path, "a", "b")
+    assert module.hold(module.hold(tmp_path / "a")) == tmp_path / "a"
+    module.forget_old(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    [descriptor] = module._held.values()
+    os.close(descriptor)
+
+
+def test_every_kind_of_build_is_removed_in_this_one_way():
+    for path in (TOOLS / "labkit").glob("*.py"):
+        text = path.read_text()
+        assert ("[KEPT:]" in text, "forget_old(" in text) in ((False, False), (False, True)), path
