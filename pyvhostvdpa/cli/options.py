@@ -34,7 +34,7 @@ def add_shadow(parser: argparse.ArgumentParser, names: tuple[str, ...]) -> None:
         default=None,
         help="how queues are shadowed: every descriptor copied (full, the default), receive queues relayed by their "
         "used ring and transmit queues left to the device (used), or both relayed (used-all, for a device that sends "
-        "out of order); the latter two are on trial and may lose frames",
+        "out of order); what the latter two ask of a guest: vhost-vdpa help shadow",
     )
 
 

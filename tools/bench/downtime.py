@@ -165,6 +165,10 @@ QUESTIONS: dict[str, Callable[[], None]] = {
 
 def main() -> None:
     """Print the tables that were asked for."""
+    names = (*QUESTIONS, "trace", "row")
+    unknown = [word for word in sys.argv[1:] if word.partition(":")[0] not in names]
+    if unknown:
+        sys.exit(f"downtime.py: no such question: {', '.join(unknown)}\n  there are {', '.join(names)}")
     for question in sys.argv[1:] or QUESTIONS:
         name, _, number = question.partition(":")
         print(f"\n{name}", flush=True)
