@@ -56,7 +56,7 @@ static void post(struct touch *t, const struct touch_place *to, uint32_t size)
 	uint16_t head = t->rx_avail & (t->rx.num - 1);
 
 	t->rx.desc[head] = (struct vring_desc){
-		.addr = htole64(to->iova),
+		.addr = htole64(to->iova + head * t->apart),
 		.len = htole32(HEADER + size),
 		.flags = htole16(VRING_DESC_F_WRITE),
 	};
@@ -118,13 +118,17 @@ static int take(struct touch *t, const struct touch_place *to, const uint8_t *se
 	while (load_index(&t->rx.used->idx) != t->rx_used) {
 		const struct vring_used_elem *u =
 			&t->rx.used->ring[t->rx_used & (t->rx.num - 1)];
+		uint32_t id;
 
 		if ((uint16_t)(load_index(&t->rx.used->idx) - t->rx_used) >
 		    (uint16_t)(t->rx_avail - t->rx_used))
 			return TOUCH_NONSENSE;
+		id = load_once32(&u->id);
+		if (id >= t->rx.num)
+			return TOUCH_NONSENSE;
 		t->rx_used++;
 		if (load_once32(&u->len) == HEADER + size &&
-		    !memcmp(to->hva + HEADER, sent, size))
+		    !memcmp(to->hva + id * t->apart + HEADER, sent, size))
 			return TOUCH_BACK;
 		post(t, to, size);
 	}

@@ -22,6 +22,7 @@ struct touch {
 	int rx_kick, rx_call, tx_kick, tx_call;
 	uint16_t rx_avail, rx_used, tx_avail, tx_used;
 	uint16_t ahead;		/* receive buffers that the device has beside the frame's own */
+	uint32_t apart;		/* bytes from one receive buffer to the next; 0: all are the same */
 	uint64_t seq;
 	int64_t took;		/* ns from the kick to the return of the frame, 0 if it is away */
 };

@@ -75,6 +75,17 @@ uint64_t pages_count(const uint64_t *bits, uint64_t words)
 	return count;
 }
 
+uint64_t pages_common(const uint64_t *bits, const uint64_t *others, uint64_t words)
+{
+	uint64_t count = 0, i = 0;
+
+	while ((i = next_marked(bits, i, words)) < words) {
+		count += (uint64_t)__builtin_popcountll(bits[i] & others[i]);
+		i++;
+	}
+	return count;
+}
+
 void pages_mark(uint64_t *bits, uint64_t first, uint64_t count)
 {
 	const uint64_t end = first + count;
@@ -214,7 +225,7 @@ static int collect(int pagemap, uint8_t *start, uint64_t size, uint64_t *bits,
 		.vec_len = SCANNED,
 		.category_mask = PAGE_IS_WRITTEN,
 		.category_anyof_mask = any_of,
-		.return_mask = PAGE_IS_WRITTEN,
+		.return_mask = PAGE_IS_WRITTEN | any_of,
 	};
 
 	while (scan.start < scan.end) {
@@ -238,12 +249,13 @@ int written_collect(int pagemap, uint8_t *start, uint64_t size, uint64_t *bits)
 	return collect(pagemap, start, size, bits, 0);
 }
 
+/*
+ * A page that has no entry counts as written (pagemap_scan_pmd_entry(), and
+ * whole tables that are missing). One that is swapped by its entry is on its
+ * way to another place in memory.
+ */
 int written_collect_used(int pagemap, uint8_t *start, uint64_t size, uint64_t *bits)
 {
-	/*
-	 * A page that has no entry counts as written (pagemap_scan_pmd_entry(),
-	 * and whole tables that are missing). One that is swapped by its entry is on its way to another place.
-	 */
 	return collect(pagemap, start, size, bits, PAGE_IS_PRESENT | PAGE_IS_SWAPPED);
 }
 

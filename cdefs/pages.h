@@ -34,6 +34,8 @@ uint64_t sum_end(struct running_sum *s);
 #define GUEST_PAGE 4096
 
 uint64_t pages_count(const uint64_t *bits, uint64_t words);
+/* How many are in both. */
+uint64_t pages_common(const uint64_t *bits, const uint64_t *others, uint64_t words);
 /* Set count bits from first on. */
 void pages_mark(uint64_t *bits, uint64_t first, uint64_t count);
 void pages_add(uint64_t *bits, const uint64_t *more, uint64_t words);
@@ -81,9 +83,10 @@ uint8_t *aside_reserve(const uint8_t *start, uint64_t size);
 /*
  * Move the page tables of a watched mapping of a file to reserved addresses,
  * which are watched too. The mapping has none behind it: what is in its tables
- * later was used since. 0, or errno and nothing has changed.
+ * later was used since, and is locked, as by lock_used(); *unlocked is why not,
+ * or 0. 0, or errno: nothing has moved, and the addresses are not ours any more.
  */
-int aside_move(int uffd, uint8_t *start, uint64_t size, uint8_t *aside);
+int aside_move(int uffd, uint8_t *start, uint64_t size, uint8_t *aside, int *unlocked);
 /* Keep what is used of a mapping from now on from being swapped out, or no longer; 0 or errno. */
 int lock_used(uint8_t *start, uint64_t size);
 int unlock_used(uint8_t *start, uint64_t size);

@@ -78,7 +78,7 @@ static void *read_event(void *argument)
 	}
 }
 
-int aside_move(int uffd, uint8_t *start, uint64_t size, uint8_t *aside)
+int aside_move(int uffd, uint8_t *start, uint64_t size, uint8_t *aside, int *unlocked)
 {
 	struct reader r = { .uffd = uffd };
 	const uint64_t ended = 1;
@@ -98,6 +98,9 @@ int aside_move(int uffd, uint8_t *start, uint64_t size, uint8_t *aside)
 			   MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
 			   aside) == MAP_FAILED)
 			error = errno;
+		else
+			/* at once: what is used before could be swapped out unseen */
+			*unlocked = lock_used(start, size);
 		while (write(r.end, &ended, sizeof(ended)) < 0 && errno == EINTR)
 			;
 		pthread_join(thread, NULL);

@@ -16,7 +16,7 @@
 #define SVQ_BAD_INDIRECT 7	/* guest: indirect table not negotiated, nested, chained or misshapen */
 #define SVQ_BAD_USED_IDX 8	/* device: used.idx moved by more than the ring */
 #define SVQ_BAD_USED_ID 9	/* device: used id that it was never given */
-#define SVQ_BAD_EVENTFD 10	/* an eventfd of the queue was closed under its thread */
+#define SVQ_BAD_EVENTFD 10	/* an eventfd of the queue cannot be raised or waited for */
 #define SVQ_NO_ROOM 11		/* neither: buffers across regions that are not adjacent fill the ring */
 #define SVQ_HEAD_TWICE 12	/* guest: head made available again before it was used (relayed used ring) */
 #define SVQ_SHARED_DESC 13	/* guest: chains in flight share descriptors (relayed used ring) */
@@ -128,7 +128,7 @@ void svq_memory_changed(struct svq *q);
 struct svq_thread {
 	uint32_t count;
 	struct svq **queues;
-	int epoll;			/* an epoll of this thread alone */
+	int epoll;			/* an epoll of this thread alone, which has wake already */
 	int watched;			/* it has the queues' eventfds, which stay the same */
 	int wake;			/* eventfd that ends a wait */
 	int config_call;		/* eventfd to raise when a queue breaks, or -1 */

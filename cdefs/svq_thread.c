@@ -74,7 +74,6 @@ static void watch_all(struct svq_thread *t)
 		if (!q->broken && (watch(t, q->guest_kick) || watch(t, q->device_call)))
 			q->broken = SVQ_BAD_EVENTFD;
 	}
-	watch(t, t->wake);
 	t->watched = 1;
 }
 
@@ -93,6 +92,8 @@ static void forget_broken(struct svq_thread *t)
 		epoll_ctl(t->epoll, EPOLL_CTL_DEL, q->device_call, NULL);
 	}
 	t->forgotten = t->broken;
+	/* a number that another queue has too is gone for both */
+	t->watched = 0;
 }
 
 /* Whether it may continue. Otherwise it is outside. */
@@ -101,13 +102,13 @@ static int wait_for_notification(struct svq_thread *t, int64_t deadline)
 	const int timeout = deadline == INT64_MAX ? -1 : poll_timeout(deadline);
 	struct epoll_event events[16];
 
+	if (t->forgotten != t->broken)
+		forget_broken(t);
 	if (!t->watched) {
 		watch_all(t);
 		/* what was raised before is told by the first wait */
 		return 1;
 	}
-	if (t->forgotten != t->broken)
-		forget_broken(t);
 	t->sleeps++;
 	gate_leave(&t->stop, &t->inside);
 	if (!is_set(&t->stop))

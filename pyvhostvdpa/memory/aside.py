@@ -18,9 +18,9 @@ from ..base.errors import MissingFeature
 from . import hugepages
 from .guest import GuestMemory, Region
 from .mapped import SharedMemory
-from .pinned import HUGE_PAGE
 
 _SWAPS = "/proc/swaps"
+_STATUS = "/proc/self/status"
 _MIN = 64 << 20
 """Bytes of memory from which on a look at all of its page tables takes longer than to make some of them anew."""
 
@@ -31,10 +31,10 @@ def _swap_is_used() -> bool:
     return len(lines) > 1
 
 
-def _may_become_huge() -> bool:
-    """Return whether the kernel gives files in memory huge pages: it takes small ones out of page tables for that."""
-    sizes = ("shmem_enabled", f"hugepages-{HUGE_PAGE >> 10}kB/shmem_enabled")
-    return any(hugepages.advisable(hugepages.choice(name)) for name in sizes)
+def _is_locked() -> bool:
+    """Return whether memory of this process is locked (mlock(2)): what is moved aside would not be any more."""
+    sizes = [line.split()[1] for line in (sysfs.read(_STATUS) or "VmLck: ?").splitlines() if line.startswith("VmLck:")]
+    return sizes != ["0"]
 
 
 class TablesAside(Closing):
@@ -50,12 +50,14 @@ class TablesAside(Closing):
     def __init__(self, memory: GuestMemory, uffd: int) -> None:
         if memory.size < _MIN:
             raise MissingFeature(f"{memory.size >> 20} MiB of memory have few page tables")
-        if not all(isinstance(region.memory, SharedMemory) and not region.memory.pooled for region in memory.regions):
+        if not all(isinstance(region.memory, SharedMemory) and region.memory.base_pages for region in memory.regions):
             raise MissingFeature("guest memory is not a file of this process in base pages")
-        if _may_become_huge():
+        if hugepages.in_files():
             raise MissingFeature("the kernel gives files in memory huge pages")
+        if _is_locked():
+            raise MissingFeature("memory of this process is locked")
         self._memory, self._uffd = memory, uffd
-        self._reserved: list[Any] = []
+        self._reserved: dict[Region, Any] = {}
         self._locked: list[Region] = []
         try:
             for region in memory.regions:
@@ -70,10 +72,11 @@ class TablesAside(Closing):
         aside = lib.aside_reserve(address(region), region.size)
         if aside == ffi.NULL:
             raise MissingFeature(f"no {region.size >> 20} MiB of addresses are left")
-        self._reserved.append(aside)
+        self._reserved[region] = aside
         # whether it may be locked is seen where nothing is yet: there is no way back once page tables are moved
-        self._may_lock = not lib.lock_used(aside, region.size)
-        if not self._may_lock and _swap_is_used():
+        if not lib.lock_used(aside, region.size):
+            lib.unlock_used(aside, region.size)
+        elif _swap_is_used():
             raise MissingFeature("memory may be swapped out, and this process may not lock it")
 
     def move(self) -> None:
@@ -81,14 +84,18 @@ class TablesAside(Closing):
 
         Raises :class:`MissingFeature` if what is moved turns out to be swappable: written pages may be missed then.
         """
-        for region, aside in zip(self._memory.regions, self._reserved, strict=True):
-            if lib.aside_move(self._uffd, address(region), region.size, aside):
+        unlocked = ffi.new("int *")
+        for region in self._memory.regions:
+            aside = self._reserved[region]
+            if lib.aside_move(self._uffd, address(region), region.size, aside, unlocked):
+                # the kernel may have given the addresses to somebody else
+                del self._reserved[region]
                 return
             self.moved[region] = aside
-            if self._may_lock:
+            if not unlocked[0]:
                 self._locked.append(region)
-                if error := lib.lock_used(address(region), region.size):
-                    raise MissingFeature(f"cannot lock guest memory: {os.strerror(error)}")
+            elif _swap_is_used():
+                raise MissingFeature(f"cannot lock guest memory: {os.strerror(unlocked[0])}")
 
     def read_through(self) -> Any:
         """Return guest memory as C sees it, with the regions that are moved where they are now.
@@ -106,8 +113,8 @@ class TablesAside(Closing):
         locked, self._locked = self._locked, []
         for region in locked:
             lib.unlock_used(address(region), region.size)
-        reserved, self._reserved = self._reserved, []
-        for aside, region in zip(reserved, self._memory.regions, strict=False):
+        reserved, self._reserved = self._reserved, {}
+        for region, aside in reserved.items():
             lib.unmap_memory(aside, region.size)
 
 

@@ -28,6 +28,20 @@ def advisable(chosen: str | None) -> bool:
     return chosen in _ADVISABLE
 
 
+def in_files(root: StrPath = _ROOT) -> bool:
+    """Return whether files in memory that ask for them get pages of other sizes, also where the kernel does not say.
+
+    It takes pages out of page tables to join them, and to split what was joined (mm/huge_memory.c:unmap_folio()).
+    """
+    folder = os.path.join(root, _MM, "transparent_hugepage")
+    if not os.path.isdir(folder):
+        return False
+    sized = (f"{name}/shmem_enabled" for name in os.listdir(folder) if name.startswith("hugepages-"))
+    names = ("shmem_enabled", *(name for name in sized if os.path.exists(os.path.join(folder, name))))
+    chosen = [choice(name, root) for name in names]
+    return any(each is None or advisable(each) for each in chosen)
+
+
 def pool(size: int, root: StrPath = _ROOT) -> str:
     """Return the sysfs folder of the kernel's pool of pages of ``size`` bytes."""
     return os.path.join(root, _MM, f"hugepages/hugepages-{size >> 10}kB")

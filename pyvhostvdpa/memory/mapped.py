@@ -19,6 +19,7 @@ from typing import Any, NewType
 from .._cdefs import ffi, lib
 from ..base.closing import Closing
 from ..base.errors import DeviceClosed, MissingFeature
+from . import hugepages
 from .available import from_pool
 from .pinned import HUGE_PAGE, PAGE_SIZE
 
@@ -109,10 +110,11 @@ class SharedMemory(MappedMemory):
 
     def __init__(self, name: str, size: int, progress: ProgressCallback = lambda done: None) -> None:
         super().__init__(-(-size // PAGE_SIZE) * PAGE_SIZE)
-        self.pooled = from_pool(self.size)
-        """Whether it is of the kernel's pool of huge pages."""
+        pooled = from_pool(self.size)
+        self.base_pages = not pooled and not hugepages.in_files()
+        """Whether the kernel gave it no pages of other sizes when it was made."""
         # the pool needs a flag; memory that becomes contiguous on advice needs none
-        self._map_file(name, os.MFD_HUGETLB if self.pooled else 0, HUGE_PAGE)
+        self._map_file(name, os.MFD_HUGETLB if pooled else 0, HUGE_PAGE)
         lib.advise_huge(self._address, self.size)
         try:
             self.populate(progress)

@@ -39,12 +39,18 @@ class Convergence:
 
     def done(self, left: PageSet, bandwidth: float | None) -> bool:
         """Return whether the remaining pages can be sent within the downtime, so that the guest may be stopped."""
-        seconds = self.estimate(left, bandwidth)
-        return seconds is not None and seconds <= self.downtime
+        return self.fits(left.bytes, bandwidth)
 
-    def diverges(self, left: PageSet) -> bool:
-        """Note the rest of a round; return whether ``patience`` rounds in a row left no less than the best before."""
-        count = left.bytes
+    def fits(self, size: int, bandwidth: float | None) -> bool:
+        """Return whether so many bytes can be sent within the downtime."""
+        return not size or (bool(bandwidth) and size / (bandwidth or 1) <= self.downtime)
+
+    def diverges(self, left: PageSet, written: int | None = None) -> bool:
+        """Note the rest of a round; return whether ``patience`` rounds in a row left no less than the best before.
+
+        ``written`` is how many bytes of it are known to be written, if that is less.
+        """
+        count = left.bytes if written is None else written
         if self.best is None or count < self.best:
             self.best, self.fruitless = count, 0
         else:

@@ -65,6 +65,10 @@ class PageSet:
         """Bytes of guest memory in the set."""
         return self.count * GUEST_PAGE
 
+    def common(self, other: PageSet) -> int:
+        """Return how many pages are in another set of the same guest memory too."""
+        return sum(int(lib.pages_common(a, b, len(a))) for a, b in zip(self.bits, other.bits, strict=True))
+
     def add(self, gpa: int, size: int = GUEST_PAGE) -> None:
         """Add the pages that ``size`` bytes at ``gpa`` touch; ValueError if that is not one piece of guest memory."""
         for (start, length), bits in zip(self._ranges, self.bits, strict=True):

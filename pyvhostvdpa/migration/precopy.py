@@ -9,6 +9,7 @@ from typing import Any
 
 from ..base.errors import MigrationFailed
 from ..guest.protocol import Guest
+from ..memory.guest import GUEST_PAGE
 from .common import ReportCallback
 from .convergence import Convergence, duration
 from .dirty import DirtyTracker, PageSet
@@ -38,6 +39,8 @@ class Rounds:
         """The pages for the last round."""
         self.left_by_devices = PageSet(guest.memory)
         """Those of :attr:`left` that the devices were seen to write."""
+        self._used: PageSet | None = None
+        """What was reported since only used pages are looked at: what is reported again was written."""
         self.c_map: Any = guest.memory.c_map
         """Where C reads guest memory."""
 
@@ -75,7 +78,7 @@ class Rounds:
                 self.left = pages
                 self.left_by_devices.update(self._tracker.written_by_devices)
                 return
-            if converging.diverges(pages):
+            if self._diverges(converging, pages):
                 raise MigrationFailed(
                     f"the guest writes memory faster than the stream moves it: after {len(self.statistics)} rounds "
                     f"{pages.bytes >> 10:,} KiB are left, {takes}",
@@ -87,6 +90,15 @@ class Rounds:
         c_map = self._tracker.look_at_used(pages)
         if c_map is not None:
             self._read_through(c_map)
+            self._used = PageSet(self._guest.memory)
+
+    def _diverges(self, converging: Convergence, pages: PageSet) -> bool:
+        """Whether the guest writes too much. Where used pages are looked at, ``pages`` has what it only reads once."""
+        if self._used is None:
+            return converging.diverges(pages)
+        written = pages.common(self._used) * GUEST_PAGE
+        self._used.update(pages)
+        return not converging.fits(written, self._sender.bandwidth) and converging.diverges(pages, written)
 
     def _read_through(self, c_map: Any) -> None:
         self.c_map = c_map

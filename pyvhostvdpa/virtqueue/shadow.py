@@ -34,7 +34,7 @@ _REASONS = {
     "SVQ_BAD_INDIRECT": "guest: indirect table that was not negotiated, is nested, chained or misshapen",
     "SVQ_BAD_USED_IDX": "device: used.idx moved by more than the ring size",
     "SVQ_BAD_USED_ID": "device: used id that it was not given",
-    "SVQ_BAD_EVENTFD": "an eventfd of this queue was closed while its thread was using it",
+    "SVQ_BAD_EVENTFD": "an eventfd of this queue cannot be used: it was closed, or cannot be waited for",
     "SVQ_NO_ROOM": "a chain does not fit the shadow ring: its buffers cross regions not adjacent for the device",
     "SVQ_HEAD_TWICE": "guest: head made available again before it was used",
     "SVQ_SHARED_DESC": "guest: descriptor in several chains at the same time",
@@ -172,10 +172,13 @@ class ShadowThread:
     def __init__(self, queues: Sequence[ShadowVirtqueue], busy_poll: float = 0.0, config_call: int = -1) -> None:
         self._queues = list(queues)
         self._epoll = select.epoll()
+        self._wake = -1
         try:
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._epoll.register(self._wake, select.EPOLLIN)
         except OSError:
             self._epoll.close()
+            close_all([self._wake])
             raise
         self._array = ffi.new("struct svq *[]", [q.c for q in self._queues])
         own = {"count": len(self._queues), "queues": self._array, "epoll": self._epoll.fileno(), "wake": self._wake}

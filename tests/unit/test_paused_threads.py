@@ -150,6 +150,7 @@ def test_a_paused_cpu_is_between_two_pages(memory: GuestMemory) -> None:
 
 def test_a_thread_is_stopped_while_it_sleeps_without_being_woken() -> None:
     wake, epoll = os.eventfd(0, os.EFD_NONBLOCK), select.epoll()
+    epoll.register(wake, select.EPOLLIN)
     thread_c = ffi.new("struct svq_thread *", {"wake": wake, "epoll": epoll.fileno(), "config_call": -1})
     thread = threading.Thread(target=lib.svq_thread_serve, args=(thread_c,))
     thread.start()
@@ -170,6 +171,7 @@ def test_a_thread_is_stopped_while_it_sleeps_without_being_woken() -> None:
 def test_a_thread_that_is_at_work_ends_whenever_it_is_asked_to() -> None:
     """It is asked to keep out and to end at once: a thread about to wait for the gate must not miss the second."""
     wake, epoll = os.eventfd(0, os.EFD_NONBLOCK), select.epoll()
+    epoll.register(wake, select.EPOLLIN)
     for _ in range(300):
         busy = {"wake": wake, "epoll": epoll.fileno(), "config_call": -1, "busy_poll": 1 << 50}
         thread_c = ffi.new("struct svq_thread *", busy)

@@ -30,6 +30,7 @@ class Running:
         self.wake = os.eventfd(0, os.EFD_NONBLOCK)
         self.array = ffi.new("struct svq *[]", [m.svq.c for m in models])
         self.epoll = select.epoll()
+        self.epoll.register(self.wake, select.EPOLLIN | select.EPOLLET)
         self.c: Any = ffi.new(
             "struct svq_thread *",
             {"count": len(models), "queues": self.array, "epoll": self.epoll.fileno(), "wake": self.wake},
@@ -386,6 +387,7 @@ def scheduling(tid: int) -> Scheduling:
 def served(before: Callable[[], object]) -> tuple[Scheduling, Scheduling]:
     """How a thread is scheduled that did something, and how it is once it serves queues."""
     epoll, wake = select.epoll(), os.eventfd(0, os.EFD_NONBLOCK)
+    epoll.register(wake, select.EPOLLIN)
     thread_c = ffi.new("struct svq_thread *", {"wake": wake, "epoll": epoll.fileno(), "config_call": -1})
     first: list[Scheduling] = []
 

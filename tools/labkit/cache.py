@@ -164,12 +164,25 @@ _held: dict[Path, int] = {}
 
 
 def hold(build: Path) -> Path:
-    """Keep a build from being removed as an old one, by any process, as long as this one lives; return it."""
-    if build not in _held:
+    """Keep a build from being removed as an old one, by any process, as long as this one lives; return it.
+
+    FileNotFoundError if it is not there, also if it is removed right now.
+    """
+    if build not in _held or not _is_at(_held[build], build):
         descriptor = os.open(build, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if not _is_at(descriptor, build):
+            os.close(descriptor)
+            raise FileNotFoundError(build)
         _held[build] = descriptor
     return build
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def forget_old(builds: Path, kept: int) -> None:
