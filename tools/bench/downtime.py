@@ -86,23 +86,31 @@ def without_memory(found: gap.StopToRun) -> float:
     return found.ms - found.by_phase().get(gap.LAST_ROUND, 0.0)
 
 
-def median_move(pairs: int, repeat: int = REPEAT) -> tuple[gap.StopToRun, float]:
-    """Return the median of some migrations, by the gap without its last round, and the guest's own gap in it (ms)."""
+def median_move(pairs: int, repeat: int = REPEAT) -> tuple[gap.StopToRun, float, list[float]]:
+    """Return the median of some migrations, by the gap without its last round, and the guest's own gap in it (ms).
+
+    And, for each of them, by how much the guest's own gap is longer (ms), in order.
+    """
     moves = [moved(pairs)[:2] for _ in range(repeat)]
-    return sorted(moves, key=lambda move: without_memory(move[0]))[repeat // 2]
+    longer = sorted(own - found.ms for found, own in moves)
+    return (*sorted(moves, key=lambda move: without_memory(move[0]))[repeat // 2], longer)
 
 
 def by_pairs() -> None:
     """Compare a whole migration with the ladder's best row."""
-    print("pairs  floor ms  best row ms  migrate ms  without the last round ms  times the row  guest's own gap ms")
+    print(
+        "pairs  floor ms  best row ms  migrate ms  without the last round ms  times the row  guest's own gap ms"
+        "  longer by ms, each time"
+    )
     for pairs in (1, 16):
         row = best_row(Case(pairs=pairs))
         assert row.gap is not None
         assert row.floor is not None
-        found, own = median_move(pairs)
+        found, own, longer = median_move(pairs)
         print(
             f"{pairs:5}  {row.floor.stop_to_run:8.3f}  {row.gap.ms:11.3f}  {found.ms:10.3f}  "
-            f"{without_memory(found):25.3f}  {without_memory(found) / row.gap.ms:13.2f}  {own:18.3f}"
+            f"{without_memory(found):25.3f}  {without_memory(found) / row.gap.ms:13.2f}  {own:18.3f}  "
+            f"{', '.join(f'{each:.1f}' for each in longer)}"
         )
         print(f"       row: {parts(row.gap)}")
         print(f"       migrate: {parts(found)}", flush=True)
