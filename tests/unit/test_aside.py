@@ -316,7 +316,12 @@ def test_the_paused_guest_s_pages_are_looked_for_among_those_used_since_the_last
         assert rounds._sender._c.memory == through
         write(memory, {9, PAGES + 9})
         rounds.collect_written_by_cpu()
-        assert set(rounds.left) == gpas({9, PAGES + 9} if idle else {5, 9, PAGES + 9})
+        expected = gpas({9, PAGES + 9} if idle else {5, 9, PAGES + 9})
+        assert set(rounds.left) == expected
+        lib.memory_mark(memory.c_map, HIGH + 7 * PAGE_SIZE, 1)
+        rounds.collect_written_by_devices()
+        assert set(rounds.left) == expected | {HIGH + 7 * PAGE_SIZE}
+        assert set(rounds.left_by_devices) == {HIGH + 7 * PAGE_SIZE}
         rounds.last()
         assert hash_bytes(memory, through) == hash_bytes(memory)
         rounds.stop()
