@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
+import lab
 import pytest
 from conftest import RunningGuest
 from movers import GuestCpu, copying
 
+from pyvhostvdpa import VdpaNetDevice
 from pyvhostvdpa.memory import aside
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GUEST_PAGE, HUGE_PAGE, Gpa, GuestMemory
 from pyvhostvdpa.migration.dirty import DirtyTracker, Interface, PageSet, probe_interface
@@ -162,14 +164,31 @@ def test_dirty_tracker_reports_device_writes_past_the_page_tables(pinned_guest: 
     precopy_with_traffic(pinned_guest)
 
 
+@pytest.fixture
+def small_pages(devices: tuple[str, str]) -> Iterator[RunningGuest]:
+    """A guest with no other pages, as where nobody has asked for them."""
+    with (
+        setting(SHMEM_HUGE, "never"),
+        GuestMemory([(DEFAULT_GPA, lab.SMALL)]) as memory,
+        VdpaNetDevice(devices[0]) as device,
+    ):
+        device.attach(memory)
+        guest = RunningGuest(device, memory)
+        try:
+            yield guest
+        finally:
+            guest.close()
+
+
 def test_no_write_of_cpu_or_device_is_missed_while_page_tables_are_moved_aside(
-    guest: RunningGuest, monkeypatch: pytest.MonkeyPatch
+    small_pages: RunningGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(aside, "_MIN", 1)
+    guest = small_pages
     guest.device.start_shadow(guest.nic.queues)
     size = guest.memory.regions[0].size // 4
     cpu = GuestCpu(guest.memory, guest.memory.regions[0].size - size, size // GUEST_PAGE, 2000)
-    with setting(SHMEM_HUGE, "never"), copying(guest.memory) as copy, DirtyTracker(guest.memory) as tracker:
+    with copying(guest.memory) as copy, DirtyTracker(guest.memory) as tracker:
         guest.traffic.run()
         with cpu.running():
             copy.move(PageSet.all(guest.memory))
