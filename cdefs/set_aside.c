@@ -24,7 +24,7 @@
 #define MREMAP_DONTUNMAP 4 /* Linux 5.7; of files 5.13 */
 #endif
 #define UFFD_MESSAGE 32
-/* what a whole page table of a table stands for: moved in one step if it is so far into one at both addresses */
+/* bytes that a page of page middle directory entries stands for: moved in one step if both addresses are as far into it */
 #define WHOLE (1ULL << 30)
 
 uint8_t *aside_reserve(const uint8_t *start, uint64_t size)
@@ -47,7 +47,7 @@ uint8_t *aside_reserve(const uint8_t *start, uint64_t size)
 
 int lock_used(uint8_t *start, uint64_t size)
 {
-	/* with MLOCK_ONFAULT, which has no place in the headers of older C libraries */
+	/* 1 is MLOCK_ONFAULT */
 	return syscall(SYS_mlock2, start, size, 1) ? errno : 0;
 }
 
@@ -72,7 +72,7 @@ static void *read_event(void *argument)
 	for (;;) {
 		if (poll(fds, 2, -1) > 0 && fds[0].revents)
 			return NULL;
-		/* EAGAIN: poll() says POLLERR of one that blocks, and of one that is shared with a process that read it */
+		/* EAGAIN: a process that shares the descriptor was first */
 		if (read(r->uffd, message, sizeof(message)) < 0 && errno != EAGAIN && errno != EINTR)
 			return NULL;
 	}

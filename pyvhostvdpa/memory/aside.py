@@ -41,10 +41,10 @@ class TablesAside(Closing):
     """The page tables of the regions of ``memory``, moved aside by :meth:`move`.
 
     ``uffd`` write-protects the memory (``lib.written_watch``), and goes on with both. Raises
-    :class:`MissingFeature` if that would be no gain or not safe: little memory; memory that is not
-    a file's of this process, or in huge pages; swap, where this process may not lock memory
-    (mlock(2)), since a page that is swapped out leaves the page tables. :meth:`close` gives the addresses back;
-    close ``uffd`` first.
+    :class:`MissingFeature` where that would be no gain or not safe: little memory; memory that is not a file's of this
+    process, or may get pages of other sizes; memory that is locked; swap, where this process may not lock memory
+    (mlock(2)), since a page that is swapped out leaves the page tables. :meth:`close` gives the addresses back; close
+    ``uffd`` first.
     """
 
     def __init__(self, memory: GuestMemory, uffd: int) -> None:
