@@ -24,7 +24,7 @@
 #define MREMAP_DONTUNMAP 4 /* Linux 5.7; of files 5.13 */
 #endif
 #define UFFD_MESSAGE 32
-/* bytes that a page of page middle directory entries stands for: moved in one step if both addresses are as far into it */
+/* what a PUD entry maps: moved in one step if both addresses are as far into one */
 #define WHOLE (1ULL << 30)
 
 uint8_t *aside_reserve(const uint8_t *start, uint64_t size)
