@@ -128,7 +128,8 @@ void svq_memory_changed(struct svq *q);
 struct svq_thread {
 	uint32_t count;
 	struct svq **queues;
-	int epoll;			/* an epoll of this thread alone, which has wake already */
+	int epoll;			/* an epoll of this thread alone, which has wake and ticks already */
+	int ticks;			/* ticks_open(): when to look for eventfds that were closed, or -1 */
 	int watched;			/* it has the queues' eventfds, which stay the same */
 	int wake;			/* eventfd that ends a wait */
 	int config_call;		/* eventfd to raise when a queue breaks, or -1 */
@@ -141,6 +142,8 @@ struct svq_thread {
 	uint64_t rounds, sleeps;
 };
 
+/* A timer that is readable each second, for an edge-triggered epoll: the descriptor, or -errno. */
+int ticks_open(void);
 /*
  * Relay until stop is set or deadline (CLOCK_MONOTONIC, ns) has passed. A
  * queue that breaks is left alone, the others continue. Returns the number of

@@ -1,10 +1,28 @@
 /* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include <fcntl.h>
 #include <sys/epoll.h>
 #include <sys/syscall.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include "gate.h"
 #include "ring_access.h"
+
+int ticks_open(void)
+{
+	const struct itimerspec each = { { 1, 0 }, { 1, 0 } };
+	const int fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+	int error;
+
+	if (fd < 0)
+		return -errno;
+	if (!timerfd_settime(fd, 0, &each, NULL))
+		return fd;
+	error = errno;
+	close(fd);
+	return -error;
+}
 
 static uint32_t serve_round(struct svq_thread *t)
 {
@@ -57,7 +75,7 @@ static void want_notifications(struct svq_thread *t, int on)
 static int watch(const struct svq_thread *t, int fd)
 {
 	/* raised since the last look: nothing has to be read, and a count that stays is nobody's */
-	struct epoll_event event = { .events = EPOLLIN | EPOLLET };
+	struct epoll_event event = { .events = EPOLLIN | EPOLLET, .data.fd = fd };
 
 	if (fd < 0 || !epoll_ctl(t->epoll, EPOLL_CTL_ADD, fd, &event))
 		return 0;
@@ -96,11 +114,30 @@ static void forget_broken(struct svq_thread *t)
 	t->watched = 0;
 }
 
+static int is_open(int fd)
+{
+	return fd < 0 || fcntl(fd, F_GETFD) >= 0;
+}
+
+/* An epoll says nothing of a descriptor that is closed while it is waited for. */
+static void look_for_closed(struct svq_thread *t)
+{
+	uint32_t i;
+
+	for (i = 0; i < t->count; i++) {
+		struct svq *q = t->queues[i];
+
+		if (!q->broken && !(is_open(q->guest_kick) && is_open(q->device_call)))
+			q->broken = SVQ_BAD_EVENTFD;
+	}
+}
+
 /* Whether it may continue. Otherwise it is outside. */
 static int wait_for_notification(struct svq_thread *t, int64_t deadline)
 {
 	const int timeout = deadline == INT64_MAX ? -1 : poll_timeout(deadline);
 	struct epoll_event events[16];
+	int ready = 0, ticked = 0;
 
 	if (t->forgotten != t->broken)
 		forget_broken(t);
@@ -112,8 +149,15 @@ static int wait_for_notification(struct svq_thread *t, int64_t deadline)
 	t->sleeps++;
 	gate_leave(&t->stop, &t->inside);
 	if (!is_set(&t->stop))
-		epoll_wait(t->epoll, events, sizeof(events) / sizeof(*events), timeout);
-	return gate_enter(&t->stop, &t->inside);
+		ready = epoll_wait(t->epoll, events, sizeof(events) / sizeof(*events), timeout);
+	/* once it is stopped its eventfds may be another's */
+	if (!gate_enter(&t->stop, &t->inside))
+		return 0;
+	while (ready > 0)
+		ticked |= events[--ready].data.fd == t->ticks;
+	if (ticked)
+		look_for_closed(t);
+	return 1;
 }
 
 /* Relay as long as there is work, and busy_poll longer. */

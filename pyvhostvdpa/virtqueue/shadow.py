@@ -34,7 +34,7 @@ _REASONS = {
     "SVQ_BAD_INDIRECT": "guest: indirect table that was not negotiated, is nested, chained or misshapen",
     "SVQ_BAD_USED_IDX": "device: used.idx moved by more than the ring size",
     "SVQ_BAD_USED_ID": "device: used id that it was not given",
-    "SVQ_BAD_EVENTFD": "an eventfd of this queue cannot be used: it was closed, or cannot be waited for",
+    "SVQ_BAD_EVENTFD": "an eventfd of this queue was closed while its thread was using it, or cannot be waited for",
     "SVQ_NO_ROOM": "a chain does not fit the shadow ring: its buffers cross regions not adjacent for the device",
     "SVQ_HEAD_TWICE": "guest: head made available again before it was used",
     "SVQ_SHARED_DESC": "guest: descriptor in several chains at the same time",
@@ -172,17 +172,21 @@ class ShadowThread:
     def __init__(self, queues: Sequence[ShadowVirtqueue], busy_poll: float = 0.0, config_call: int = -1) -> None:
         self._queues = list(queues)
         self._epoll = select.epoll()
-        self._wake = -1
+        self._wake = self._ticks = -1
         try:
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._epoll.register(self._wake, select.EPOLLIN)
+            self._ticks = lib.ticks_open()
+            if self._ticks < 0:
+                raise OSError(-self._ticks, os.strerror(-self._ticks))
+            self._epoll.register(self._ticks, select.EPOLLIN | select.EPOLLET)
         except OSError:
             self._epoll.close()
-            close_all([self._wake])
+            close_all([self._wake, self._ticks])
             raise
         self._array = ffi.new("struct svq *[]", [q.c for q in self._queues])
         own = {"count": len(self._queues), "queues": self._array, "epoll": self._epoll.fileno(), "wake": self._wake}
-        self._c: Any = ffi.new("struct svq_thread *", own)
+        self._c: Any = ffi.new("struct svq_thread *", {**own, "ticks": self._ticks})
         self._c.busy_poll = int(busy_poll * 1e9)
         self._c.config_call = config_call
         self._thread = threading.Thread(target=self._run, name="svq-thread", daemon=True)
@@ -210,9 +214,9 @@ class ShadowThread:
             lib.svq_thread_end(self._c)
         if self._thread.is_alive():
             self._thread.join()
-        wake, self._wake = self._wake, -1
+        fds, self._wake, self._ticks = (self._wake, self._ticks), -1, -1
         self._epoll.close()
-        close_all([wake])
+        close_all(fds)
 
 
 class ShadowThreads:

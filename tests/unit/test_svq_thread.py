@@ -33,7 +33,13 @@ class Running:
         self.epoll.register(self.wake, select.EPOLLIN | select.EPOLLET)
         self.c: Any = ffi.new(
             "struct svq_thread *",
-            {"count": len(models), "queues": self.array, "epoll": self.epoll.fileno(), "wake": self.wake},
+            {
+                "count": len(models),
+                "queues": self.array,
+                "wake": self.wake,
+                "epoll": self.epoll.fileno(),
+                "ticks": -1,
+            },
         )
         self.c.busy_poll, self.c.config_call = busy_poll, config_call
         self.threads: list[threading.Thread] = []
@@ -318,6 +324,30 @@ def test_an_eventfd_that_is_no_longer_one_breaks_its_queue_alone(
     os.eventfd_write(running.wake, 1)
     assert running.look() == 1
     assert good.svq.c.forwarded == 1
+
+
+@pytest.mark.parametrize("which", ["guest_kick", "device_call"])
+def test_an_eventfd_that_is_closed_while_a_thread_sleeps_is_noticed_within_seconds(
+    model: Make, serving: Callable[..., Running], which: str
+) -> None:
+    bad, good = model(), model()
+    running = serving(bad, good)
+    running.c.ticks = lib.ticks_open()
+    running.epoll.register(running.c.ticks, select.EPOLLIN | select.EPOLLET)
+    other = os.eventfd(0, os.EFD_NONBLOCK)
+    setattr(bad.svq.c, which, other)
+    running.start(30_000)
+    running.asleep()
+    os.close(other)
+    until(lambda: bad.svq.c.broken, 10)
+    assert (bad.svq.c.broken, good.svq.c.broken) == (lib.SVQ_BAD_EVENTFD, lib.SVQ_OK)
+    give(good, 0)
+    os.eventfd_write(good.queue.kick, 1)
+    until(lambda: good.svq.c.forwarded == 1)
+    running.close()
+    running.threads.clear()
+    os.close(running.c.ticks)
+    running.wake, running.epoll = os.eventfd(0, os.EFD_NONBLOCK), select.epoll()
 
 
 def test_a_broken_queue_s_notifications_do_not_keep_a_thread_awake(
