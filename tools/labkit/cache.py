@@ -234,9 +234,10 @@ def once(partial: Path, step: str, act: Callable[[], None]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, should it be there."""
+    """Remove a file or folder, should it be there; another process may be removing it too."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 

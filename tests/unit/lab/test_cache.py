@@ -270,3 +270,16 @@ def test_every_kind_of_build_is_removed_in_this_one_way():
     for path in (TOOLS / "labkit").glob("*.py"):
         text = path.read_text()
         assert ("[KEPT:]" in text, "forget_old(" in text) in ((False, False), (False, True)), path
+
+
+def test_a_folder_that_another_process_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    builds(tmp_path, "old")
+    real = module.shutil.rmtree
+
+    def other_was_first(path):
+        real(path)
+        real(path)
+
+    monkeypatch.setattr(module.shutil, "rmtree", other_was_first)
+    module.remove(tmp_path / "old")
+    assert not (tmp_path / "old").exists()
