@@ -362,6 +362,13 @@ def test_a_broken_queue_s_notifications_do_not_keep_a_thread_awake(
     running.run(50)
     assert running.c.sleeps - before <= 2
     assert os.eventfd_read(m.queue.kick) == 1, "nobody takes them any more"
+    running.start(30_000)
+    running.asleep(int(running.c.sleeps) + 1)
+    asleep = int(running.c.sleeps)
+    for eventfd in 10 * [m.queue.kick, m.svq.call]:
+        os.eventfd_write(eventfd, 1)
+        time.sleep(0.002)
+    assert running.c.sleeps == asleep, "it was woken"
 
 
 def test_a_broken_queue_is_reported_while_a_thread_polls(model: Make, serving: Callable[..., Running]) -> None:
