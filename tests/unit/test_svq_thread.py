@@ -355,6 +355,7 @@ def test_a_broken_queue_s_notifications_do_not_keep_a_thread_awake(
 ) -> None:
     m = model()
     running = serving(m)
+    running.look()
     break_queue(m)
     running.look()
     before = int(running.c.sleeps)
