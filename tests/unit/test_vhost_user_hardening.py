@@ -442,6 +442,7 @@ def test_memory_is_not_watched_behind_a_change_that_failed_half_way() -> None:
         with pytest.raises(VhostVdpaError):
             mapped.change(regions[:1], [(regions[1], file.fileno())])
         assert not mapped.notices
+        assert not mapped._holes.notices.fds, "the kernel has a watch on it"
 
 
 def test_a_device_whose_queues_were_lost_is_not_started_again_over_a_hole() -> None:
