@@ -182,11 +182,12 @@ def test_exactly_the_written_pages_are_marked(
             assert set(m.memory.dirty_pages()) == expected
 
 
-def test_a_device_that_claims_more_than_it_was_lent_is_cut_and_counted(model: Make) -> None:
+@pytest.mark.parametrize("claimed", [65, 1 << 31])
+def test_a_device_that_claims_more_than_it_was_lent_is_cut_and_counted(model: Make, claimed: int) -> None:
     m = make(model)
     give(m, 0)
     m.forward()
-    m.complete(0, 1 << 31)
+    m.complete(0, claimed)
     m.give_back()
     assert (m.used(), m.svq.c.clamped) == ([(0, 64)], 1)
 
