@@ -38,6 +38,7 @@
 #define WORDS (PAGE / 8 - 3)
 #define BLOCK 256
 #define QUIET_NS 1000000000u
+#define REPORT 1024 /* bytes, at most */
 
 struct page {
 	uint64_t number, generation, sum;
@@ -53,6 +54,7 @@ static struct {
 static struct account echo;
 static uint64_t udp_sent, udp_refused;
 static int udp = -1, tcp = -1, console;
+static struct line told; /* what the console has to take */
 static uint8_t mac[6];
 
 static struct {
@@ -82,10 +84,8 @@ static int address(const char *name, struct sockaddr_in *where)
 
 static void fail(const char *what)
 {
-	struct line line = {.length = 0};
-
-	line_add(&line, "{\"error\":\"%s: %s\"}", what, strerror(errno));
-	line_write(&line);
+	line_add(&told, "{\"error\":\"%s: %s\"}", what, strerror(errno));
+	line_write(&told);
 }
 
 /* Give eth0 its address and switch it on. */
@@ -303,25 +303,28 @@ static uint64_t statistic(const char *name)
 	return strtoull(text, NULL, 10);
 }
 
-static void report(const char *why)
+/* Report, unless the console has yet to take the reports before this one; whether it was done. */
+static int report(const char *why)
 {
-	static struct line line;
-
-	line_add(&line, "{\"guest\":\"%s\",\"t_ns\":%llu,\"udp\":{\"sent\":%llu,\"refused\":%llu,", why,
+	line_flush(&told);
+	if (!line_takes(&told, REPORT))
+		return 0;
+	line_add(&told, "{\"guest\":\"%s\",\"t_ns\":%llu,\"udp\":{\"sent\":%llu,\"refused\":%llu,", why,
 		 (unsigned long long)now_ns(CLOCK_MONOTONIC), (unsigned long long)udp_sent,
 		 (unsigned long long)udp_refused);
-	line_account(&line, &echo, udp_sent);
-	line_add(&line, "},\"tcp\":{\"connected\":%d,\"sent\":%llu,\"echoed\":%llu,\"wrong\":%llu,\"broken\":%llu,",
+	line_account(&told, &echo, udp_sent);
+	line_add(&told, "},\"tcp\":{\"connected\":%d,\"sent\":%llu,\"echoed\":%llu,\"wrong\":%llu,\"broken\":%llu,",
 		 stream.connected, (unsigned long long)stream.sent, (unsigned long long)stream.echoed,
 		 (unsigned long long)stream.wrong, (unsigned long long)stream.broken);
-	line_add(&line, "\"longest_gap_ns\":%llu},", (unsigned long long)stream.longest_ns);
-	line_add(&line, "\"memory\":{\"written\":%llu,\"verified\":%llu,\"wrong\":%llu,\"first_wrong\":%llu},",
+	line_add(&told, "\"longest_gap_ns\":%llu},", (unsigned long long)stream.longest_ns);
+	line_add(&told, "\"memory\":{\"written\":%llu,\"verified\":%llu,\"wrong\":%llu,\"first_wrong\":%llu},",
 		 (unsigned long long)pages.written, (unsigned long long)pages.verified,
 		 (unsigned long long)pages.wrong, (unsigned long long)pages.first_wrong);
-	line_add(&line, "\"frames\":{\"tx\":%llu,\"rx\":%llu,\"tx_dropped\":%llu}}",
+	line_add(&told, "\"frames\":{\"tx\":%llu,\"rx\":%llu,\"tx_dropped\":%llu}}",
 		 (unsigned long long)statistic("tx_packets"), (unsigned long long)statistic("rx_packets"),
 		 (unsigned long long)statistic("tx_dropped"));
-	line_write(&line);
+	line_write(&told);
+	return 1;
 }
 
 /* Send frames to an address that no host has, as fast as the device takes them. */
@@ -332,7 +335,6 @@ static void flood(uint64_t count, size_t bytes)
 	int out = packet_socket(0), one = 1, flags;
 	uint64_t begin = now_ns(CLOCK_MONOTONIC), sent = 0, first = statistic("tx_packets");
 	struct mmsghdr burst[32];
-	struct line line = {.length = 0};
 	struct iovec piece;
 	static struct frame frame;
 
@@ -357,10 +359,10 @@ static void flood(uint64_t count, size_t bytes)
 		else
 			poll(NULL, 0, 1);
 	}
-	line_add(&line, "{\"flood\":%llu,\"ns\":%llu,\"tx\":%llu}", (unsigned long long)sent,
+	line_add(&told, "{\"flood\":%llu,\"ns\":%llu,\"tx\":%llu}", (unsigned long long)sent,
 		 (unsigned long long)(now_ns(CLOCK_MONOTONIC) - begin),
 		 (unsigned long long)(statistic("tx_packets") - first));
-	line_write(&line);
+	line_write(&told);
 	close(out);
 }
 
@@ -475,10 +477,9 @@ int main(void)
 	for (;;) {
 		wait_for(tick);
 		now = now_ns(CLOCK_MONOTONIC);
-		if (quiet_at && now >= quiet_at) {
-			quiet_at = 0;
-			report("stopped");
-		}
+		if (quiet_at && now >= quiet_at)
+			quiet_at = report("stopped") ? 0 : now + QUIET_NS;
+		line_flush(&told);
 		if (now < tick)
 			continue;
 		if (sending) {

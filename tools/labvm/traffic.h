@@ -126,10 +126,11 @@ static inline uint64_t account_lost(const struct account *account, uint64_t end)
 	return end > different ? end - different : 0;
 }
 
-/* A line that is put together piece by piece. */
+/* A line that is put together piece by piece, and what a full console has not taken of those before it. */
 struct line {
 	char text[6144];
 	size_t length;
+	size_t done;
 };
 
 __attribute__((format(printf, 2, 3))) static inline void line_add(struct line *line, const char *format, ...)
@@ -166,19 +167,29 @@ static inline void line_gaps(struct line *line, const struct account *account)
 	line_add(line, "]");
 }
 
-static inline void line_write(struct line *line)
+/* Write what can be written without waiting. */
+static inline void line_flush(struct line *line)
 {
-	size_t done = 0;
-
-	line_add(line, "\n");
-	while (done < line->length) {
-		ssize_t written = write(1, line->text + done, line->length - done);
+	while (line->done < line->length) {
+		ssize_t written = write(1, line->text + line->done, line->length - line->done);
 
 		if (written < 0)
 			return;
-		done += (size_t)written;
+		line->done += (size_t)written;
 	}
-	line->length = 0;
+	line->length = line->done = 0;
+}
+
+static inline void line_write(struct line *line)
+{
+	line_add(line, "\n");
+	line_flush(line);
+}
+
+/* Whether so much more has room. */
+static inline int line_takes(const struct line *line, size_t length)
+{
+	return line->length + length < sizeof(line->text);
 }
 
 /* The numbered byte stream: byte n of it is a function of n, so that any loss or repetition shows. */

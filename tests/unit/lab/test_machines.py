@@ -213,6 +213,50 @@ int main(void)
 """
 
 
+LINES = """
+#include <fcntl.h>
+#include <unistd.h>
+#include "traffic.h"
+static struct line told;
+int main(void)
+{
+	int number, refused = 0;
+	fcntl(1, F_SETFL, O_NONBLOCK);
+	for (number = 0; number < 3000; number++) {
+		line_flush(&told);
+		if (!line_takes(&told, 64)) {
+			refused++;
+			continue;
+		}
+		line_add(&told, "line %d, which is not short", number);
+		line_write(&told);
+	}
+	fprintf(stderr, "%d\\n", refused);
+	while (told.length) {
+		line_flush(&told);
+		usleep(1000);
+	}
+	return 0;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler")
+def test_a_full_console_gets_each_line_once_when_it_takes_more(tmp_path):
+    source, program = tmp_path / "lines.c", tmp_path / "lines"
+    source.write_text(LINES)
+    subprocess.run(["gcc", "-Wall", "-I", PROJECT / "tools/labvm", "-o", program, source], check=True)
+    with subprocess.Popen([program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout
+        assert running.stderr
+        # nothing is read before all is said
+        refused = int(running.stderr.readline())
+        lines = running.stdout.read().splitlines()
+    numbers = [int(line.removeprefix("line ").partition(",")[0]) for line in lines]
+    assert numbers == list(range(len(lines)))
+    assert 0 < refused == 3000 - len(lines)
+
+
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler")
 def test_account_of_frames_knows_what_was_lost_repeated_and_late(tmp_path):
     source, program = tmp_path / "account.c", tmp_path / "account"
