@@ -119,25 +119,38 @@ static int is_open(int fd)
 	return fd < 0 || fcntl(fd, F_GETFD) >= 0;
 }
 
-/* An epoll says nothing of a descriptor that is closed while it is waited for. */
-static void look_for_closed(struct svq_thread *t)
+/* An epoll says nothing of a descriptor that is closed while it is waited for. Whether there is one. */
+static int look_for_closed(struct svq_thread *t)
 {
 	uint32_t i;
+	int found = 0;
 
 	for (i = 0; i < t->count; i++) {
 		struct svq *q = t->queues[i];
 
-		if (!q->broken && !(is_open(q->guest_kick) && is_open(q->device_call)))
-			q->broken = SVQ_BAD_EVENTFD;
+		if (q->broken || (is_open(q->guest_kick) && is_open(q->device_call)))
+			continue;
+		q->broken = SVQ_BAD_EVENTFD;
+		found = 1;
 	}
+	return found;
+}
+
+/* Whether nothing but the tick came, and it found nothing: then there is no reason to look into a ring. */
+static int only_ticked(struct svq_thread *t, const struct epoll_event *events, int ready)
+{
+	int ticked = 0, i;
+
+	for (i = 0; i < ready; i++)
+		ticked |= events[i].data.fd == t->ticks;
+	return ticked && !look_for_closed(t) && ready == 1;
 }
 
 /* Whether it may continue. Otherwise it is outside. */
 static int wait_for_notification(struct svq_thread *t, int64_t deadline)
 {
-	const int timeout = deadline == INT64_MAX ? -1 : poll_timeout(deadline);
 	struct epoll_event events[16];
-	int ready = 0, ticked = 0;
+	int ready;
 
 	if (t->forgotten != t->broken)
 		forget_broken(t);
@@ -147,16 +160,17 @@ static int wait_for_notification(struct svq_thread *t, int64_t deadline)
 		return 1;
 	}
 	t->sleeps++;
-	gate_leave(&t->stop, &t->inside);
-	if (!is_set(&t->stop))
-		ready = epoll_wait(t->epoll, events, sizeof(events) / sizeof(*events), timeout);
-	/* once it is stopped its eventfds may be another's */
-	if (!gate_enter(&t->stop, &t->inside))
-		return 0;
-	while (ready > 0)
-		ticked |= events[--ready].data.fd == t->ticks;
-	if (ticked)
-		look_for_closed(t);
+	do {
+		const int timeout = deadline == INT64_MAX ? -1 : poll_timeout(deadline);
+
+		ready = 0;
+		gate_leave(&t->stop, &t->inside);
+		if (!is_set(&t->stop))
+			ready = epoll_wait(t->epoll, events, sizeof(events) / sizeof(*events), timeout);
+		/* once it is stopped its eventfds may be another's */
+		if (!gate_enter(&t->stop, &t->inside))
+			return 0;
+	} while (only_ticked(t, events, ready));
 	return 1;
 }
 

@@ -46,7 +46,7 @@ class OpenedDevice(Closing):
     ) -> None:
         # before the device is opened, which resets it
         check_implemented(wanted or Feature(0))
-        self._serving = shadowing.choose(shadow, NET)
+        self._serving = None if shadow is None else shadowing.choose(shadow, NET)
         check_path(path)
         check_served(path)
         try:
@@ -161,7 +161,7 @@ class OpenedDevice(Closing):
     @property
     def shadow(self) -> str:
         """How its queues are shadowed: one of :data:`pyvhostvdpa.device.shadowing.NAMES`."""
-        return self._procedure.target.serving.name
+        return self._procedure.serving.name
 
     @property
     def mac(self) -> bytes | None:

@@ -16,12 +16,12 @@ USED_ALL = "used-all"
 """The same with every data queue relayed, for a device that may use any of them out of order."""
 
 NAMES = (FULL, USED, USED_ALL)
-"""The ways that can be asked for; the first is the default."""
+"""The ways that can be asked for; the procedure chooses one else."""
 
 
-def choose(name: str | None, kind: DeviceKind) -> Serving:
-    """Return the way to shadow queues of that name, the default for None; :class:`MissingFeature` for another name."""
-    if name is None or name == FULL:
+def choose(name: str, kind: DeviceKind) -> Serving:
+    """Return the way to shadow queues of that name; :class:`MissingFeature` for another name."""
+    if name == FULL:
         return SHADOWED
     if name == USED:
         return used_ring(kind.writes, USED)

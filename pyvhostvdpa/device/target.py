@@ -42,7 +42,8 @@ class State(enum.Enum):
 class Target:
     """An opened device: its door, its address spaces, what was negotiated, how its queues are grouped and served.
 
-    ``ring_sizes`` are the largest of each queue, by index; empty if they were not read.
+    ``ring_sizes`` are the largest of each queue, by index; empty if they were not read. ``serving`` is how queues are
+    shadowed, None to leave it to the procedure.
     """
 
     chardev: VhostVdpa
@@ -51,7 +52,7 @@ class Target:
     backend_features: BackendFeature
     groups: Groups
     ring_sizes: tuple[int, ...] = ()
-    serving: Serving = SHADOWED
+    serving: Serving | None = SHADOWED
     kind: DeviceKind = NET
 
     @property

@@ -15,6 +15,7 @@ from waiting import wait_for
 from pyvhostvdpa import FileRegion, GuestMemory, MapRejected, MissingFeature, SharedLog, State, VdpaNetDevice
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
+from pyvhostvdpa.device.shadowing import FULL
 from pyvhostvdpa.guest.nic import GuestNic
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GUEST_PAGE
 from pyvhostvdpa.memory.log import log_size
@@ -211,7 +212,7 @@ def test_map_that_fails_leaves_memory_as_it_was(
 def test_shadowed_buffers_in_flight_keep_their_region_and_are_found_again(
     opened: Open, doors: list[DoorDouble], memory: GuestMemory, nic: GuestNic, ram: int
 ) -> None:
-    device = opened(wanted=SUPPORTED)
+    device = opened(wanted=SUPPORTED, shadow=FULL)
     device.attach(memory)
     memory.start_dirty_log()
     buffers = 2 * DEFAULT_GPA

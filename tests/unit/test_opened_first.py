@@ -14,7 +14,9 @@ from door_double import OFFERED, PAIRS, DoorDouble
 from pyvhostvdpa import GuestMemory, MissingFeature, OutOfOrder, QueueBroken, State, VdpaNetDevice
 from pyvhostvdpa._cdefs import ffi
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature, Status
-from pyvhostvdpa.device.shadowing import NAMES
+from pyvhostvdpa.bench.ladder.rows import LADDER_ROWS, LadderRow
+from pyvhostvdpa.device.procedure.best import DIRECT, IN_PLACE
+from pyvhostvdpa.device.shadowing import FULL, NAMES, USED
 from pyvhostvdpa.guest.nic import GuestNic
 from pyvhostvdpa.memory.guest import DEFAULT_GPA
 from pyvhostvdpa.net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
@@ -288,7 +290,7 @@ def test_device_that_stands_by_is_started_with_other_eventfds(
 def test_eventfds_are_replaced_while_a_relay_serves_the_ring(
     opened: Open, memory: GuestMemory, nic: GuestNic, fresh: tuple[int, int]
 ) -> None:
-    device = opened(wanted=SUPPORTED)
+    device = opened(wanted=SUPPORTED, shadow=FULL)
     device.attach(memory)
     device.start(State.SHADOW, nic.queues)
     shadow: Any = device.shadows[1]
@@ -362,6 +364,31 @@ def test_a_device_is_shadowed_in_the_way_that_is_asked_for(
     device.stop()
     assert device.negotiate(SUPPORTED)
     assert device.shadow == shadow
+
+
+@pytest.mark.parametrize(
+    ("advertised", "wanted", "procedure", "shadow"),
+    [
+        (ALL_BACKEND_FEATURES, SUPPORTED, IN_PLACE, USED),
+        (ALL_BACKEND_FEATURES, SUPPORTED | Feature.INDIRECT_DESC, DIRECT, FULL),
+        (ALL_BACKEND_FEATURES & ~BackendFeature.RESUME, SUPPORTED, DIRECT, FULL),
+        (ALL_BACKEND_FEATURES & ~BackendFeature.DESC_ASID, SUPPORTED, DIRECT, USED),
+    ],
+)
+def test_a_procedure_relays_used_rings_where_that_maps_no_more_at_a_switch(
+    opened: Any, advertised: BackendFeature, wanted: Feature, procedure: str, shadow: str
+) -> None:
+    """Beside guest memory the rings of a relay would make some drivers tell their device all of its memory again."""
+    device = opened(advertised, wanted)
+    assert (device.procedure.name, device.shadow) == (procedure, shadow)
+
+
+@pytest.mark.parametrize("plan", [plan for plan in LADDER_ROWS.values() if plan.procedure is None])
+def test_the_rows_of_qemu_copy_descriptors_as_it_does(doors: list[DoorDouble], plan: LadderRow) -> None:
+    doors.append(DoorDouble(OFFERED, ALL_BACKEND_FEATURES))
+    make = lambda target: plan.resolve(target, False).make(target)  # noqa: E731
+    with VdpaNetDevice("/dev/vhost-vdpa-double", wanted=SUPPORTED | CONTROL, procedure=make) as device:
+        assert device.shadow == FULL
 
 
 def test_an_unknown_way_to_shadow_is_refused_before_the_device_is_opened(opened: Any) -> None:

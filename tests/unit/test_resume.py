@@ -12,6 +12,7 @@ import pytest
 from pyvhostvdpa.base.uapi import BackendFeature
 from pyvhostvdpa.device.net_kind import NET
 from pyvhostvdpa.device.procedure.base import Procedure, State
+from pyvhostvdpa.virtqueue import SHADOWED
 
 
 class Plain(Procedure):
@@ -59,7 +60,9 @@ def kicks() -> Iterator[list[int]]:
 def test_resume_notifies_the_device_of_every_queue(kicks: list[int], state: State) -> None:
     queues = [SimpleNamespace(index=index, kick=kick) for index, kick in enumerate(kicks[:2])]
     features = BackendFeature.SUSPEND | BackendFeature.RESUME
-    target: Any = SimpleNamespace(path="dev", backend_features=features, chardev=Suspended(kicks), kind=NET)
+    target: Any = SimpleNamespace(
+        path="dev", backend_features=features, chardev=Suspended(kicks), kind=NET, serving=SHADOWED
+    )
     procedure = Plain(target)
     procedure.state, procedure._queues = state, tuple(queues)  # type: ignore[assignment]
     procedure.shadows = [SimpleNamespace(kick=kick) for kick in kicks[2:]]  # type: ignore[misc]

@@ -108,7 +108,7 @@ class Procedure(Served):
 
     def _note_shadowed(self, mode: State, control: GuestControl | None) -> None:
         """Trace which queues are shadowed from now on; the control queue always is."""
-        relays = self.target.serving.relays
+        relays = self.serving.relays
         shadowed = [queue.index for queue in self._queues if relays(queue.index)] if mode is State.SHADOW else []
         if control is not None:
             shadowed.append(control.index)

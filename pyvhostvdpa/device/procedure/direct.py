@@ -11,6 +11,7 @@ from ...chardev.iotlb import GuestMapping
 from ...chardev.message import IotlbWriteError
 from ...memory.guest import Region
 from ...virtqueue.layout import GuestQueue, same_rings
+from .. import shadowing
 from ..kind import GuestControl
 from ..target import FEATURES_SET, GUEST_ASID, OWN_ASID, READY, RUNNING, State, Target
 from .base import Procedure
@@ -28,8 +29,17 @@ class Direct(Procedure):
     @property
     def ring_asid(self) -> int:
         """Apart from guest memory if the device can fetch descriptors from there, and they are not the guest's."""
-        apart = self.target.separate_descriptors and not self.target.serving.in_place
+        apart = self.target.separate_descriptors and not self.serving.in_place
         return OWN_ASID if apart else GUEST_ASID
+
+    @staticmethod
+    def suited(target: Target) -> str:
+        """By the used ring, unless descriptors can have an address space of their own: there a switch maps less.
+
+        The rings of a relay lie beside guest memory, and some drivers tell a
+        device of all its memory again then (drivers/vdpa/mlx5/net/mlx5_vnet.c:set_map_data).
+        """
+        return shadowing.FULL if target.separate_descriptors else shadowing.USED
 
     @property
     def follows_memory(self) -> bool:

@@ -24,6 +24,7 @@ from ...chardev.calls import PreparedCalls
 from ...memory.guest import PAGE_SIZE
 from ...virtqueue.layout import GuestQueue, RingLayout, ring_layout, same_rings
 from ...virtqueue.serving import RingServer
+from .. import shadowing
 from ..kind import GuestControl, is_at, remember
 from ..target import OWN_ASID, State, Target
 from ..work import Work
@@ -71,6 +72,11 @@ class InPlace(Direct):
     def ring_asid(self) -> int:
         """Apart from guest memory: the guest's own rings are there too."""
         return OWN_ASID
+
+    @staticmethod
+    def suited(target: Target) -> str:
+        """By the used ring: everything is mapped before the guest runs."""
+        return shadowing.USED
 
     @staticmethod
     def lacks(target: Target) -> str:
@@ -279,7 +285,7 @@ class InPlace(Direct):
         ring = self.target.ring_bits
         for queue in self._queues:
             _, at, _ = self._places[queue.index]
-            self._spare.append(self.target.serving.queue(queue, self.memories.guest, at, ring, None))
+            self._spare.append(self.serving.queue(queue, self.memories.guest, at, ring, None))
 
     # -- switch -------------------------------------------------------------------
 

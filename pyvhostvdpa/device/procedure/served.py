@@ -14,6 +14,7 @@ from ...virtqueue.layout import GuestQueue, RingStart, in_order, indices, ring_l
 from ...virtqueue.rings import GuestRings
 from ...virtqueue.serving import RingServer, ServerThreads, ServingOptions
 from ...virtqueue.stall import StallDetector
+from .. import shadowing
 from ..kind import ControlPlace, ControlServer, GuestControl, GuestView
 from ..target import State, Target
 from .attached import CONTROL_ROOM, Attached
@@ -27,6 +28,8 @@ class Served(Attached):
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
+        self.serving = target.serving or shadowing.choose(self.suited(target), target.kind)
+        """How its queues are shadowed."""
         self.shadows: list[RingServer] = []
         self._placed = 0
         """Bytes of our memory that the shadow rings take."""
@@ -50,12 +53,17 @@ class Served(Attached):
         self._started_at: dict[int, RingStart] = {}
         """What each guest ring held when passthrough started, by queue index."""
 
+    @staticmethod
+    def suited(target: Target) -> str:
+        """How queues are shadowed unless that is asked for: one of :data:`pyvhostvdpa.device.shadowing.NAMES`."""
+        return shadowing.FULL
+
     # -- the guest's queues --------------------------------------------------------
 
     def _set_queues(self, queues: Sequence[GuestQueue], control: GuestControl | None) -> None:
         """Take a guest's queues; ValueError, with nothing changed, if a ring is not in guest memory."""
         memory = self.memories.guest
-        passed = [queue for queue in queues if not self.target.serving.relays(queue.index)]
+        passed = [queue for queue in queues if not self.serving.relays(queue.index)]
         if self._guest_rings is not None and same_rings(self._guest_rings.queues, queues):
             # a guest that comes brings its eventfds, and stands still meanwhile
             self._guest_rings.queues = tuple(queues)
@@ -127,10 +135,10 @@ class Served(Attached):
     # -- threads -------------------------------------------------------------------
 
     def _serve(self) -> None:
-        threads = self.target.serving.threads
+        threads = self.serving.threads
         self._server_threads = threads(self.shadows, self.serving_options, self._config_call, self.target.kind.together)
         self._server_threads.start()
-        if self.target.serving.in_place:
+        if self.serving.in_place:
             # it was given buffers before it ran, and a device may forget what it was notified of then
             for shadow in self.shadows:
                 if not shadow.through:
@@ -213,7 +221,7 @@ class Served(Attached):
         layout = ring_layout(queue.num, ring)
         if at + layout.size > own.hva + own.size - CONTROL_ROOM:
             raise MissingFeature(f"{self.target.path}: the shadow rings do not fit {own.size - CONTROL_ROOM} bytes")
-        shadow = self.target.serving.queue(queue, self.memories.guest, at, ring, translation)
+        shadow = self.serving.queue(queue, self.memories.guest, at, ring, translation)
         self._placed += layout.size
         self.shadows.append(shadow)
         return shadow
