@@ -29,6 +29,7 @@ from ..base.errors import (
     StreamCorrupt,
     VhostVdpaError,
 )
+from ..base.scheduling import AheadOfOthers
 from ..device.net import VdpaNetDevice
 from ..device.together import together
 from ..guest.protocol import DeviceSection, G, GuestKind, Kinds, Section, kind_of
@@ -112,7 +113,7 @@ class Destination(Generic[G]):
         self._folder, self._cancel = folder, cancel
         self._observe, self._tell = harmless(observer), harmless(tell)
         self._stack, self._until_it_runs = ExitStack(), ExitStack()
-        self._ahead = paused.AheadOfOthers()
+        self._ahead = AheadOfOthers()
         self._devices: list[VdpaNetDevice] = []
         self._told = 0.0
         self._alive_frames = AliveLimit()

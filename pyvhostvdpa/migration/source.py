@@ -22,6 +22,7 @@ from ..base.errors import (
     StreamBroken,
     VhostVdpaError,
 )
+from ..base.scheduling import AheadOfOthers
 from ..base.uapi import BackendFeature, names
 from ..device.net import State, VdpaNetDevice
 from ..guest.protocol import Guest, Window
@@ -99,7 +100,7 @@ class Source:
         self._halted: set[int] = set()
         """Numbers of devices that failed to stop: whether they are stopped is unknown."""
         self._resources = ExitStack()
-        self._ahead = paused.AheadOfOthers()
+        self._ahead = AheadOfOthers()
         self._stopping: paused.Prepared | None = None
         self._leaving: Leaving | None = None
         """Made before the pause, if the guest's state can be passed in one go."""

@@ -104,6 +104,11 @@ class Backend(Closing):
         return State.SHADOW if self.dirty_log.wanted and not self.dirty_log.inexact else State.PASSTHROUGH
 
     @property
+    def awaits_guest(self) -> bool:
+        """Whether a guest has announced itself, by its memory or by the state of its device, and has not started."""
+        return bool(self.mapped.unclaimed or self._moved_bases)
+
+    @property
     def needs_ticks(self) -> bool:
         """Whether :meth:`tick` has something to do, so that it has to be called periodically."""
         unheard = self.running and not self._failure.given

@@ -33,6 +33,7 @@ from .messages import MessageRefused, ProtocolError
 from .peer import Hearing, Telling, describe, find_files
 from .session import FrontEndSession
 from .status import of_backend, of_session
+from .urgency import Urgency
 
 SCHEMA = "pyvhostvdpa/serve/1"
 RETRY = 1.0
@@ -194,6 +195,7 @@ class Server(Closing):
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
         self._session: FrontEndSession | None = None
+        self._urgency = Urgency()
         self._failed = ""
         self._turned_away: list[tuple[float, MessageChannel]] = []
         self._refused_for = ""
@@ -352,6 +354,7 @@ class Server(Closing):
         finally:
             for fd in files:
                 os.close(fd)
+            self._hurry()
 
     def _tell_peer(self) -> None:
         """When a migration begins, announce the guest to the destination; stop when it is over."""
@@ -371,6 +374,13 @@ class Server(Closing):
                 backend.control_model,
             )
             self._telling = Telling(self._peering.to, self._peering.tls, message, self._peer_said)
+
+    def _hurry(self) -> None:
+        """Go first while a guest leaves, from the log start on, or comes, from what is known of it to its start."""
+        backend = self.backend
+        leaves = backend.dirty_log.wanted
+        comes = not backend.running and (backend.awaits_guest or self._urgency.urgent)
+        self._urgency.look(leaves or comes)
 
     def _filter_changed(self, wanted: RxFilter) -> None:
         def act() -> str:
@@ -472,10 +482,12 @@ class Server(Closing):
             self._end(str(e))
             return
         self._tell_peer()
+        self._hurry()
 
     def _end(self, why: str) -> None:
         session, self._session = self._session, None
         self._stop_telling()
+        self._urgency.close()
         if session is None:
             return
         session.close()

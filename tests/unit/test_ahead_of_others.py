@@ -13,7 +13,7 @@ from stub_migration import Rig
 from test_crew import environment
 
 from pyvhostvdpa.base.errors import MigrationFailed
-from pyvhostvdpa.migration.paused import AheadOfOthers
+from pyvhostvdpa.base.scheduling import AheadOfOthers
 from pyvhostvdpa.migration.stream import Frame
 
 NORMAL = os.SCHED_OTHER
@@ -50,7 +50,7 @@ def test_process_that_loses_the_right_to_it_is_as_before_all_the_same() -> None:
     """As one that has it by RLIMIT_RTPRIO only, which may not take back that its threads begin as normal ones."""
     code = """
 import os, resource
-from pyvhostvdpa.migration.paused import AheadOfOthers
+from pyvhostvdpa.base.scheduling import AheadOfOthers
 with AheadOfOthers() as ahead:
     ahead.begin()
     if os.geteuid() == 0:

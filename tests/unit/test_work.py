@@ -18,9 +18,10 @@ from ring_model import BASE, Model, Segment
 
 from pyvhostvdpa import VhostVdpaError
 from pyvhostvdpa._cdefs import ffi, lib
+from pyvhostvdpa.base.scheduling import AheadOfOthers
 from pyvhostvdpa.device import work
 from pyvhostvdpa.device.work import Crew, Work
-from pyvhostvdpa.migration.paused import AheadOfOthers, Prepared
+from pyvhostvdpa.migration.paused import Prepared
 from pyvhostvdpa.trace.recorder import Trace
 from pyvhostvdpa.virtqueue.rings import GuestRings
 

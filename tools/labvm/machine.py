@@ -178,8 +178,12 @@ def started(
         def alive() -> bool:
             return process.poll() is None
 
+        def reads() -> bool:
+            # uninterruptible sleep
+            return alive() and Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].startswith("D")
+
         try:
-            qmp = Qmp(f"{folder / name}.qmp", 120.0, alive)
+            qmp = Qmp(f"{folder / name}.qmp", 120.0, alive, reads)
             stack.callback(qmp.close)
             console = Console(f"{folder / name}.console", 120.0, alive)
             stack.callback(console.close)

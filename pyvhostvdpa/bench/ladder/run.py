@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ...base.errors import MigrationFailed, MigrationRefused
+from ...base.scheduling import AheadOfOthers
 from ...device.net import State, VdpaNetDevice
 from ...device.shadowing import USED
 from ...guest.arena import GuestArena
@@ -26,7 +27,7 @@ from ...guest.synthetic import SyntheticGuest
 from ...host import mgmt
 from ...memory.guest import DEFAULT_GPA, HUGE_PAGE, Gpa, GuestMemory, check_available
 from ...migration.common import ReportCallback
-from ...migration.paused import AheadOfOthers, Prepared, no_collection
+from ...migration.paused import Prepared, no_collection
 from ...migration.report import environment
 from ...net.control import ControlModel
 from ...net.features import CONTROL, SUPPORTED

@@ -373,6 +373,18 @@ def test_a_process_that_ends_before_its_monitor_is_there_is_reported(tmp_path):
         Qmp(str(tmp_path / "none"), 5.0, lambda: False)
 
 
+def test_patience_with_a_process_is_not_used_up_while_it_waits_for_a_disk(tmp_path):
+    asked = []
+
+    def reads() -> bool:
+        asked.append(None)
+        return len(asked) < 20
+
+    with pytest.raises(QmpError, match="cannot be connected to"):
+        Qmp(str(tmp_path / "none"), 0.0, reads=reads)
+    assert len(asked) >= 20
+
+
 def test_console_tells_reports_from_what_the_kernel_prints(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "console"))
