@@ -18,7 +18,7 @@ from hwsim import HwSim, MakeSim
 
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
 from pyvhostvdpa.device.net import VdpaNetDevice
-from pyvhostvdpa.device.shadowing import USED
+from pyvhostvdpa.device.shadowing import FULL, USED
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.guest.traffic import Traffic
 from pyvhostvdpa.memory.guest import DEFAULT_GPA, GuestMemory
@@ -207,7 +207,7 @@ def make(make_sim: MakeSim) -> Iterator[Make]:
             ring_size: int = 256,
             memory: int = lab.SMALL * 2,
             procedure: str | None = None,
-            shadow: str | None = None,
+            shadow: str | None = FULL,
             **parameters: object,
         ) -> HwGuest:
             guest = HwGuest(make_sim(pairs, **parameters), pairs, wanted, without, ring_size, memory, procedure, shadow)

@@ -14,7 +14,7 @@ from hwsim import HwSim
 from pyvhostvdpa import GuestMemory, State, VdpaNetDevice
 from pyvhostvdpa._cdefs import ffi, lib
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature
-from pyvhostvdpa.device.shadowing import USED
+from pyvhostvdpa.device.shadowing import FULL, USED
 from pyvhostvdpa.guest.nic import GuestNic, NicOptions
 from pyvhostvdpa.guest.traffic import Traffic
 from pyvhostvdpa.memory.guest import DEFAULT_GPA
@@ -40,7 +40,7 @@ class HwGuest:
         ring_size: int = 256,
         memory: int = lab.SMALL * 2,
         procedure: str | None = None,
-        shadow: str | None = None,
+        shadow: str | None = FULL,
     ) -> None:
         self.procedure, self.shadow = procedure, shadow
         self.sim, self.pairs = sim, pairs
@@ -59,7 +59,7 @@ class HwGuest:
                     ring_size=ring_size,
                     features=self.device.features,
                     control_index=index,
-                    rx_relayed=shadow == USED,
+                    rx_relayed=self.device.shadow == USED,
                 ),
             )
             undo.pop_all()
