@@ -39,7 +39,7 @@ class Direct(Procedure):
         The rings of a relay lie beside guest memory, and some drivers tell a
         device of all its memory again then (drivers/vdpa/mlx5/net/mlx5_vnet.c:set_map_data).
         """
-        return shadowing.FULL if target.separate_descriptors else shadowing.USED
+        return shadowing.FULL if target.separate_descriptors else shadowing.relayed(target.ring_sizes)
 
     @property
     def follows_memory(self) -> bool:

@@ -76,7 +76,7 @@ class InPlace(Direct):
     @staticmethod
     def suited(target: Target) -> str:
         """By the used ring: everything is mapped before the guest runs."""
-        return shadowing.USED
+        return shadowing.relayed(target.ring_sizes)
 
     @staticmethod
     def lacks(target: Target) -> str:
