@@ -136,14 +136,14 @@ static int look_for_closed(struct svq_thread *t)
 	return found;
 }
 
-/* Whether nothing but the tick came, and it found nothing: then there is no reason to look into a ring. */
+/* Whether nothing but the tick came, and there is nothing to do: not even what nobody has told of. */
 static int only_ticked(struct svq_thread *t, const struct epoll_event *events, int ready)
 {
 	int ticked = 0, i;
 
 	for (i = 0; i < ready; i++)
 		ticked |= events[i].data.fd == t->ticks;
-	return ticked && !look_for_closed(t) && ready == 1;
+	return ticked && ready == 1 && !look_for_closed(t) && !serve_round(t);
 }
 
 /* Whether it may continue. Otherwise it is outside. */

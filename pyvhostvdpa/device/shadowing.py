@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ..base.errors import MissingFeature
 from ..virtqueue import SHADOWED, used_ring
 from ..virtqueue.serving import Serving
@@ -19,16 +17,6 @@ USED_ALL = "used-all"
 
 NAMES = (FULL, USED, USED_ALL)
 """The ways that can be asked for; the procedure chooses one else."""
-
-
-_LEAST = 3
-"""Receive buffers that a guest with one frame in flight needs, if only they go through a relay: see
-:func:`pyvhostvdpa.guest.nic.window_of`."""
-
-
-def relayed(ring_sizes: Sequence[int]) -> str:
-    """Return the way for a procedure that can leave the guest's descriptors where they are; ``ring_sizes`` at most."""
-    return USED if min(ring_sizes, default=_LEAST) >= _LEAST else FULL
 
 
 def choose(name: str, kind: DeviceKind) -> Serving:

@@ -392,8 +392,10 @@ class Source:
         if stranded is not None:
             return self._stranded(what, stranded)
         kind = type(error) if isinstance(error, MigrationCancelled | MigrationRefused) else MigrationFailed
+        shadowed = any(device.state is State.SHADOW for device in self.devices)
+        how = "" if shadowed else " in passthrough"
         where = ", ".join(device.path for device in self.devices)
-        return kind(f"{what}; the guest continues in passthrough on {where}", hint=getattr(error, "hint", ""))
+        return kind(f"{what}; the guest continues{how} on {where}", hint=getattr(error, "hint", ""))
 
     def _start_again(self) -> Exception | None:
         """Return to passthrough; why not, if that cannot be."""
@@ -432,7 +434,13 @@ class Source:
 
     def _return(self, number: int, device: VdpaNetDevice) -> None:
         if device.state is State.SHADOW:
-            stop_or_halt(device)
+            try:
+                stop_or_halt(device, in_order=True)
+            except OutOfOrder as e:
+                if device.state is not State.SHADOW:
+                    raise
+                # it has not stopped, so nothing is lost; the next attempt may find it in order
+                self._tell(f"{device.path} continues shadowed: {e}")
         elif device.state is State.PASSTHROUGH and number in self._halted:
             device.halt()
         if device.state is State.RESET:
@@ -467,11 +475,15 @@ class Source:
         )
 
 
-def stop_or_halt(device: VdpaNetDevice) -> None:
-    """Stop a device and reclaim its queues, by a reset if it cannot be suspended any more."""
+def stop_or_halt(device: VdpaNetDevice, in_order: bool = False) -> None:
+    """Stop a device and reclaim its queues, by a reset if it cannot be suspended any more.
+
+    With ``in_order`` one that uses descriptors out of order is not reset, which would lose what is in flight: it
+    continues, and :class:`OutOfOrder` is raised.
+    """
     try:
         device.stop()
-    except VhostVdpaError:
-        if device.state is State.RESET:
+    except VhostVdpaError as e:
+        if device.state is State.RESET or (in_order and isinstance(e, OutOfOrder)):
             raise
         device.halt()

@@ -284,6 +284,8 @@ class Backend(Closing):
 
     def _start(self, mode: State, bases: Mapping[int, int]) -> None:
         self._failure.given = False
+        if not self.mapped.ready:
+            self.mapped.before_mapping()
         self.device.start(mode, self._queues, self._control, bases)
         if mode is State.SHADOW:
             self.dirty_log.shadowed()

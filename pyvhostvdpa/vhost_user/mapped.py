@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from .device import Device
 from .discard import HoleWatch
@@ -28,6 +28,10 @@ class DeviceMemory:
         """The same, from before it began again: a hole that is still there is found again."""
         self.discarded = 0
         """Bytes that were discarded while the device had them."""
+        self.ready = False
+        """Whether all was taken early and is still there: a start has nothing to map then."""
+        self.before_mapping: Callable[[], None] = lambda: None
+        """Called before the device is given memory or loses it, which takes long."""
 
     @property
     def pins(self) -> bool:
@@ -91,8 +95,10 @@ class DeviceMemory:
             self.shared.hold(region, fd)
         new = [(region, fd) for region, fd in added if not self._is_early(region)]
         if new:
+            self.ready = False
             # the device may have something else there
             self._drop_overlapping([region for region, _ in new])
+            self.before_mapping()
             self._device.add_memory([region.file_region(fd) for region, fd in new])
         for region, _ in added:
             self._early.pop(region.gpa, None)
@@ -124,6 +130,7 @@ class DeviceMemory:
             return
         files = self.shared.files
         lacking = [region for region in self.shared.regions if region.gpa in self._lacking]
+        self.before_mapping()
         self._device.add_memory([region.file_region(files[region.file]) for region in lacking])
         self._lacking.clear()
         self._watch_files()
@@ -131,6 +138,8 @@ class DeviceMemory:
     def _take_away(self, regions: Sequence[SharedRegion]) -> None:
         there = [(region.gpa, region.size) for region in regions if region.gpa not in self._lacking]
         if there:
+            self.ready = False
+            self.before_mapping()
             self._device.remove_memory(there)
 
     # -- what is taken before ----------------------------------------------------------
@@ -139,9 +148,11 @@ class DeviceMemory:
         """Map regions now which the front-end will share; ``files``, by device and inode, stay the caller's."""
         for key, fd in files.items():
             self._early_files[key] = os.dup(fd)
+        self.before_mapping()
         self._device.add_memory([region.file_region(files[region.file]) for region in regions])
         self._early = {region.gpa: region for region in regions}
         self._device.map_memory()
+        self.ready = True
         self._watch_files()
 
     @property
@@ -152,6 +163,8 @@ class DeviceMemory:
     def drop_early(self) -> None:
         """Take away what was taken early and has not been shared."""
         if self._early:
+            self.ready = False
+            self.before_mapping()
             self._device.remove_memory([(region.gpa, region.size) for region in self._early.values()])
             self._early.clear()
         files, self._early_files = self._early_files, {}

@@ -196,6 +196,7 @@ class Server(Closing):
         self._stopping = False
         self._session: FrontEndSession | None = None
         self._urgency = Urgency()
+        backend.mapped.before_mapping = self._urgency.close
         self._failed = ""
         self._turned_away: list[tuple[float, MessageChannel]] = []
         self._refused_for = ""
@@ -244,6 +245,7 @@ class Server(Closing):
         os.eventfd_write(self._wake, 1)
 
     def _look(self) -> None:
+        self._urgency.count()
         # one time for both: what is not waited for now has to end the wait
         now = time.monotonic()
         waited = self._waited_for(now)

@@ -2,8 +2,9 @@
 """A guest that moves waits for some thirty messages, one after the other: for that time its back-end goes first.
 
 On a busy CPU each of them could otherwise take as long as the turn of another
-thread. A front-end decides how many messages there are, so the time that can
-be had in this way is bounded.
+thread. A front-end decides how many messages there are, and what they are, so
+the time that can be had in this way is bounded, and mapping memory, which may
+take seconds, is done like anything else.
 """
 
 from __future__ import annotations
@@ -14,35 +15,57 @@ from ..base.closing import Closing
 from ..base.scheduling import AheadOfOthers
 
 BUDGET = 0.25
-"""Seconds of CPU time that the thread may go first, in each :data:`PERIOD`."""
-PERIOD = 10.0
-"""Seconds."""
+"""Seconds of CPU time at most that the thread may go first at a stretch."""
+SHARE = 0.025
+"""Of the time that passes, the part by which what was used of the budget comes back."""
+_WORTHWHILE = 0.1
+"""The part of the budget that has to be there to begin."""
 
 
 class Urgency(Closing):
-    """Has its thread run ahead of others as long as :meth:`look` is told that a guest moves, within the budget."""
+    """Has its thread run ahead of others as long as a guest moves, within the budget. Used by that thread only."""
 
     def __init__(self) -> None:
         self._ahead = AheadOfOthers()
         self.urgent = False
         """Whether the thread goes first now, if the system allows that."""
-        self._began = -PERIOD
-        self._until = 0.0
-        """CPU time of the thread at which the budget is used up."""
+        self._left = BUDGET
+        self._at = self._used = 0.0
+        """When it was counted last, and the CPU time of the thread then."""
 
     def look(self, moves: bool) -> None:
-        """Begin, go on, or end; called by the thread behind each message."""
-        if not moves and not self.urgent:
+        """Begin, go on, or end; called after each message."""
+        if not moves:
+            if self.urgent:
+                self.close()
             return
-        if moves and not self.urgent and time.monotonic() - self._began >= PERIOD:
-            self._began = time.monotonic()
-            self._until = time.thread_time() + BUDGET
-            self.urgent = True
+        if self.urgent:
+            self.count()
+            return
+        now = time.monotonic()
+        self._left = min(BUDGET, self._left + (now - self._at) * SHARE)
+        self._at = now
+        if self._left >= _WORTHWHILE * BUDGET:
+            self.urgent, self._used = True, time.thread_time()
             self._ahead.begin()
-        elif self.urgent and not (moves and time.thread_time() < self._until):
-            self.close()
+
+    def count(self) -> None:
+        """Count what was used, and end if that was all; called before each wait, whatever was done since the last."""
+        if not self.urgent:
+            return
+        used = time.thread_time()
+        self._left -= used - self._used
+        self._used = used
+        if self._left <= 0:
+            self._end()
 
     def close(self) -> None:
         """Be like others. Idempotent."""
-        self.urgent = False
+        if self.urgent:
+            self.count()
+        if self.urgent:
+            self._end()
+
+    def _end(self) -> None:
+        self.urgent, self._at = False, time.monotonic()
         self._ahead.close()

@@ -85,7 +85,7 @@ def migrated(source: str, destination: str, *options: str) -> dict[str, dict[str
 def test_migrate_uses_the_best_of_each_device_and_reports_it(make_sim: MakeSim) -> None:
     able, unable = make_sim(), make_sim(resume="N")
     told = migrated(able.chardev, unable.chardev)
-    assert told["source"] == {"name": "in-place", "why_not_better": None, "shadow": "full"}
+    assert told["source"] == {"name": "in-place", "why_not_better": None, "shadow": "used-all"}
     assert told["destination"]["name"] == "direct"
     assert "RESUME is not offered" in str(told["destination"]["why_not_better"])
 

@@ -24,6 +24,7 @@ from test_shadow import test_received_frames_are_dirty as received_frames_are_di
 from pyvhostvdpa import (
     GuestMemory,
     GuestOptions,
+    MigrationFailed,
     MigrationOptions,
     OutOfOrder,
     QueueBroken,
@@ -275,6 +276,29 @@ def test_a_guest_migrates_with_what_the_device_held(shadow: str, procedure: str,
     finally:
         for device in (source, destination):
             hwsim.remove(device.name)
+
+
+def test_a_guest_whose_device_sends_out_of_order_stays_and_loses_nothing() -> None:
+    """It kept order when it was switched; what is in flight is unknown at the end, so it must not be reset."""
+    source, destination = (hwsim.add(name, 1, inflight=8) for name in ("hw0", "hw1"))
+    told: list[str] = []
+
+    def observer(phase: str) -> None:
+        if phase == "shadow":
+            source.write("reorder", "Y")
+        elif phase == "back to source":
+            told.append(phase)
+            source.write("reorder", "N")
+
+    guest = GuestOptions(lab.SMALL, pairs=1, ring_size=64)
+    options = MigrationOptions(guest, SendOptions(downtime=10.0), 3, IN_PLACE, USED)
+    try:
+        with pytest.raises(MigrationFailed, match=r"out of order.*the guest continues"):
+            migrate(source.chardev, destination.chardev, options, observer, tell=told.append)
+    finally:
+        for device in (source, destination):
+            hwsim.remove(device.name)
+    assert "back to source" in told
 
 
 @pytest.mark.parametrize("shadow", [USED, USED_ALL])

@@ -16,7 +16,7 @@ from pyvhostvdpa._cdefs import ffi
 from pyvhostvdpa.base.uapi import ALL_BACKEND_FEATURES, BackendFeature, Status
 from pyvhostvdpa.bench.ladder.rows import LADDER_ROWS, LadderRow
 from pyvhostvdpa.device.procedure.best import DIRECT, IN_PLACE
-from pyvhostvdpa.device.shadowing import FULL, NAMES, USED, relayed
+from pyvhostvdpa.device.shadowing import FULL, NAMES, USED_ALL
 from pyvhostvdpa.guest.nic import GuestNic
 from pyvhostvdpa.memory.guest import DEFAULT_GPA
 from pyvhostvdpa.net.control import OK, VQ_PAIRS_SET, Class, ControlModel, command
@@ -369,23 +369,18 @@ def test_a_device_is_shadowed_in_the_way_that_is_asked_for(
 @pytest.mark.parametrize(
     ("advertised", "wanted", "procedure", "shadow"),
     [
-        (ALL_BACKEND_FEATURES, SUPPORTED, IN_PLACE, USED),
+        (ALL_BACKEND_FEATURES, SUPPORTED, IN_PLACE, USED_ALL),
         (ALL_BACKEND_FEATURES, SUPPORTED | Feature.INDIRECT_DESC, DIRECT, FULL),
         (ALL_BACKEND_FEATURES & ~BackendFeature.RESUME, SUPPORTED, DIRECT, FULL),
-        (ALL_BACKEND_FEATURES & ~BackendFeature.DESC_ASID, SUPPORTED, DIRECT, USED),
+        (ALL_BACKEND_FEATURES & ~BackendFeature.DESC_ASID, SUPPORTED, DIRECT, USED_ALL),
     ],
 )
-def test_a_procedure_relays_used_rings_where_that_maps_no_more_at_a_switch(
+def test_a_procedure_relays_rings_where_that_maps_no_more_at_a_switch(
     opened: Any, advertised: BackendFeature, wanted: Feature, procedure: str, shadow: str
 ) -> None:
     """Beside guest memory the rings of a relay would make some drivers tell their device all of its memory again."""
     device = opened(advertised, wanted)
     assert (device.procedure.name, device.shadow) == (procedure, shadow)
-
-
-@pytest.mark.parametrize(("sizes", "way"), [((256, 256), USED), ((4, 256), USED), ((256, 2), FULL), ((), USED)])
-def test_rings_too_small_for_a_frame_that_comes_back_are_copied(sizes: tuple[int, ...], way: str) -> None:
-    assert relayed(sizes) == way
 
 
 @pytest.mark.parametrize("plan", [plan for plan in LADDER_ROWS.values() if plan.procedure is None])

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyvhostvdpa.vhost_user import urgency
 from pyvhostvdpa.vhost_user.server import Server
-from pyvhostvdpa.vhost_user.urgency import BUDGET, PERIOD, Urgency
+from pyvhostvdpa.vhost_user.urgency import BUDGET, SHARE, Urgency
 
 
 class Clocks:
@@ -58,21 +60,63 @@ def test_it_goes_first_for_no_more_than_its_budget(it: Urgency, clocks: Clocks) 
     it.look(True)
     assert it.urgent
     clocks.used += 0.1 * BUDGET
-    it.look(True)
+    it.count()
     assert not it.urgent
     it.look(True)
     assert not it.urgent
 
 
-def test_a_front_end_that_begins_anew_gets_no_new_budget_before_the_period_is_over(it: Urgency, clocks: Clocks) -> None:
+def test_what_is_done_beside_messages_counts(it: Urgency, clocks: Clocks) -> None:
     it.look(True)
-    it.look(False)
-    clocks.now += 0.9 * PERIOD
+    clocks.used += BUDGET
+    it.count()
+    assert not it.urgent
+
+
+def test_a_front_end_that_begins_anew_has_what_is_left(it: Urgency, clocks: Clocks) -> None:
+    for _ in range(9):
+        it.look(True)
+        assert it.urgent
+        clocks.used += 0.1 * BUDGET
+        it.look(False)
+        assert not it.urgent
+    it.look(True)
+    clocks.used += 0.1 * BUDGET
     it.look(True)
     assert not it.urgent
-    clocks.now += 0.1 * PERIOD
+
+
+def test_what_was_used_comes_back_slowly(it: Urgency, clocks: Clocks) -> None:
+    it.look(True)
+    clocks.used += BUDGET
+    it.look(True)
+    clocks.now += 0.99 * 0.1 * BUDGET / SHARE
+    it.look(True)
+    assert not it.urgent
+    clocks.now += 0.02 * 0.1 * BUDGET / SHARE
     it.look(True)
     assert it.urgent
+    clocks.used += 0.11 * BUDGET
+    it.look(True)
+    assert not it.urgent
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(0, 20), st.floats(0, 1)), max_size=60))
+def test_no_front_end_has_more_than_its_share(steps: list[tuple[bool, float, float]]) -> None:
+    """Each message takes wall time and no less of it than of the CPU; mapping is not done first, so it is short."""
+    clocks = Clocks()
+    begin, first, longest = clocks.now, 0.0, 0.0
+    with pytest.MonkeyPatch.context() as patched, Urgency() as it:
+        patched.setattr(urgency, "time", clocks)
+        for moves, rest, used in steps:
+            clocks.now += rest + used
+            clocks.used += used
+            if it.urgent:
+                first += used
+                longest = max(longest, used)
+            it.count()
+            it.look(moves)
+    assert first <= BUDGET + longest + SHARE * (clocks.now - begin) + 1e-6
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root")

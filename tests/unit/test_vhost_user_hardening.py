@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from served_double import ServedDouble
+from served_double import Call, ServedDouble
 from session_rig import OLD, marks_of_all, number, refuse_a_stop, rig, running, state, transfer
 from test_vhost_user_server import punch
 from test_vhost_user_server import rig as server_rig
@@ -339,6 +339,32 @@ def test_a_second_migration_prepares_anew_what_a_cancelled_one_had_prepared() ->
             assert r.backend.control_model.mac == mac
         assert r.device.names().count("stand_by") == 2
         os.close(fd)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_memory_is_mapped_like_anything_else_and_what_is_ready_starts_first(announced: bool) -> None:
+    with rig(control=True) as r:
+        noted = r.device.calls
+        r.backend.mapped.before_mapping = lambda: noted.append(Call("like anything else", None))
+        r.front.connect()
+        if announced:
+            r.front.memory = os.memfd_create("guest")
+            os.ftruncate(r.front.memory, MEMORY)
+            regions = tuple(ComingRegion(gpa, size, offset, 0) for gpa, size, offset in r.front.layout)
+            rings = tuple(ComingRing(n, 256, n << 16, (n << 16) + 4096, (n << 16) + 32768) for n in range(2))
+            files = (MemoryFile("memfd:guest", MEMORY),)
+            features = r.backend.offer.features & int(SUPPORTED)
+            r.backend.prepare(ComingGuest(features, 1, files, regions, rings, None), [r.front.memory])
+            names = r.device.names()
+            assert names.index("like anything else") < names.index("add_memory") < names.index("stand_by")
+            r.device.forget()
+        r.front.start()
+        names = r.device.names()
+        assert "start" in names
+        assert ("like anything else" in names) is not announced
+        if not announced:
+            assert names.index("like anything else") < names.index("add_memory")
+            assert names[names.index("start") - 1] == "like anything else"
 
 
 # -- what the guest must not lose ---------------------------------------------------------------------

@@ -105,7 +105,7 @@ def connect(
     While ``reads`` is true, nothing is used up of the patience: in virtual time, which stands for nothing, minutes pass
     until a disk has answered.
     """
-    deadline = time.monotonic() + patience
+    looked = time.monotonic()
     while True:
         end = socket.socket(socket.AF_UNIX)
         try:
@@ -114,9 +114,11 @@ def connect(
             end.close()
             if not alive():
                 raise QmpError("QEMU ended before it opened its monitor") from error
-            if reads():
-                deadline = time.monotonic() + patience
-            elif time.monotonic() > deadline:
+            now = time.monotonic()
+            if not reads():
+                patience -= now - looked
+            looked = now
+            if patience < 0:
                 raise QmpError(f"{path} cannot be connected to: {os.strerror(error.errno or 0)}") from error
             time.sleep(0.05)
         else:

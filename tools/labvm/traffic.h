@@ -174,14 +174,19 @@ static inline void line_flush(struct line *line)
 		ssize_t written = write(1, line->text + line->done, line->length - line->done);
 
 		if (written < 0)
-			return;
+			break;
 		line->done += (size_t)written;
 	}
-	line->length = line->done = 0;
+	line->length -= line->done;
+	memmove(line->text, line->text + line->done, line->length);
+	line->done = 0;
 }
 
 static inline void line_write(struct line *line)
 {
+	/* also of one that was too long */
+	if (line->length == sizeof(line->text) - 1)
+		line->length--;
 	line_add(line, "\n");
 	line_flush(line);
 }

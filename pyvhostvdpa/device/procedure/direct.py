@@ -34,12 +34,12 @@ class Direct(Procedure):
 
     @staticmethod
     def suited(target: Target) -> str:
-        """By the used ring, unless descriptors can have an address space of their own: there a switch maps less.
+        """By their own rings, unless descriptors can have an address space of their own: there a switch maps less.
 
         The rings of a relay lie beside guest memory, and some drivers tell a
         device of all its memory again then (drivers/vdpa/mlx5/net/mlx5_vnet.c:set_map_data).
         """
-        return shadowing.FULL if target.separate_descriptors else shadowing.relayed(target.ring_sizes)
+        return shadowing.FULL if target.separate_descriptors else shadowing.USED_ALL
 
     @property
     def follows_memory(self) -> bool:

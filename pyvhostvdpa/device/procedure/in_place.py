@@ -75,8 +75,8 @@ class InPlace(Direct):
 
     @staticmethod
     def suited(target: Target) -> str:
-        """By the used ring: everything is mapped before the guest runs."""
-        return shadowing.relayed(target.ring_sizes)
+        """By their own rings: everything is mapped before the guest runs."""
+        return shadowing.USED_ALL
 
     @staticmethod
     def lacks(target: Target) -> str:
