@@ -154,7 +154,7 @@ class RunningGuest:
 def _guest(path: str, without: BackendFeature) -> Iterator[RunningGuest]:
     with (
         GuestMemory([(DEFAULT_GPA, lab.SMALL)]) as memory,
-        VdpaNetDevice(path, use=ALL_BACKEND_FEATURES & ~without) as device,
+        VdpaNetDevice(path, use=ALL_BACKEND_FEATURES & ~without, shadow=FULL) as device,
     ):
         device.attach(memory)
         guest = RunningGuest(device, memory)
