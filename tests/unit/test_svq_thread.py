@@ -350,6 +350,27 @@ def test_an_eventfd_that_is_closed_while_a_thread_sleeps_is_noticed_within_secon
     running.wake, running.epoll = os.eventfd(0, os.EFD_NONBLOCK), select.epoll()
 
 
+def test_what_nobody_tells_of_is_found_within_seconds_and_a_tick_without_work_is_none(
+    model: Make, serving: Callable[..., Running]
+) -> None:
+    m = model()
+    running = serving(m)
+    running.c.ticks = lib.ticks_open()
+    running.epoll.register(running.c.ticks, select.EPOLLIN | select.EPOLLET)
+    running.start(30_000)
+    running.asleep()
+    sleeps = running.c.sleeps
+    time.sleep(1.5)
+    assert running.c.sleeps == sleeps
+    # without a kick
+    give(m, 0)
+    until(lambda: m.svq.c.forwarded == 1, 10)
+    running.close()
+    running.threads.clear()
+    os.close(running.c.ticks)
+    running.wake, running.epoll = os.eventfd(0, os.EFD_NONBLOCK), select.epoll()
+
+
 def test_a_broken_queue_s_notifications_do_not_keep_a_thread_awake(
     model: Make, serving: Callable[..., Running]
 ) -> None:
