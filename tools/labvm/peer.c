@@ -227,18 +227,22 @@ int main(int argc, char **argv)
 	report("up");
 	next = now_ns(CLOCK_MONOTONIC) + every;
 	for (;;) {
-		struct pollfd watched[3] = {{0, POLLIN, 0}, {udp, POLLIN, 0}, {listener, POLLIN, 0}};
+		struct pollfd watched[4] = {{0, POLLIN, 0}, {udp, POLLIN, 0}, {listener, POLLIN, 0}, {tcp, 0, 0}};
 
-		if (tcp >= 0) {
-			watched[2].fd = tcp;
-			watched[2].events = (short)((waiting_length < sizeof(waiting) ? POLLIN : 0) |
-						    (waiting_length ? POLLOUT : 0));
-		}
-		poll(watched, 3, every ? (int)(every / 1000000) : -1);
+		watched[3].events = (short)((waiting_length < sizeof(waiting) ? POLLIN : 0) |
+					    (waiting_length ? POLLOUT : 0));
+		poll(watched, 4, every ? (int)(every / 1000000) : -1);
 		if (watched[1].revents)
 			frames_answer(udp);
-		if (watched[2].revents)
-			tcp = tcp < 0 ? stream_accept(listener) : stream_answer(tcp);
+		if (tcp >= 0 && watched[3].revents)
+			tcp = stream_answer(tcp);
+		if (watched[2].revents) {
+			/* a guest has one stream: that of one that was killed would never end */
+			if (tcp >= 0)
+				close(tcp);
+			stream.ended += tcp >= 0;
+			tcp = stream_accept(listener);
+		}
 		if (watched[0].revents && !command())
 			break;
 		if (every && now_ns(CLOCK_MONOTONIC) >= next) {
