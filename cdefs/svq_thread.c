@@ -139,10 +139,14 @@ static int look_for_closed(struct svq_thread *t)
 /* Whether nothing but the tick came, and there is nothing to do: not even what nobody has told of. */
 static int only_ticked(struct svq_thread *t, const struct epoll_event *events, int ready)
 {
+	uint64_t times;
 	int ticked = 0, i;
 
 	for (i = 0; i < ready; i++)
 		ticked |= events[i].data.fd == t->ticks;
+	/* a timer that is not read does not go on (fs/timerfd.c:timerfd_tmrproc()) */
+	if (ticked && read(t->ticks, &times, sizeof(times)) < 0)
+		ticked = 0;
 	return ticked && ready == 1 && !look_for_closed(t) && !serve_round(t);
 }
 
