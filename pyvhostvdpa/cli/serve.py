@@ -28,9 +28,10 @@ from ..net.control_queue import DEFAULT_DEADLINE
 from ..net.features import Feature
 from ..trace.recorder import Trace
 from ..vhost_user.backend import Backend
+from ..vhost_user.doors import Door, listen
 from ..vhost_user.features import protocol_decisions
 from ..vhost_user.options import BackendOptions
-from ..vhost_user.server import SCHEMA, STATUS_SUFFIX, Door, Filters, Peering, Policy, Server, listen
+from ..vhost_user.server import SCHEMA, STATUS_SUFFIX, Filters, Peering, Policy, Server
 from . import tracing
 from .failure import INTERRUPTED, PROGRAM, report
 from .options import DEVICE, add_json, add_seconds

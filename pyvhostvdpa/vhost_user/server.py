@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import queue
 import select
 import socket
-import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +26,7 @@ from .backend import Backend
 from .channel import DEADLINE, FrontEndGone, MessageChannel
 from .coming import ComingGuest
 from .discard import discarding_devices
+from .doors import BACKLOG, Door, path_of
 from .filters import FilterFollower, RxFilter
 from .messages import MessageRefused, ProtocolError
 from .peer import Hearing, Telling, describe, find_files
@@ -42,20 +41,6 @@ TICK = 0.5
 """Seconds between looks at what nothing notifies of: a device in shadow mode, a log without exact marks, holes in
 guest memory where the kernel does not report them. Also the least time between two looks at what it reports."""
 STATUS_SUFFIX = ".status"
-_BACKLOG = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Door:
-    """Where front-ends come from: a socket that listens, one that is connected, or a path to connect to.
-
-    ``keep_path`` leaves the path of the socket that listens in the file system: another process made it.
-    """
-
-    listening: socket.socket | None = None
-    keep_path: bool = False
-    connected: socket.socket | None = None
-    connect_to: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,60 +70,6 @@ class Filters:
 
 class Refused(VhostVdpaError):
     """A front-end that is not served."""
-
-
-def listen(path: str, user: str | None = None) -> socket.socket:
-    """Return a socket that listens at ``path``, for its owner alone (0600); ``user`` owns it if given.
-
-    A socket without a listener is replaced. VhostVdpaError if it has one, if something else than a
-    socket is there, or if it cannot be made.
-    """
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        _clear(path)
-        # between bind and chmod no other user may connect
-        before = os.umask(0o177)
-        try:
-            listening.bind(path)
-        finally:
-            os.umask(before)
-        if user is not None:
-            os.chown(path, pwd.getpwnam(user).pw_uid, -1)
-        listening.listen(_BACKLOG)
-        listening.setblocking(False)
-    except (OSError, KeyError) as e:
-        listening.close()
-        why = e.strerror if isinstance(e, OSError) else f"there is no user {user}"
-        raise VhostVdpaError(f"cannot listen at {path}: {why}", hint="vhost-vdpa serve DEV --socket-path PATH") from e
-    return listening
-
-
-def _clear(path: str) -> None:
-    try:
-        # connect(2) answers ECONNREFUSED for any file that is not a socket
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise VhostVdpaError(f"{path} is there already and is not a socket", hint=f"ls -l {path}")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        # one that listens and does not accept would keep a blocking connect waiting
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:
-            pass
-    raise VhostVdpaError(f"another process listens at {path}", hint=f"vhost-vdpa serve --status {path}")
-
-
-def _path_of(listening: socket.socket) -> str:
-    """Return where a socket is in the file system, "" if it is nowhere."""
-    path = listening.getsockname()
-    return path if isinstance(path, str) and os.path.exists(path) else ""
 
 
 class _Question:
@@ -213,7 +144,7 @@ class Server(Closing):
         self._paths = {
             path: os.lstat(path)
             for each in (None if door.keep_path else door.listening, status)
-            if each is not None and (path := _path_of(each))
+            if each is not None and (path := path_of(each))
         }
         """What to remove from the file system at the end."""
 
@@ -293,7 +224,7 @@ class Server(Closing):
         if self._session is None and self._door.connect_to:
             return int(RETRY * 1000)
         ticks = self._session is not None and self.backend.needs_ticks
-        if ticks or self._turned_away or now < self._rest_until:
+        if ticks or self._turned_away or self._told or now < self._rest_until:
             return max(0, int((self._next_tick - now) * 1000)) + 1
         return None
 
@@ -309,6 +240,8 @@ class Server(Closing):
     def _tick(self) -> None:
         if self._turned_away:
             self._close_turned_away()
+        if self._told:
+            self._forget_told()
         now = time.monotonic()
         due = now >= self._next_tick
         if due:
@@ -400,6 +333,10 @@ class Server(Closing):
         if telling is not None:
             telling.stop()
             self._told.append(telling)
+        self._forget_told()
+
+    def _forget_told(self) -> None:
+        """Release those that have ended."""
         self._told = [each for each in self._told if not each.join(0)]
 
     # -- front-ends ----------------------------------------------------------------------
@@ -432,7 +369,7 @@ class Server(Closing):
         """Close a connection, but not at once: QEMU connects again without a pause. The reason is reported once."""
         self.turned_away += 1
         self._turned_away.append((time.monotonic() + RETRY, channel))
-        if len(self._turned_away) > _BACKLOG:
+        if len(self._turned_away) > BACKLOG:
             # descriptors are for those that are served
             self._turned_away.pop(0)[1].close()
         if why != self._refused_for:

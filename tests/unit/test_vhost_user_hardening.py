@@ -33,12 +33,13 @@ from pyvhostvdpa.vhost_user import peer as peers
 from pyvhostvdpa.vhost_user import session
 from pyvhostvdpa.vhost_user.backend import Backend
 from pyvhostvdpa.vhost_user.coming import ComingGuest, ComingRegion, ComingRing, MemoryFile, check
+from pyvhostvdpa.vhost_user.doors import Door, listen
 from pyvhostvdpa.vhost_user.mapped import DeviceMemory
 from pyvhostvdpa.vhost_user.memory import FrontEndMemory, SharedRegion
 from pyvhostvdpa.vhost_user.messages import MessageRefused, Request
 from pyvhostvdpa.vhost_user.options import BackendOptions
 from pyvhostvdpa.vhost_user.peer import Telling
-from pyvhostvdpa.vhost_user.server import Door, Server, listen
+from pyvhostvdpa.vhost_user.server import Peering, Server
 from pyvhostvdpa.vhost_user.state import StateTransferThread, control_from_dict, control_to_dict
 from pyvhostvdpa.vhost_user.timings import Timings
 
@@ -263,6 +264,28 @@ def test_a_cancelled_migration_does_not_wait_for_a_peer_that_does_not_answer(mon
     assert time.monotonic() - began < 1
     let_go.set()
     assert telling.join()
+
+
+def test_what_was_announcing_a_guest_is_released_once_it_has_ended_though_no_front_end_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go, dialled = threading.Event(), threading.Event()
+
+    def dial(*_: object) -> None:
+        dialled.set()
+        let_go.wait(10)
+        raise MissingFeature("nobody there")
+
+    monkeypatch.setattr(peers, "connect", dial)
+    with server_rig(tmp_path, peering=Peering(to=Address.parse("tcp:192.0.2.1:1"))) as r:
+        front = r.started()
+        os.close(front.start_logging())
+        assert dialled.wait(10)
+        front.close()
+        r.event("disconnected")
+        assert r.server._told
+        let_go.set()
+        wait_for(lambda: not r.server._told, 5.0)
 
 
 @pytest.mark.parametrize(

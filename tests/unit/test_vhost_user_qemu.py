@@ -48,9 +48,10 @@ from pyvhostvdpa.net.control import (
 from pyvhostvdpa.net.features import Feature
 from pyvhostvdpa.trace.recorder import Trace
 from pyvhostvdpa.vhost_user.backend import Backend
+from pyvhostvdpa.vhost_user.doors import Door, listen
 from pyvhostvdpa.vhost_user.mapped import DeviceMemory
 from pyvhostvdpa.vhost_user.options import BackendOptions
-from pyvhostvdpa.vhost_user.server import Door, Filters, Peering, Policy, Server, listen
+from pyvhostvdpa.vhost_user.server import Filters, Peering, Policy, Server
 
 PROGRAMS = versions()
 

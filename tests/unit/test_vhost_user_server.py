@@ -32,9 +32,10 @@ from pyvhostvdpa.vhost_user import server as module
 from pyvhostvdpa.vhost_user.backend import Backend
 from pyvhostvdpa.vhost_user.channel import Peer
 from pyvhostvdpa.vhost_user.discard import HoleWatch, discarding_devices, discarding_words
+from pyvhostvdpa.vhost_user.doors import Door, listen
 from pyvhostvdpa.vhost_user.messages import Request
 from pyvhostvdpa.vhost_user.options import BackendOptions
-from pyvhostvdpa.vhost_user.server import Door, Peering, Policy, Server, listen
+from pyvhostvdpa.vhost_user.server import Peering, Policy, Server
 
 
 class Rig:
