@@ -288,8 +288,11 @@ def _table(payload: bytes) -> MemoryTable:
     [count, _] = _TABLE.unpack_from(payload)
     if count > MAX_TABLE:
         raise ProtocolError(f"has {count} regions; at most {MAX_TABLE} are allowed")
-    _exactly(_TABLE.size + count * _REGION.size, payload)
-    regions = _REGION.iter_unpack(payload[_TABLE.size :])
+    end = _TABLE.size + count * _REGION.size
+    # User Mode Linux always sends two, with a count of one
+    if not end <= len(payload) <= _TABLE.size + MAX_TABLE * _REGION.size or (len(payload) - end) % _REGION.size:
+        raise ProtocolError(f"has a payload of {len(payload)} bytes instead of {end}, or with room for more regions")
+    regions = _REGION.iter_unpack(payload[_TABLE.size : end])
     return MemoryTable(tuple(_check_region(TableRegion(*each)) for each in regions))
 
 

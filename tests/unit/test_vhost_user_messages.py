@@ -17,6 +17,7 @@ from pyvhostvdpa.vhost_user.channel import FrontEndGone, MessageChannel
 from pyvhostvdpa.vhost_user.messages import (
     HEADER,
     MAX_PAYLOAD,
+    MAX_TABLE,
     SHAPES,
     ConfigSpace,
     LogArea,
@@ -72,6 +73,8 @@ EXAMPLES: dict[Request, tuple[bytes, int, object]] = {
     Request.CHECK_DEVICE_STATE: (b"", 0, None),
 }
 REQUESTS = sorted(EXAMPLES)
+ROOM = [len(TABLE) + more * len(REGION) for more in range(MAX_TABLE - 1)]
+"""Sizes of a table of two regions, which may have room for eight."""
 
 
 def header(request: int, size: int = 0) -> MessageHeader:
@@ -93,7 +96,8 @@ def test_a_message_is_decoded(request_: Request) -> None:
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_a_payload_of_any_other_size_is_refused(request_: Request) -> None:
     payload, count, _ = EXAMPLES[request_]
-    for size in {*range(len(payload)), *range(len(payload) + 1, len(payload) + 41), MAX_PAYLOAD}:
+    room = set(ROOM) if request_ is Request.SET_MEM_TABLE else set()
+    for size in {*range(len(payload)), *range(len(payload) + 1, len(payload) + 41), MAX_PAYLOAD} - room:
         wrong = payload[:size].ljust(size, b"\0")
         with pytest.raises(ProtocolError, match=Request(request_).name):
             decode(header(request_, size), wrong, tuple(range(count)))
@@ -126,6 +130,15 @@ def test_a_region_that_leaves_an_address_space_is_refused(payload: bytes) -> Non
 def test_a_table_of_too_many_regions_is_refused() -> None:
     with pytest.raises(ProtocolError, match="9 regions"):
         decode(header(Request.SET_MEM_TABLE), struct.pack("=II", 9, 0) + 9 * REGION, tuple(range(8)))
+
+
+def test_a_table_may_have_room_for_more_regions_than_it_has() -> None:
+    for size in ROOM:
+        message = decode(header(Request.SET_MEM_TABLE, size), TABLE.ljust(size, b"\xff"), (0, 1))
+        assert message.payload == EXAMPLES[Request.SET_MEM_TABLE][2]
+    size = ROOM[-1] + len(REGION)
+    with pytest.raises(ProtocolError, match="SET_MEM_TABLE"):
+        decode(header(Request.SET_MEM_TABLE, size), TABLE.ljust(size, b"\0"), (0, 1))
 
 
 @pytest.mark.parametrize("request_", sorted(set(range(64)) - set(SHAPES)))
