@@ -86,6 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--indirect", action="store_true", help="offer indirect descriptors even if switches take longer"
     )
+    parser.add_argument(
+        "--front-end", choices=("qemu", "uml"), default="qemu", help="uml: User Mode Linux; qemu: every other one"
+    )
     parser.add_argument("--allow-discard", action="store_true", help="serve guests whose memory may be discarded")
     parser.add_argument("--procedure", choices=best.NAMES, help="how the device is switched (default: as it can)")
     add_seconds(parser, "--control-deadline", DEFAULT_DEADLINE, "for a control command")
@@ -168,7 +171,7 @@ def _explained(name: str, backend: Backend) -> dict[str, Any]:
         "procedure": procedure.to_dict(),
         "pins_memory": backend.mapped.pins,
         "features": [_decided(each) for each in backend.offer.decisions],
-        "protocol_features": [_decided(each) for each in protocol_decisions()],
+        "protocol_features": [_decided(each) for each in protocol_decisions(backend.options.has_config)],
     }
 
 
@@ -178,7 +181,8 @@ def _decided(decision: Any) -> dict[str, Any]:
 
 def _explanation(name: str, backend: Backend) -> str:
     rows = [[each.name, str(each.bit), "yes" if each.offered else "no", each.why] for each in backend.offer.decisions]
-    spoken = [[each.name, str(each.bit), "yes" if each.offered else "no", each.why] for each in protocol_decisions()]
+    protocol = protocol_decisions(backend.options.has_config)
+    spoken = [[each.name, str(each.bit), "yes" if each.offered else "no", each.why] for each in protocol]
     mtu = "unknown" if backend.mtu is None else backend.mtu
     pins = (
         "stays pinned: nothing may discard it" if backend.mapped.pins else "is not pinned: discarding it does no harm"
@@ -208,7 +212,13 @@ def _open(stack: ExitStack, arguments: argparse.Namespace, name: str, trace: Tra
     memory = GuestMemory.empty()
     stack.callback(memory.close)
     stack.enter_context(device)
-    options = BackendOptions(arguments.max_memory, _mask(arguments), arguments.indirect, bool(arguments.qmp))
+    options = BackendOptions(
+        arguments.max_memory,
+        _mask(arguments),
+        arguments.indirect,
+        control=bool(arguments.qmp),
+        has_config=arguments.front_end != "uml",
+    )
     return stack.enter_context(Backend(device, memory, trace, options, tell))
 
 

@@ -47,6 +47,17 @@ _WHY_NOT: dict[Feature, str] = {
 }
 
 
+_CONTROL_HANDED_OVER = "it takes a control queue, which the front-end would hand over"
+_WITHOUT_CONFIG: dict[Feature, str] = {
+    **dict.fromkeys(_WHY_NOT.keys() & CONTROL, _CONTROL_HANDED_OVER),
+    Feature.CTRL_VQ: "the front-end would hand it over",
+    Feature.MQ: _CONTROL_HANDED_OVER,
+    Feature.GUEST_ANNOUNCE: _CONTROL_HANDED_OVER,
+    Feature.STATUS: "the front-end is not told when the link changes",
+}
+"""Why a front-end without a configuration space of its own is not offered what another one is, or has by itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Whether a bit is offered to the front-end, and why."""
@@ -69,17 +80,19 @@ class Offer:
         return sum(1 << each.bit for each in self.decisions if each.offered)
 
 
-def offer(device: Feature, indirect_costs: str = "", has_control: bool = True, mask: int = ~0) -> Offer:
+def offer(
+    device: Feature, indirect_costs: str = "", has_control: bool = True, mask: int = ~0, has_config: bool = True
+) -> Offer:
     """Decide what is offered on a device with the features ``device``.
 
     ``indirect_costs`` is what offering INDIRECT_DESC would cost, "" for nothing: it is left out then unless a ``mask``
     names it. ``has_control`` is whether the device has a control queue that can be kept apart from the data queues.
-    ``mask`` takes bits away.
+    ``mask`` takes bits away. ``has_config`` is whether the front-end has a configuration space of its own.
     """
     decisions = [
         Decision("LOG_ALL", 26, True, "of vhost-user: dirty pages for migration"),
         Decision("PROTOCOL_FEATURES", 30, True, "of vhost-user"),
-        *(_decide(bit, device, indirect_costs, has_control) for bit in Feature),
+        *(_decide(bit, device, indirect_costs, has_control, has_config) for bit in Feature),
         *_unknown(device),
     ]
     masked = [
@@ -91,10 +104,15 @@ def offer(device: Feature, indirect_costs: str = "", has_control: bool = True, m
     return Offer(tuple(sorted(masked, key=lambda each: each.bit)))
 
 
-def _decide(bit: Feature, device: Feature, indirect_costs: str, has_control: bool) -> Decision:
+def _decide(bit: Feature, device: Feature, indirect_costs: str, has_control: bool, has_config: bool) -> Decision:
     def decision(offered: bool, why: str) -> Decision:
         return Decision(bit.name or hex(bit), bit.bit_length() - 1, offered, why)
 
+    if not has_config and bit in _WITHOUT_CONFIG:
+        return decision(False, _WITHOUT_CONFIG[bit])
+    if not has_config and bit is Feature.MAC:
+        has = bit in device
+        return decision(has, "the device has it, and its address" if has else "the device does not have it")
     if bit is Feature.GUEST_ANNOUNCE:
         return decision(True, "the front-end implements it; the guest announces itself after a move")
     why_not = _WHY_NOT.get(bit, "")
@@ -126,7 +144,7 @@ def negotiated_offer(device: Device, options: BackendOptions) -> tuple[Offer, Fe
     costs = ""
     if device.procedure.name == "in-place" and Feature.INDIRECT_DESC in device.offered and not options.indirect:
         costs = "with it a switch to shadow virtqueues takes a reset of the device instead of a suspend"
-    return offer(device.offered, costs, has_control, options.features), without
+    return offer(device.offered, costs, has_control, options.features, options.has_config), without
 
 
 def for_device(acknowledged: int, device: Feature, control: bool) -> Feature:
@@ -176,10 +194,26 @@ _PROTOCOL: tuple[tuple[ProtocolFeature, bool, str], ...] = (
 )
 
 
-def protocol_decisions() -> tuple[Decision, ...]:
+_PROTOCOL_WITHOUT_CONFIG = {
+    _P.BACKEND_REQ: "nothing is asked of the front-end, but User Mode Linux takes its interrupt from it",
+    _P.CONFIG: "the configuration space is the device's",
+}
+"""What a front-end without a configuration space of its own is offered beside the others."""
+
+
+def protocol_decisions(has_config: bool = True) -> tuple[Decision, ...]:
     """Return every protocol feature, whether it is offered, and why."""
-    return tuple(Decision(each.name or "", each.bit_length() - 1, offered, why) for each, offered, why in _PROTOCOL)
+    more = {} if has_config else _PROTOCOL_WITHOUT_CONFIG
+    return tuple(
+        Decision(each.name or "", each.bit_length() - 1, offered or each in more, more.get(each, why))
+        for each, offered, why in _PROTOCOL
+    )
 
 
 PROTOCOL_OFFER = ProtocolFeature(sum(int(each) for each, offered, _ in _PROTOCOL if offered))
 """What GET_PROTOCOL_FEATURES answers."""
+
+
+def protocol_offer(has_config: bool) -> ProtocolFeature:
+    """Return what GET_PROTOCOL_FEATURES answers a front-end with a configuration space of its own, or without."""
+    return PROTOCOL_OFFER if has_config else PROTOCOL_OFFER | ProtocolFeature(sum(map(int, _PROTOCOL_WITHOUT_CONFIG)))

@@ -11,6 +11,7 @@ from itertools import pairwise
 from ..virtqueue.layout import GuestQueue
 from .memory import FrontEndMemory
 from .messages import MessageRefused, VringAddress
+from .piped import PipedCalls, streams
 
 
 def ring_parts(num: int) -> tuple[int, int, int]:
@@ -29,6 +30,8 @@ class Ring:
     kick: int = -1
     call: int = -1
     error: int = -1
+    piped: PipedCalls | None = None
+    """What passes calls on if the front-end takes them from a pipe or a socket; ``call`` is made here then."""
     enabled: bool = False
     kicked: bool = False
     """Whether SET_VRING_KICK came since the ring was stopped: that is what starts a ring."""
@@ -55,6 +58,18 @@ class Ring:
         else:
             self.retired[name] = old
 
+    def replace_call(self, fd: int) -> None:
+        """Take over what the front-end is called by: an eventfd, a pipe, a socket, or -1 for nothing."""
+        piped = PipedCalls(fd) if fd >= 0 and streams(fd) else None
+        self._end_piped()
+        self.piped = piped
+        self.replace("call", fd if piped is None else piped.eventfd())
+
+    def _end_piped(self) -> None:
+        piped, self.piped = self.piped, None
+        if piped is not None:
+            piped.close()
+
     def discard(self) -> None:
         """Close the eventfds that were replaced: the device has others now, or was reset."""
         retired, self.retired = self.retired, {}
@@ -67,6 +82,7 @@ class Ring:
 
     def close(self) -> None:
         """Close every eventfd."""
+        self._end_piped()
         for name in ("kick", "call", "error"):
             self.replace(name, -1)
         self.discard()

@@ -10,10 +10,8 @@ would continue as if it had been done: then the connection ends.
 from __future__ import annotations
 
 import os
-import select
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import TypeVar
 
 from ..base.closing import Closing
@@ -23,11 +21,12 @@ from ..memory.mapped import cannot_shrink
 from .backend import Backend
 from .channel import Descriptors, MessageChannel
 from .coming import MAX_RING
-from .features import LOG_ALL, PROTOCOL_FEATURES, PROTOCOL_OFFER
+from .features import LOG_ALL, PROTOCOL_FEATURES, protocol_offer
 from .memory import MAX_SLOTS
 from .messages import (
     NO_FD,
     SHAPES,
+    ConfigSpace,
     LogArea,
     MemoryTable,
     Message,
@@ -43,10 +42,12 @@ from .messages import (
     VringFd,
     VringNumber,
     decode,
+    reply_config,
     reply_log,
     reply_number,
     reply_state,
 )
+from .piped import raise_if_possible
 from .rings import Ring, enabled_pairs, queues_of
 from .state import StateTransferThread, load_state, save_state
 
@@ -70,6 +71,9 @@ class FrontEndSession(Closing):
         self.channel = channel
         self.status = 0
         self.rings = [Ring(index) for index in range(2 * backend.max_pairs)]
+        self._offer = protocol_offer(backend.options.has_config)
+        self._requests = -1
+        """Where requests to the front-end would go."""
         self.messages = 0
         self.refused = 0
         self._acknowledged: int | None = None
@@ -96,6 +100,8 @@ class FrontEndSession(Closing):
             Request.GET_QUEUE_NUM: self._get_queue_num,
             Request.SET_VRING_ENABLE: self._set_vring_enable,
             Request.NET_SET_MTU: self._net_set_mtu,
+            Request.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
+            Request.GET_CONFIG: self._get_config,
             Request.RESET_DEVICE: self._reset_device,
             Request.GET_MAX_MEM_SLOTS: self._get_max_mem_slots,
             Request.ADD_MEM_REG: self._add_mem_reg,
@@ -209,12 +215,12 @@ class FrontEndSession(Closing):
         self.backend.set_logging(bool(features & LOG_ALL))
 
     def _get_protocol_features(self, message: Message) -> bytes:
-        return reply_number(message.request, int(PROTOCOL_OFFER))
+        return reply_number(message.request, int(self._offer))
 
     def _set_protocol_features(self, message: Message) -> None:
         features = _as(Number, message.payload).value
-        if features & ~int(PROTOCOL_OFFER):
-            raise MessageRefused(f"protocol features that were not offered: {features & ~int(PROTOCOL_OFFER):#x}")
+        if beyond := features & ~int(self._offer):
+            raise MessageRefused(f"protocol features that were not offered: {beyond:#x}")
         self._speak(ProtocolFeature(features))
 
     def _get_queue_num(self, message: Message) -> bytes:
@@ -230,6 +236,17 @@ class FrontEndSession(Closing):
                 f"the front-end's MTU is {wanted}, that of {self.backend.device.path} is {have}",
                 hint=f"virtio-net-pci,host_mtu={have}",
             )
+
+    def _set_backend_req_fd(self, message: Message) -> None:
+        # nothing is asked, but a front-end takes an end of its channel for that of the back-end
+        old, self._requests = self._requests, self._fds.pop()
+        close_all([old])
+
+    def _get_config(self, message: Message) -> bytes:
+        wanted = _as(ConfigSpace, message.payload)
+        found = self.backend.device.config()[wanted.offset : wanted.offset + len(wanted.data)]
+        whole = len(found) == len(wanted.data)
+        return reply_config(message.request, ConfigSpace(wanted.offset, 0, found if whole else b""))
 
     def _get_status(self, message: Message) -> bytes:
         return reply_number(message.request, self.status)
@@ -329,10 +346,14 @@ class FrontEndSession(Closing):
 
     def _set_vring_call(self, message: Message) -> None:
         ring = self._ring(_as(VringFd, message.payload).index)
-        ring.replace("call", self._eventfd() if message.fds else -1)
+        passed_on = ring.piped is not None
+        ring.replace_call(self._eventfd() if message.fds else -1)
         if self.backend.running and ring.kicked:
             self.backend.set_eventfds(ring.index, call=ring.call)
             ring.discard()
+            if passed_on and ring.call >= 0:
+                # what the device raised in between was passed on to nobody
+                raise_if_possible(ring.call)
 
     def _set_vring_err(self, message: Message) -> None:
         ring = self._ring(_as(VringFd, message.payload).index)
@@ -461,10 +482,8 @@ class FrontEndSession(Closing):
     def raise_error(self) -> None:
         """Raise the error eventfds: the device has failed."""
         for ring in self.rings:
-            # the front-end chose the descriptors: they may be full, closed at the other end, or not for writing
-            if ring.error >= 0 and _takes(ring.error):
-                with suppress(OSError):
-                    os.eventfd_write(ring.error, 1)
+            if ring.error >= 0:
+                raise_if_possible(ring.error)
 
     def close(self) -> None:
         """End the session: the device is reset before its eventfds are closed."""
@@ -472,6 +491,8 @@ class FrontEndSession(Closing):
         self._drop_transfer()
         for ring in self.rings:
             ring.close()
+        requests, self._requests = self._requests, -1
+        close_all([requests])
         self.channel.close()
 
 
@@ -479,13 +500,6 @@ def _as(kind: type[_P], payload: Payload) -> _P:
     """Return a payload as what the decoder of its request makes."""
     assert isinstance(payload, kind)
     return payload
-
-
-def _takes(fd: int) -> bool:
-    """Whether something can be written into a descriptor now."""
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return any(event & select.POLLOUT for _, event in poll.poll(0))
 
 
 def _same_place(one: VringAddress | None, other: VringAddress) -> bool:

@@ -21,6 +21,7 @@ from ..base.eventfds import close_all
 from ..net.control import MAX_VLAN, ControlModel, Rx
 from .backend import Backend
 from .messages import MessageRefused
+from .piped import streams
 from .rings import Ring
 
 SCHEMA = "pyvhostvdpa/device-state/1"
@@ -143,7 +144,7 @@ class StateTransferThread:
     """Writes a state into a pipe, or reads one to its end, while the session continues. It owns the descriptor."""
 
     def __init__(self, fd: int, data: bytes | None, deadline: float = DEADLINE) -> None:
-        if not _streams(fd):
+        if not streams(fd):
             os.close(fd)
             # reading a file of a file system in user space takes as long as that likes
             raise MessageRefused("the device's state is moved through something else than a pipe or a socket")
@@ -224,12 +225,3 @@ class StateTransferThread:
             self._wait(select.POLLOUT)
             # a pipe that is writable takes this much without blocking (pipe(7), PIPE_BUF)
             data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
-
-
-def _streams(fd: int) -> bool:
-    """Whether a descriptor is a pipe without a name or a socket, by what /proc calls it.
-
-    Neither a file system nor the pipe is asked: the one may not answer, the other's lock may be held by its writer
-    (pipe_fcntl() and pipe_write() in fs/pipe.c).
-    """
-    return os.readlink(f"/proc/self/fd/{fd}").startswith(("pipe:[", "socket:["))

@@ -62,6 +62,20 @@ def test_a_feature_is_left_out_by_its_name(device: str, capsys: Capture) -> None
     assert found["pairs"] == 1
 
 
+def test_user_mode_linux_is_offered_the_devices_configuration_and_no_control_queue(
+    device: str, capsys: Capture
+) -> None:
+    assert run(["serve", device, "--explain", "--json", "--front-end", "uml"]) == 0
+    [found] = json.loads(capsys.readouterr().out)["devices"]
+    offered, spoken = (
+        {each["name"] for each in found[kind] if each["offered"]} for kind in ("features", "protocol_features")
+    )
+    assert {"MAC", "VERSION_1"} <= offered
+    assert not {"CTRL_VQ", "MQ", "GUEST_ANNOUNCE", "STATUS"} & offered
+    assert {"CONFIG", "BACKEND_REQ"} <= spoken
+    assert found["pairs"] == 1
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
