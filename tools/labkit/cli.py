@@ -63,7 +63,7 @@ def _vm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto", help="auto uses KVM once proved")
     parser.add_argument("--icount", action="store_true", help="virtual time: the clock counts instructions; one CPU")
     parser.add_argument("--timeout", type=float, metavar="S", help="stop the VM when COMMAND runs longer")
-    parser.add_argument("--vmm", action="store_true", help="with QEMU and a guest for it in /opt/vmm (made once)")
+    parser.add_argument("--vmm", action="store_true", help="with QEMU, a guest and UML in /opt/vmm (made once)")
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME[=VALUE]", help="a variable for COMMAND; may be repeated"
     )
@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     _vm_options(shell)
     setup = commands.add_parser("setup", help="make all that a run needs, and no run")
     setup.add_argument("--kernel", default="6.12", metavar="X")
-    setup.add_argument("--vmm", action="store_true", help="also a newer QEMU and a guest for it, in 3 to 10 minutes")
+    setup.add_argument("--vmm", action="store_true", help="also a newer QEMU, a guest and UML, in 8 to 25 minutes")
     setup.add_argument("--refresh", action="store_true", help="look for a newer kernel of the same line")
     status = commands.add_parser("status", help="what is cached, what is missing, which accelerator was proved")
     status.add_argument("--json", action="store_true")

@@ -1,7 +1,8 @@
-"""What a run with virtual machines needs beside the tree: a newer stock QEMU, and a guest for it to run.
+"""What a run with virtual machines needs beside the tree: a newer stock QEMU, a guest for it to run, User Mode Linux.
 
 In the VM it is below /opt/vmm: `bin/qemu-VERSION` for each QEMU (the tree's own, and that of backports), `guest/` with
-a kernel, its initial RAM file system, the program at the other end of the wire and a library that logs ioctls.
+a kernel, its initial RAM file system, the program at the other end of the wire and a library that logs ioctls, `uml/`
+with a kernel that is a process, and its modules.
 """
 
 import hashlib
@@ -13,10 +14,11 @@ from pathlib import Path
 
 from labkit.cache import building, forget_old, hold, once, remove
 from labkit.errors import LabError
-from labkit.guest_kernel import GuestKernel, GuestKernelBuilder
+from labkit.guest_kernel import WANTED, GuestKernel, GuestKernelBuilder
 from labkit.images import Cpio, make_image
 from labkit.kernel import Builder
 from labkit.tree import SUITE
+from labkit.uml_image import UmlImage
 
 INSIDE = "/opt/vmm"
 BACKPORTS = f"{SUITE}-backports"
@@ -35,18 +37,19 @@ FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror")
 
 @dataclass(frozen=True)
 class Vmm:
-    """The two images of a run with virtual machines, and where they are mounted."""
+    """The images of a run with virtual machines, and where they are mounted."""
 
     qemu: Path
     guest: Path
+    uml: Path
 
     def mounts(self) -> dict[str, Path]:
         """Return images by the folder that they are mounted on."""
-        return {f"{INSIDE}/qemu": self.qemu, f"{INSIDE}/guest": self.guest}
+        return {f"{INSIDE}/qemu": self.qemu, f"{INSIDE}/guest": self.guest, f"{INSIDE}/uml": self.uml}
 
 
 class VmmBuilder:
-    """Makes both images; what is there is used."""
+    """Makes the images; what is there is used."""
 
     def __init__(self, stock: Builder, project: Path) -> None:
         self.stock = stock
@@ -56,9 +59,9 @@ class VmmBuilder:
         self.root = self.cache.root / "vmm"
 
     def ensure(self) -> Vmm:
-        """Return both images; make what is missing, which takes minutes the first time."""
+        """Return the images; make what is missing, which takes minutes the first time."""
         with self.cache.building_vmm():
-            return Vmm(self._qemu(), self._guest())
+            return Vmm(self._qemu(), self._guest(), UmlImage(self.stock, self.root / "uml").ensure(WANTED))
 
     def _qemu(self) -> Path:
         recipe = repr((self.tree.identity(), PACKAGE, BACKPORTS, LEFT_OUT))

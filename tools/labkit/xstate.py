@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shlex
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +55,12 @@ def variables(tree: Tree, progress: Progress, folder: Path, inside: str) -> Mapp
         f"this processor's extended state has {have} bytes, more than {KNOWN_BYTES}: a library helps the kernel"
     )
     (folder / SOURCE.name).write_bytes(SOURCE.read_bytes())
-    argv = ["gcc", "-O2", "-shared", "-fPIC", "-o", f"{inside}/{LIBRARY}", f"{inside}/{SOURCE.name}"]
+    argv = ["sh", "-ec", build_command(inside, f"{inside}/{SOURCE.name}")]
     chroot = tree.chroot(binds={folder: inside})
     progress.call("building that library", chroot.argv(argv), tree.cache.log("debug-xstate"))
     return {"LD_PRELOAD": f"{inside}/{LIBRARY}"}
+
+
+def build_command(folder: str, source: str) -> str:
+    """Return a line of shell that builds the library in a folder; both paths as they are in the tree."""
+    return shlex.join(["gcc", "-O2", "-shared", "-fPIC", "-o", f"{folder}/{LIBRARY}", source])

@@ -16,7 +16,7 @@ from labkit import devices, machines, vm
 from labkit.errors import LabError
 from labkit.guest_kernel import REQUIRED, SETTINGS
 from labkit.session import PROJECT
-from labkit.vmm import wrapper
+from labkit.vmm import Vmm, wrapper
 from labvm import calls, machine, network
 from labvm.backends import SERVE, Attachment, attached
 from labvm.machine import GuestMachine, command_line, vhost_user, vhost_vdpa
@@ -57,6 +57,11 @@ def test_help_has_the_options_of_the_program_in_the_vm():
 def test_options_of_run_are_refused():
     with pytest.raises(LabError, match="vm takes no --devices"):
         machines.request(["--devices=vduse:2"], "6.12", False, None)
+
+
+def test_qemu_its_guest_and_user_mode_linux_are_below_one_folder(tmp_path):
+    made = Vmm(*(tmp_path / name for name in ("qemu", "guest", "uml")))
+    assert made.mounts() == {f"/opt/vmm/{name}": tmp_path / name for name in ("qemu", "guest", "uml")}
 
 
 def test_images_are_mounted_after_the_disks(tmp_path):
