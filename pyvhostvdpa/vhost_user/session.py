@@ -370,8 +370,12 @@ class FrontEndSession(Closing):
         elif pairs:
             self.backend.set_pairs(pairs)
         elif not any(ring.enabled for ring in self.rings):
-            # how some front-ends pause, and User Mode Linux stops
-            self._stop()
+            if self.backend.options.has_config:
+                # how some front-ends pause
+                self._stop()
+            else:
+                # how User Mode Linux resets: its driver has taken the buffers back, and what is in flight is not known
+                self._reset()
 
     def _get_vring_base(self, message: Message) -> bytes:
         ring = self._ring(_as(VringNumber, message.payload).index)
@@ -434,6 +438,9 @@ class FrontEndSession(Closing):
                 self.rings[index].base = base
 
     def _reset_device(self, message: Message) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self.backend.reset()
         self.status = 0
         for ring in self.rings:

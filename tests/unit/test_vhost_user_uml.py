@@ -15,6 +15,7 @@ from served_double import MTU
 from session_rig import P, Rig, number, rig, state
 from vhost_front_end import LAYOUT, MEMORY, RING, Refused
 
+from pyvhostvdpa.base.errors import QueueBroken
 from pyvhostvdpa.device.net import State
 from pyvhostvdpa.net.features import CONTROL, Feature
 from pyvhostvdpa.vhost_user.features import LOG_ALL, PROTOCOL_FEATURES
@@ -130,6 +131,21 @@ def test_its_order_starts_the_device_and_calls_reach_it(kind: str) -> None:
             linux.delete_rings()
             assert linux.r.device.state is State.RESET
         assert "refused" not in linux.r.names()
+
+
+def test_rings_that_are_disabled_are_reset_since_their_driver_has_taken_its_buffers_back() -> None:
+    with uml() as linux:
+        linux.connect()
+        linux.find_rings()
+        linux.r.device.forget()
+        # what the rings have says nothing any more of what is in flight
+        linux.r.device.fails["stop"] = QueueBroken("descriptors are used out of order")
+        linux.delete_rings()
+        assert linux.r.device.names() == ["reset"]
+        assert linux.r.backend.failed == ""
+        linux.find_rings()
+        assert linux.r.device.state is State.PASSTHROUGH
+        assert linux.r.device.calls[-1].what == (State.PASSTHROUGH, {0: 0, 1: 0})
 
 
 @KINDS
