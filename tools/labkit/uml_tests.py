@@ -18,6 +18,7 @@ LEFT_OUT = {
     f"{FOLDER}/test_hwsim.py::test_a_guest_migrates_with_all_its_pairs_and_its_address": DIRTY,
     f"{FOLDER}/test_hwsim_device.py::test_mem_scale_charges_guest_memory_so_many_times_and_a_ring_once": PIECES,
     f"{FOLDER}/test_hwsim_device.py::test_ring_right_behind_guest_memory_is_not_part_of_it": PIECES,
+    f"{FOLDER}/test_serve_uml.py": PIECES,
     f"{FOLDER}/test_vduse.py": VDUSE,
     f"{FOLDER}/test_doctor.py::test_g13_g15_a_device_that_cannot_suspend": VDUSE,
     f"{FOLDER}/test_ioctls.py::test_on_a_device_of_a_daemon": VDUSE,
