@@ -347,7 +347,11 @@ class FrontEndSession(Closing):
     def _set_vring_call(self, message: Message) -> None:
         ring = self._ring(_as(VringFd, message.payload).index)
         passed_on = ring.piped is not None
-        ring.replace_call(self._eventfd() if message.fds else -1)
+        call = self._eventfd() if message.fds else -1
+        if self.backend.options.has_config:
+            ring.replace("call", call)
+        else:
+            ring.replace_call(call)
         if self.backend.running and ring.kicked:
             self.backend.set_eventfds(ring.index, call=ring.call)
             ring.discard()
