@@ -158,6 +158,7 @@ FAULTS: dict[str, Breaker] = {
     "wake_by_kick": switch("wake_by_kick"),
     "lie_suspend": switch("lie_suspend"),
     "lie_resume": switch("lie_resume"),
+    "resume_at_0": switch("resume_at_0"),
     "lie_persist": switch("lie_persist"),
     "lie_desc_asid": switch("lie_desc_asid"),
     "lie_enable": switch("lie_enable"),
@@ -251,7 +252,7 @@ _CAUGHT = {
     "config_call": "config_irq.none_unasked",
     "keep_asid": "groups.reset_to_0 desc.reset_to_0",
     "keep_ready": "reset.disables",
-    "keep_base": "queues.base_zero left.bases_gone",
+    "keep_base": "queues.base_zero queues.base_unset left.bases_gone",
     "keep_status": """
         reset.opened reset.acknowledged reset.driver reset.features_set reset.features_ok reset.set_up reset.idle
         reset.worked reset.loaded reset.suspended reset.resumed reset.failed reset.in_a_batch status.zero_resets
@@ -259,7 +260,7 @@ _CAUGHT = {
         left.opened_often left.started_often left.held_by_a_copy reset.twice reset.many reset.old_kicks
         status.driver_ok_alone
     """,
-    "keep_ctrl": "reset.control_state",
+    "keep_ctrl": "reset.control_state reset.receive_modes",
     "keep_fault": """
         robust.head_beyond robust.head_far_beyond robust.next_beyond robust.loop_self robust.loop_long
         robust.avail_jump robust.avail_back robust.buffer_unmapped robust.buffer_over_end robust.buffer_wraps
@@ -269,10 +270,10 @@ _CAUGHT = {
         robust.only_writable
     """,
     "ignore_perm": "maps.read_only maps.write_only robust.used_read_only",
-    "stale_map": "maps.moved maps.unmapped robust.rings_unmapped_later",
+    "stale_map": "maps.moved maps.unmapped maps.nothing_mapped robust.rings_unmapped_later",
     "one_as": """
-        groups.apart groups.works_in_1 groups.together groups.control_apart desc.apart desc.apart_other
-        desc.suspended desc.buffers_only_there
+        groups.apart groups.works_in_1 groups.together groups.control_in_1 groups.control_apart desc.apart
+        desc.apart_other desc.suspended desc.buffers_only_there
     """,
     "corrupt_frame": """
         data.sizes data.smallest data.patterns data.wrap data.exact_buffer rings.receive_parts maps.pieces
@@ -280,7 +281,8 @@ _CAUGHT = {
     """,
     "short_len": "rings.receive_length",
     "tx_len": "rings.transmit_length",
-    "num_buffers": "data.num_buffers",
+    "num_buffers": "data.num_buffers data.num_buffers_alone",
+    "resume_at_0": "resume.continues",
     "junk_header": "data.header",
     "lose_frames": "data.in_order data.after_suspend resume.under_load",
     "cvq_ok": """
@@ -296,8 +298,8 @@ _CAUGHT = {
     "cvq_half": "control.mac_short",
     "cvq_suspended": "suspend.control_stops",
     "cvq_mute": """
-        control.many control.beside_data control.after_reset control.after_one_byte resume.control
-        desc.control_with_rings control.answer_length control.answer_room
+        control.many control.one_kick control.place control.beside_data control.after_reset control.after_one_byte
+        resume.control desc.control_with_rings control.answer_length control.answer_room
     """,
     "suspended_status": "suspend.status_while",
     "wake_by_status": "suspend.driver_ok_again",
@@ -326,15 +328,15 @@ _CAUGHT = {
     "bad_group": "groups.below_number desc.below_number",
     "num_ignored": "queues.size_each queues.num_default_forgotten",
     "addr_kept": "reset.many left.started_often",
-    "event_ignored": "rings.event_kick rings.event_wanted rings.event_every_third rings.event_wrap",
+    "event_ignored": "rings.event_kick rings.event_wanted rings.event_within rings.event_every_third rings.event_wrap",
     "indirect_first": "rings.indirect_many rings.indirect_and_direct",
     "chain_first": "rings.header_split rings.many_parts rings.any_head rings.two_parts",
     "used_twice": "rings.used_head",
     "size_beyond": "identity.vring_size",
     "stall": """
-        control.no_room control.not_negotiated data.small_buffer robust.needs_reset_stops status.written_again
-        status.no_needs_reset queues.size_largest queues.base_start queues.base_wrap queues.any_order
-        queues.enable_twice queues.kick_pending queues.kick_replaced queues.kick_many queues.doorbell
+        rings.one_kick rings.used_wrap control.no_room control.not_negotiated data.small_buffer robust.needs_reset_stops
+        status.written_again status.no_needs_reset queues.size_largest queues.base_start queues.base_wrap
+        queues.any_order queues.enable_twice queues.kick_pending queues.kick_replaced queues.kick_many queues.doorbell
         queues.other_queues_untouched queues.addr_running queues.base_running groups.bind_running maps.one_update
         maps.batched maps.map_while_running maps.map_under_load maps.again_after_reset suspend.before_driver_ok
         suspend.reset_ends_it suspend.nothing_lost resume.running interrupts.unbound interrupts.never_bound
@@ -391,7 +393,7 @@ _CAUGHT = {
     "call_refused": "suspend.call_while",
     "addr_refused": "suspend.addr_while",
     "close_ignored": "left.nothing_written left.unpinned interrupts.none_after_close",
-    "not_ready": "queues.not_enabled control.not_enabled",
+    "not_ready": "queues.not_enabled queues.receive_not_enabled control.not_enabled",
     "rings_in_1": "desc.wrong_space",
     "kick_kept": "queues.kick_unbound",
     "config_call_kept": "config_irq.unset_rests",

@@ -150,11 +150,13 @@ void hwsim_receive(struct hwsim_dev *dev, unsigned int pair, const void *frame, 
 {
 	struct arrival arrival = { .frame = frame, .len = len, .csum_ok = csum_ok };
 	struct hwsim_vq *rx;
+	bool ready;
 
 	arrival.hash = hwsim_hash(dev, frame, len);
 	rx = hwsim_rx(dev, hwsim_steer(dev, pair, &arrival.hash));
+	ready = rx->ready || hwsim_flawed(dev, HWSIM_FLAW_NOT_READY);
 	/* what it was sending to itself when the stall began is not lost by that */
-	if (!hwsim_live(dev) || !rx->ready || (!own && hwsim_flawed(dev, HWSIM_FLAW_STALL))) {
+	if (!hwsim_live(dev) || !ready || (!own && hwsim_flawed(dev, HWSIM_FLAW_STALL))) {
 		hwsim_vq_count(rx, HWSIM_VQ_DOWN, 1);
 		return;
 	}

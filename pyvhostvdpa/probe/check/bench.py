@@ -232,11 +232,12 @@ class Bench:
         self.queues.append(queue)
         return queue
 
-    def set_up(self, queue: Queue, base: int = 0, enable: bool = True) -> None:
-        """Give the device a queue: NUM, BASE, ADDR, KICK, CALL, and enable it."""
+    def set_up(self, queue: Queue, base: int | None = 0, enable: bool = True) -> None:
+        """Give the device a queue: NUM, BASE (not with None), ADDR, KICK, CALL, and enable it."""
         c = self.c
         c.set_vring_num(queue.index, queue.num)
-        self.set_base(queue.index, base)
+        if base is not None:
+            self.set_base(queue.index, base)
         c.set_vring_addr(queue.index, queue.desc, queue.avail, queue.used)
         c.set_vring_kick(queue.index, queue.kick_fd)
         c.set_vring_call(queue.index, queue.call_fd)

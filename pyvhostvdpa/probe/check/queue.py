@@ -125,6 +125,12 @@ class Queue:
         """Put heads on the avail ring and move its index, without a notification."""
         lib.trial_publish(self.c, ffi.new("uint16_t[]", list(heads)), len(heads))
 
+    def forget(self) -> None:
+        """Put heads that do not exist where those were that the device has used: it must not look there again."""
+        waiting = {i % self.num for i in range(self.taken, self.taken + (self.avail_index - self.taken & 0xFFFF))}
+        for slot in set(range(self.num)) - waiting:
+            self.ring.write(b"\xff\xff", self.avail - self.desc + 4 + 2 * slot)
+
     def set_avail(self, index: int) -> None:
         """Write the avail index alone."""
         lib.trial_set_avail(self.c, index & 0xFFFF)

@@ -305,9 +305,9 @@ class BlockWork(Work):
 class Control:
     """The control queue of a network device; commands one by one (virtio 1.3, 5.1.6.5)."""
 
-    def __init__(self, bench: Bench, index: int, arena: Arena | None = None) -> None:
+    def __init__(self, bench: Bench, index: int, arena: Arena | None = None, most: int = 16) -> None:
         self.bench = bench
-        self.queue = bench.queue(index, bench.ring_size(index, most=16), 0, arena)
+        self.queue = bench.queue(index, bench.ring_size(index, most=most), 0, arena)
         self.room = (arena or bench.arena()).allocate(8192)
 
     def set_up(self, enable: bool = True) -> None:
@@ -410,13 +410,13 @@ def running_block(bench: Bench) -> BlockWork:
     return job
 
 
-def controlled(bench: Bench, features: int | None = None) -> tuple[NetWork, Control]:
-    """Start a network device with its first pair and the control queue."""
+def controlled(bench: Bench, features: int | None = None, most: int = 16) -> tuple[NetWork, Control]:
+    """Start a network device with its first pair and the control queue, of ``most`` descriptors at most."""
     index = bench.needs_control()
     bench.prepare(features)
     job = NetWork(bench)
     job.set_up()
-    control = Control(bench, index)
+    control = Control(bench, index, most=most)
     control.set_up()
     bench.driver_ok()
     return job, control

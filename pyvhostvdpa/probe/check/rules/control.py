@@ -35,6 +35,7 @@ _CVQ = "virtio 1.3, 5.1.6.5"
 _MAC = bytes.fromhex("525491766409")
 _NOBODY = 0xEE
 """A command class that does not exist."""
+_THIRD = 2
 
 
 def _with(bench: Bench, feature: Feature) -> Control:
@@ -62,10 +63,23 @@ def unknown_class(bench: Bench) -> str:
 
 @rule("unknown_command", "An unknown command of a known class is answered with ERR", _CVQ, NET)
 def unknown_command(bench: Bench) -> str:
-    control = controlled(bench)[1]
-    for kind in (Class.RX, Class.MAC, Class.VLAN, Class.MQ):
-        control.refuses(bytes([kind, _NOBODY, 0, 0]), f"{kind.name} {_NOBODY:#x}")
-    return "RX, MAC, VLAN and MQ"
+    own = bench.facts.offered & (
+        Feature.CTRL_RX | Feature.CTRL_VLAN | Feature.CTRL_MAC_ADDR | Feature.MQ | Feature.GUEST_ANNOUNCE
+        | Feature.CTRL_GUEST_OFFLOADS
+    )  # fmt: skip
+    control = controlled(bench, int(bench.facts.features | own))[1]
+    # each with what a command of its class carries: only its number is wrong
+    carried = {
+        Class.RX: bytes(1),
+        Class.MAC: bench.c.get_config(0, 6),
+        Class.VLAN: struct.pack("<H", 1),
+        Class.ANNOUNCE: b"",
+        Class.MQ: struct.pack("<H", 1),
+        Class.GUEST_OFFLOADS: bytes(8),
+    }
+    for kind, data in carried.items():
+        control.refuses(command(kind, _NOBODY, data), f"{kind.name} {_NOBODY:#x}")
+    return ", ".join(kind.name for kind in carried)
 
 
 @rule(
@@ -147,6 +161,19 @@ def many(bench: Bench) -> str:
     return f"40 commands on a ring of {control.queue.num}"
 
 
+@rule("one_kick", "All commands that are made available before one kick are answered", f"{_CVQ}; 2.9", NET)
+def one_kick(bench: Bench) -> str:
+    control = controlled(bench, most=64)[1]
+    q, count = control.queue, control.queue.num // 2
+    control.room.write(bytes([_NOBODY, 0]))
+    answer = control.room.part(4096, 1)
+    q.publish(*(q.add([(control.room.part(0, 2), False), (answer, True)]) for _ in range(count)))
+    q.kick()
+    got = q.collect(count, PATIENCE_S)
+    demand(len(got) == count, f"{len(got)} of {count} that were kicked once were answered within {PATIENCE_S:g} s")
+    return f"{count} at once"
+
+
 @rule("interrupts", "An answer interrupts the driver", f"{_CVQ}; 2.7.7.2", NET)
 def interrupts(bench: Bench) -> str:
     control = controlled(bench)[1]
@@ -191,6 +218,29 @@ def not_enabled(bench: Bench) -> str:
     control.queue.kick()
     demand(control.answer(REST_S) is None, "a command was answered")
     return "no answer"
+
+
+@rule(
+    "place",
+    "Without MQ and RSS the control queue is the third queue",
+    "virtio 1.3, 5.1.2; drivers/vdpa/mlx5/net/mlx5_vnet.c:ctrl_vq_idx",
+    NET,
+)
+def place(bench: Bench) -> str:
+    bench.needs_control()
+    if bench.facts.vqs_count <= _THIRD + 1:
+        raise NotOffered("it is the third queue in any case")
+    bench.own()
+    bench.map()
+    try:
+        bench.negotiate(int(bench.facts.features & ~(Feature.MQ | Feature.RSS)))
+    except (Broken, KernelError) as e:
+        raise CannotTell(f"without MQ it does not start ({e}), and a subset only SHOULD be accepted") from e
+    NetWork(bench).set_up()
+    control = Control(bench, _THIRD)
+    control.set_up()
+    bench.driver_ok()
+    return control.refuses(bytes([_NOBODY, 0]), f"queue {_THIRD}, class {_NOBODY:#x}")
 
 
 @rule("mac_set", "MAC_ADDR_SET sets the address that the configuration shows", f"{_CVQ}.2; 5.1.4", NET)
@@ -244,6 +294,9 @@ def mac_table_set(bench: Bench) -> str:
 def mac_table_short(bench: Bench) -> str:
     control = _with(bench, Feature.CTRL_RX)
     control.refuses(command(Class.MAC, MAC_TABLE_SET, struct.pack("<I", 4) + _MAC), "4 addresses, one there")
+    # their bytes are 2^32 + 2: a length of 32 bits takes them for the two that are there
+    wraps = struct.pack("<IHI", 0x2AAAAAAB, 0, 0)
+    control.refuses(command(Class.MAC, MAC_TABLE_SET, wraps), f"{0x2AAAAAAB} addresses")
     return control.refuses(command(Class.MAC, MAC_TABLE_SET, struct.pack("<I", 0xFFFFFFFF)), "2^32-1 addresses")
 
 
@@ -336,7 +389,9 @@ def split_parts(bench: Bench) -> str:
     return f"{len(text)} descriptors of one byte"
 
 
-@rule("not_negotiated", "Without CTRL_VQ negotiated no command is executed", "virtio 1.3, 5.1.2 and 2.2.1", NET)
+@rule(
+    "not_negotiated", "Without CTRL_VQ negotiated no command is taken or executed", "virtio 1.3, 5.1.2 and 2.2.1", NET
+)
 def not_negotiated(bench: Bench) -> str:
     bench.needs_control()
     alone = bench.facts.features & ~(
@@ -349,10 +404,10 @@ def not_negotiated(bench: Bench) -> str:
         bench.negotiate(int(alone))
     except (Broken, KernelError) as e:
         raise NotOffered("the device wants a control queue") from e
-    index = bench.facts.vqs_count - 1
+    # MQ is not negotiated either, so that this is where it would be
     job = NetWork(bench)
     job.set_up()
-    control = Control(bench, index)
+    control = Control(bench, _THIRD)
     refused = bench.errno_of(control.set_up)
     bench.driver_ok()
     if refused:
@@ -360,6 +415,7 @@ def not_negotiated(bench: Bench) -> str:
     before = bench.c.get_config(0, 6)
     control.submit(command(Class.MAC, MAC_ADDR_SET, _MAC))
     control.queue.kick()
-    control.answer(REST_S)
+    answered = control.answer(REST_S)
+    demand(answered is None, "a command was answered though CTRL_VQ was not negotiated, and no control queue exists")
     demand(bench.c.get_config(0, 6) == before, "a command was executed though CTRL_VQ was not negotiated")
     return job.works(1, "without a control queue")

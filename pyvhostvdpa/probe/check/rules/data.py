@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ....base.errors import KernelError
 from ....base.uapi import BackendFeature
 from ....net.features import Feature
 from ..bench import PATIENCE_S, Bench
-from ..rule import NET, CannotTell, Group, demand
+from ..rule import NET, Broken, CannotTell, Group, NotOffered, demand
 from ..work import BUFFER, ETHERTYPE, FRAME, HEADER, NetWork, running, running_net
 
 GROUP = Group("data", "data integrity")
@@ -169,9 +170,8 @@ def small_buffer(bench: Bench) -> str:
     return "nothing beyond it was written"
 
 
-def _header_back(bench: Bench) -> bytes:
+def _header_back(job: NetWork) -> bytes:
     """Send a frame and return the header that it comes back with."""
-    job = _looping(bench)
     job.post()
     place = next(reversed(job.posted.values()))
     job.send(job.frame())
@@ -182,7 +182,7 @@ def _header_back(bench: Bench) -> bytes:
 
 @rule("header", "The header of a received frame says nothing that was not negotiated", f"{_NET}.4 and 5.1.6.4", NET)
 def header(bench: Bench) -> str:
-    head = _header_back(bench)
+    head = _header_back(_looping(bench))
     demand(head[1] == 0, f"gso_type {head[1]} for a frame that is not large: {head.hex()}")
     if Feature.GUEST_CSUM not in bench.facts.features:
         demand(head[0] == 0, f"flags {head[0]:#x} without GUEST_CSUM: {head.hex()}")
@@ -191,9 +191,34 @@ def header(bench: Bench) -> str:
 
 @rule("num_buffers", "A received frame says that it took one buffer", "virtio 1.3, 5.1.6.4.1 (num_buffers)", NET)
 def num_buffers(bench: Bench) -> str:
-    number = int.from_bytes(_header_back(bench)[10:12], "little")
+    return _one_buffer(_looping(bench))
+
+
+def _one_buffer(job: NetWork) -> str:
+    number = int.from_bytes(_header_back(job)[10:12], "little")
     demand(number == 1, f"num_buffers {number} (virtio 1.3, 5.1.6.4.1: the device MUST set it to 1 without MRG_RXBUF)")
     return "1"
+
+
+@rule(
+    "num_buffers_alone",
+    "Without MRG_RXBUF the header of a received frame is as long, and says one buffer",
+    "virtio 1.3, 5.1.6.1 and 5.1.6.4.1",
+    NET,
+)
+def num_buffers_alone(bench: Bench) -> str:
+    if Feature.MRG_RXBUF not in bench.facts.features:
+        raise NotOffered("the device does not have MRG_RXBUF: data.num_buffers says it")
+    bench.own()
+    bench.map()
+    try:
+        bench.negotiate(int(bench.facts.features & ~Feature.MRG_RXBUF))
+    except (Broken, KernelError) as e:
+        raise CannotTell(f"without MRG_RXBUF it does not start ({e}), and a subset only SHOULD be accepted") from e
+    job = NetWork(bench).start()
+    job.works()
+    job.needs_loop()
+    return _one_buffer(job)
 
 
 @rule(

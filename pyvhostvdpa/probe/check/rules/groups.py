@@ -171,6 +171,25 @@ def control_apart(bench: Bench) -> str:
     return f"a command in ASID 1 was answered with {ack}"
 
 
+@rule("control_in_1", "The control queue works in the address space that its group is bound to", _ASID)
+def control_in_1(bench: Bench) -> str:
+    bench.needs_address_spaces()
+    index = bench.needs_control()
+    mine = {bench.group_of[index], *((bench.facts.desc_groups[index],) if bench.facts.desc_groups else ())}
+    bench.own()
+    bench.map(asid=1)
+    bench.negotiate()
+    # groups of these queues and no others: a queue in another group than its parent says is left behind
+    bench.bind(dict.fromkeys(mine | _data_groups(bench), 1))
+    job = NetWork(bench)
+    job.set_up()
+    control = Control(bench, index)
+    control.set_up()
+    bench.driver_ok()
+    ack = control.command(bytes([0xEE, 0]))
+    return f"answered with {ack}; {job.works(1, 'beside the control queue')}"
+
+
 @rule("together", "Two groups can be bound to the same address space", _ASID)
 def together(bench: Bench) -> str:
     bench.needs_address_spaces()

@@ -140,6 +140,15 @@ def unmapped(bench: Bench) -> str:
     return "the memory stayed as it was"
 
 
+@rule("nothing_mapped", "With everything unmapped no descriptor is used any more", _UNMAP)
+def nothing_mapped(bench: Bench) -> str:
+    job = running(bench)
+    job.works()
+    bench.unmap()
+    job.ignored("with nothing mapped", 2)
+    return "nothing was used"
+
+
 @rule(
     "read_only",
     "Memory that is mapped read-only is not written",

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Sequence
 
 from ....base.errors import KernelError
 from ....base.uapi import BackendFeature, Status
 from ....virtqueue.layout import SplitLayout
-from ..bench import RUNNING, SIZE, Bench
-from ..rule import Broken, CannotTell, Group, NotOffered, demand
-from ..work import Work, running, work
+from ..bench import REST_S, RUNNING, SIZE, Bench
+from ..rule import NET, Broken, CannotTell, Group, NotOffered, demand
+from ..work import NetWork, Work, running, work
 
 GROUP = Group("queues", "queues: sizes, bases, addresses, enabling, kicks")
 rule = GROUP.rule
@@ -84,12 +85,25 @@ def base_kept(bench: Bench) -> str:
 def base_zero(bench: Bench) -> str:
     bench.own()
     bench.negotiate()
-    bench.set_base(0, 77)
+    queues = bench.facts.queues
+    for queue in queues:
+        bench.set_base(queue, 77)
     bench.reset()
     bench.negotiate()
-    got = bench.base(0)
-    demand(got == 0, f"base {got} after a reset")
-    return "base 0"
+    got = [bench.base(queue) for queue in queues]
+    demand(not any(got), f"bases {got} after a reset")
+    return f"base 0 of {len(queues)} queues"
+
+
+@rule("base_unset", "After a reset a queue whose base is not set starts at 0", f"{_VRING}; virtio 1.3, 2.4")
+def base_unset(bench: Bench) -> str:
+    running(bench).works(3, "before a reset")
+    bench.restart()
+    job = work(bench)
+    for queue in job.queues:
+        bench.set_up(queue, None)
+    bench.driver_ok()
+    return job.works(2, "after a reset, without a base")
 
 
 @rule(
@@ -256,6 +270,23 @@ def not_enabled(bench: Bench) -> str:
     job.kick()
     job.rests("not enabled")
     return "nothing was used"
+
+
+@rule("receive_not_enabled", "A receive queue that is not enabled gets no frames", _READY, NET)
+def receive_not_enabled(bench: Bench) -> str:
+    if not bench.facts.loops:
+        raise CannotTell("the device does not send frames back to itself")
+    bench.prepare()
+    job = NetWork(bench)
+    bench.set_up(job.rx, 0, enable=False)
+    bench.set_up(job.tx, 0)
+    bench.driver_ok()
+    job.give(2)
+    # whether the transmit queue works alone is the device's affair
+    job.tx.collect(2, REST_S)
+    time.sleep(REST_S)
+    demand(not job.rx.used_index, f"{job.rx.used_index} receive buffers of a queue that is not enabled were used")
+    return "nothing was received"
 
 
 def _late(bench: Bench) -> Work:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from functools import partial
 
 from ....base.uapi import BackendFeature, IotlbType, Status, names
+from ....net.control import Class, Rx, command
 from ....net.features import Feature
 from ..bench import READY, REST_S, STARTED, Bench
 from ..queue import Desc
-from ..rule import CannotTell, Group, NotOffered, demand
+from ..rule import NET, CannotTell, Group, NotOffered, demand
 from ..work import NetWork, controlled, running, second_pair_rests, work
 
 GROUP = Group("reset", "reset in every state")
@@ -246,3 +247,20 @@ def control_state(bench: Bench) -> str:
     second = NetWork(bench, pair=1).start()
     second_pair_rests(second, "the second pair, after a reset")
     return "one pair is in use again"
+
+
+@rule("receive_modes", "A reset discards receive modes", "virtio 1.3, 2.4 and 5.1.6.5.1", NET)
+def receive_modes(bench: Bench) -> str:
+    bench.needs_feature(Feature.CTRL_RX_EXTRA)
+    bench.needs_feature(Feature.CTRL_RX)
+    if not bench.facts.loops:
+        raise CannotTell("the device does not send frames back to itself")
+    modes = Feature.CTRL_RX | Feature.CTRL_RX_EXTRA
+    _, control = controlled(bench, int(bench.facts.features | modes))
+    control.accepts(command(Class.RX, Rx.NOBCAST, b"\1"), "NOBCAST 1")
+    bench.reset()
+    bench.unmap()
+    bench.map()
+    # not negotiated any more: nothing that a device begins with (promiscuous or not) hides what is left
+    bench.negotiate(int(bench.facts.features & ~modes))
+    return NetWork(bench).start().works(2, "broadcast frames, after a reset that followed NOBCAST")

@@ -52,6 +52,8 @@ def resume_running(bench: Bench) -> str:
 @rule("continues", "It continues where it was, without being set up again", _RESUME)
 def continues(bench: Bench) -> str:
     job = _resumable(bench)
+    # a device that begins anew would use the same descriptors again, and reach the right index by that
+    job.main.forget()
     bench.c.resume()
     return job.works(3, "resumed")
 

@@ -62,9 +62,16 @@ def receive_parts(bench: Bench) -> str:
     job = running_net(bench)
     job.works()
     job.needs_loop()
-    area = bench.arena().allocate(4096)
+    # a part for the header alone, and one that the frame begins in
+    layouts = ((12, 20, 100, 500, 1400), (20, 60, 500, 1400))
+    for sizes in layouts:
+        _receive_in(job, sizes)
+    return " and ".join(str(len(sizes)) for sizes in layouts) + " descriptors"
+
+
+def _receive_in(job: NetWork, sizes: tuple[int, ...]) -> None:
+    area = job.bench.arena().allocate(4096)
     area.write(b"\xee" * 4096)
-    sizes = (12, 20, 100, 500, 1400)
     parts, at = [], 0
     for size in sizes:
         parts.append((area.part(at, size), True))
@@ -82,7 +89,6 @@ def receive_parts(bench: Bench) -> str:
     for size in sizes:
         demand(area.read(16, at + size) == b"\xee" * 16, "it wrote between the parts of the buffer")
         at += size + 16
-    return f"{len(sizes)} descriptors"
 
 
 @rule("any_head", "Descriptors may be chained in any order", "virtio 1.3, 2.7.5", NET)
@@ -133,6 +139,27 @@ def used_head(bench: Bench) -> str:
     return "40 heads"
 
 
+@rule("used_wrap", "Behind its last element the used ring is written from its begin again", "virtio 1.3, 2.7.8", NET)
+def used_wrap(bench: Bench) -> str:
+    bench.prepare()
+    job = NetWork(bench, num=bench.ring_size(0, 1, most=16)).start()
+    if job.tx.num < 8:
+        raise CannotTell("the rings are too small")
+    frame = job.frame()
+    place = bench.arena().allocate(BUFFER).part(0, HEADER + len(frame))
+    place.write(bytes(HEADER) + frame)
+    # three descriptors each: heads come round at another time than elements, so that an old one is not the right one
+    parts = [(place.part(0, HEADER), False), (place.part(HEADER, 8), False)]
+    parts.append((place.part(HEADER + 8, len(frame) - 8), False))
+    for number in range(3 * job.tx.num):
+        head = job.tx.add(parts)
+        job.tx.publish(head)
+        job.tx.kick()
+        got = job.tx.collect(1, PATIENCE_S)
+        demand(got and got[0].id == head, f"element {number}: used {got}, head {head} was made available")
+    return f"{3 * job.tx.num} elements of a ring of {job.tx.num}"
+
+
 @rule("transmit_length", "A device-readable chain has used length 0", "virtio 1.3, 2.7.8.2", NET)
 def transmit_length(bench: Bench) -> str:
     job = running_net(bench)
@@ -168,6 +195,25 @@ def full(bench: Bench) -> str:
     for _ in range(3):
         job.works(count, f"{count} at a time")
     return f"{count} at a time, three times"
+
+
+@rule("one_kick", "All that is made available before one kick is used", "virtio 1.3, 2.7.13.4 and 2.9", NET)
+def one_kick(bench: Bench) -> str:
+    bench.prepare()
+    job = NetWork(bench, num=bench.ring_size(0, 1, most=256)).start()
+    job.works()
+    frame = job.frame()
+    place = bench.arena().allocate(BUFFER).part(0, HEADER + len(frame))
+    place.write(bytes(HEADER) + frame)
+    # a receive buffer for each, all in one place: what arrives there is another rule's affair
+    inbox, count = bench.arena().allocate(BUFFER), min(job.tx.num, job.rx.num)
+    job.rx.publish(*(job.rx.add([(inbox, True)]) for _ in range(count)))
+    job.rx.kick()
+    job.tx.publish(*(job.tx.add([(place, False)]) for _ in range(count)))
+    job.tx.kick()
+    got = job.tx.collect(count, PATIENCE_S)
+    demand(len(got) == count, f"{len(got)} of {count} that were kicked once were used within {PATIENCE_S:g} s")
+    return f"{count} at once"
 
 
 def _indirect(job: NetWork, parts: list[int]) -> str:
@@ -246,6 +292,20 @@ def event_wanted(bench: Bench) -> str:
         demand(job.tx.called(PATIENCE_S), f"used_event {job.tx.taken}, used index {job.tx.used_index}, no interrupt")
         job.finish(1)
     return "5 times"
+
+
+@rule("event_within", "An interrupt comes when the used index passes used_event by more than one", _EVENT, NET)
+def event_within(bench: Bench) -> str:
+    job = _started(bench, Feature.EVENT_IDX)
+    job.works()
+    for _ in range(5):
+        job.tx.called(0.02)
+        job.tx.called(0)
+        job.tx.set_used_event(job.tx.taken)
+        job.give(4)
+        demand(job.tx.called(PATIENCE_S), f"used_event {job.tx.taken}, used index {job.tx.used_index}, no interrupt")
+        job.finish(4)
+    return "5 times 4"
 
 
 @rule("event_not_wanted", "None comes before it passes used_event", f"{_EVENT} (SHOULD NOT)", NET)
