@@ -108,6 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     soak.add_argument(
         "--only", default="", metavar="TEXT[,TEXT…]", help="mutants: those with a TEXT in their name or file"
     )
+    soak.add_argument(
+        "--by-check", action="store_true", help="mutants: those that name rules of vhost-vdpa check, by these alone"
+    )
     soak.add_argument("--all", action="store_true", help="arm64: all unit tests, not only what touches C")
     soak.add_argument("-k", default="", metavar="EXPRESSION", help="arm64: those tests that pytest's -k selects")
     soak.add_argument("--minutes", type=float, default=10.0, metavar="M")
@@ -226,7 +229,7 @@ def _soak(options: argparse.Namespace) -> int:
         print(f"{arm64.NAME:<24} {arm64.SUMMARY}")
         return 0
     if options.name == mutants.NAME:
-        return mutants.run(Session(), request(options, ()), options.only)
+        return mutants.run(Session(), request(options, ()), options.only, options.by_check)
     if options.name == plain.NAME:
         return plain.run(Session(), options.kernel)
     if options.name == arm64.NAME:

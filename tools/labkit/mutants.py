@@ -54,6 +54,8 @@ class Mutant:
     """One change: a text that occurs once in a file, what replaces it, and the tests that have to notice.
 
     `kind` is where they run: "unit" without a device, "lab" in a VM. `survives` is why no test can notice, if so.
+    `check` are the rules of `vhost-vdpa check` that have to notice a change of the module, where there are no tests
+    or with --by-check; `unseen` is why none of them can.
     """
 
     name: str
@@ -61,13 +63,25 @@ class Mutant:
     old: str
     new: str
     kind: str
-    tests: Sequence[str]
+    tests: Sequence[str] = ()
     survives: str = ""
+    check: Sequence[str] = ()
+    unseen: str = ""
 
     @property
     def of_module(self) -> bool:
         """Whether it changes the kernel module."""
         return self.file.startswith(f"{MODULE}/")
+
+    @property
+    def rules(self) -> Sequence[str]:
+        """The rules that it is tried with."""
+        return () if self.tests else self.check
+
+    @property
+    def reason(self) -> str:
+        """Why nothing that it is tried with can notice it; "" if something has to."""
+        return self.survives if self.tests else self.unseen
 
     def apply(self, folder: Path) -> None:
         """Make the change in a copy of the project."""
@@ -86,7 +100,7 @@ class Result:
     @property
     def good(self) -> bool:
         """Whether a test noticed, or the list says why none can."""
-        return self.verdict == KILLED or (self.verdict == SURVIVED and bool(self.mutant.survives))
+        return self.verdict == KILLED or (self.verdict == SURVIVED and bool(self.mutant.reason))
 
 
 def load(project: Path, only: str = "") -> list[Mutant]:
@@ -113,10 +127,14 @@ def _read(path: Path, entry: dict[str, object]) -> Mutant:
         mutant = Mutant(**entry)  # type: ignore[arg-type]
     except TypeError as error:
         raise LabError(f"{path.name}: {entry.get('name', entry)}: {error}", "", f"less {path}") from error
-    if mutant.kind not in KINDS or not mutant.tests:
+    if mutant.kind not in KINDS or not (mutant.tests or mutant.check):
         raise LabError(
-            f"{path.name}: {mutant.name}: it needs a kind ({', '.join(KINDS)}) and tests", "", f"less {path}"
+            f"{path.name}: {mutant.name}: it needs a kind ({', '.join(KINDS)}), and tests or rules of check",
+            "",
+            f"less {path}",
         )
+    if mutant.check and not mutant.of_module:
+        raise LabError(f"{path.name}: {mutant.name}: check tries {MODULE} alone", "", f"less {path}")
     return mutant
 
 
@@ -281,7 +299,8 @@ class Run:
     ) -> Iterator[dict[str, object]]:
         """Yield the tests without a change, then what is to be tried; each is built when its turn comes."""
         unchanged = str(build.built())
-        yield {"name": BASELINE, "module": unchanged, "tests": _union(mutants)}
+        rules = sorted({rule for mutant in mutants for rule in mutant.rules})
+        yield {"name": BASELINE, "module": unchanged, "tests": _union(mutants), "check": rules}
         for mutant in mutants:
             try:
                 step = self._prepare(mutant, build, unchanged)
@@ -313,7 +332,8 @@ class Run:
         return ModuleBuild(chosen.release, partial(build_modules, tree, against), folder, self.modules)
 
     def _prepare(self, mutant: Mutant, build: "ModuleBuild", unchanged: str) -> dict[str, object]:
-        step: dict[str, object] = {"name": mutant.name, "tests": list(mutant.tests), "module": unchanged}
+        step: dict[str, object] = {"name": mutant.name, "module": unchanged}
+        step |= {"tests": list(mutant.tests), "check": list(mutant.rules)}
         if mutant.of_module:
             return step | {"module": str(build.built(mutant))}
         copy = self._copy(mutant)
@@ -323,7 +343,10 @@ class Run:
         """Run steps in a VM; return pytest's status of those that were tried, by name."""
         alone = self.request.machine == UML
         if alone:
-            plan = [{**step, "tests": [*cast(list[str], step["tests"]), *uml_tests.without()]} for step in plan]
+            plan = [
+                {**step, "tests": [*cast(list[str], step["tests"]), *uml_tests.without()]} if step["tests"] else step
+                for step in plan
+            ]
         paths = {name: self.folder / f"{name}.json" for name in ("plan", "results")}
         paths["plan"].write_text(json.dumps(list(plan)))
         paths["results"].write_text("")
@@ -433,14 +456,22 @@ def render(results: Sequence[Result]) -> str:
     for verdict in (SURVIVED, BROKEN):
         for result in results:
             if result.verdict == verdict:
-                why = result.mutant.survives or result.why or f"no test of {' '.join(result.mutant.tests)} fails"
+                why = result.mutant.reason or result.why or _unnoticed(result.mutant)
                 lines.append(f"{verdict:<9} {result.mutant.name}  {result.mutant.file}: {why}")
     return "\n".join(lines)
 
 
-def run(session: Session, request: Request, only: str = "") -> int:
-    """Run the mutants that `only` selects."""
+def _unnoticed(mutant: Mutant) -> str:
+    if mutant.rules:
+        return f"no rule of {' '.join(mutant.rules)} fails"
+    return f"no test of {' '.join(mutant.tests)} fails"
+
+
+def run(session: Session, request: Request, only: str = "", by_check: bool = False) -> int:
+    """Run the mutants that `only` selects; with `by_check` those that name rules of check, by these rules alone."""
     mutants = load(PROJECT, only)
+    if by_check:
+        mutants = [replace(mutant, tests=()) for mutant in mutants if mutant.check]
     if not mutants:
         raise LabError(f"no mutant has {only!r} in its name or file", "", f"grep name {FOLDER}/*.toml")
     devices.parse(request.devices)

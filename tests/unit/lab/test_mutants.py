@@ -1,6 +1,7 @@
 """`tools/lab soak mutants`: its list, and what it makes of what pytest says."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 from labkit import cli, mutants
 from labkit.errors import LabError
 from labkit.mutants import Mutant, Result
+from pyvhostvdpa.probe.check.rule import NET, select
+from pyvhostvdpa.probe.check.rules import catalogue
 
 PROJECT = Path(__file__).resolve().parents[3]
 ENTRY = """[[mutant]]
@@ -46,11 +49,26 @@ def test_every_mutant_of_the_project_fits_its_file_and_its_tests_are_there():
     for mutant in found:
         assert mutant.old != mutant.new, mutant.name
         paths = [word for word in mutant.tests if word.startswith("tests/")]
-        assert paths, mutant.name
+        assert paths or mutant.check, mutant.name
         for path in paths:
             folder = {"unit": "tests/unit", "lab": "tests/kernel"}[mutant.kind]
             assert path.startswith(folder), mutant.name
             assert (PROJECT / path.partition("::")[0]).exists(), mutant.name
+
+
+def test_rules_in_the_list_are_rules_of_check():
+    """check refuses a pattern that no rule fits, and then nothing was tried."""
+    for mutant in mutants.load(PROJECT):
+        for pattern in mutant.check:
+            assert select(catalogue(NET), [pattern]), f"{mutant.name}: {pattern}"
+
+
+def test_what_the_list_gives_check_is_caught_but_for_what_it_explains():
+    tried = [mutant for mutant in mutants.load(PROJECT) if mutant.check]
+    faults = [mutant for mutant in tried if not mutant.unseen.startswith("equivalent: ")]
+    assert len(faults) >= 60
+    assert sum(not mutant.unseen for mutant in faults) >= 0.9 * len(faults)
+    assert {mutant.kind for mutant in tried} == {"lab"}
 
 
 def test_names_of_tests_in_the_list_are_names_of_tests():
@@ -72,6 +90,8 @@ def test_names_of_tests_in_the_list_are_names_of_tests():
         ([entry(kind="somewhere")], "it needs a kind"),
         ([entry(), entry(old="a")], "same name: one"),
         ([entry().replace("new =", "other =")], "unexpected keyword"),
+        ([entry().replace("tests =", "check =")], "tries tools/vdpa_hwsim alone"),
+        ([entry().partition("tests =")[0]], "tests or rules of check"),
     ],
 )
 def test_bad_list_is_refused_before_anything_is_built(project, entries, said):
@@ -134,6 +154,17 @@ def test_survivors_are_listed_with_the_reason():
         "broken    bad  f.c: it does not compile",
     ]
     assert [result.good for result in results] == [True, False, True, False]
+
+
+def test_rules_are_what_a_mutant_without_tests_is_tried_with():
+    both = Mutant("both", "f.c", "a", "b", "lab", ["tests/x.py"], "", ["suspend.*"], "nothing says so")
+    assert (both.rules, both.reason) == ((), "")
+    alone = dataclasses.replace(both, tests=())
+    assert (alone.rules, alone.reason) == (["suspend.*"], "nothing says so")
+    assert Result(alone, "survived").good
+    unexplained = Result(dataclasses.replace(alone, unseen=""), "survived")
+    assert not unexplained.good
+    assert mutants.render([unexplained]).splitlines()[1] == "survived  both  f.c: no rule of suspend.* fails"
 
 
 class Session:
@@ -267,3 +298,27 @@ def test_mutant_that_is_stuck_in_the_kernel_is_recorded_and_ends_the_vm(in_vm, t
         {"name": "two", "status": 124},
     ]
     assert (tmp_path / "sysrq").read_text() == "b"
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "said"),
+    [
+        ({"counts": {"fail": 0}, "rules": [{"id": "a.b", "verdict": "pass", "detail": ""}]}, 0, 0),
+        ({"counts": {"fail": 1}, "rules": [{"id": "a.b", "verdict": "fail", "detail": "moved"}]}, 1, 1),
+        (None, 1, 2),
+        (None, 124, 124),
+    ],
+)
+def test_only_a_rule_that_fails_or_hangs_is_check_noticing(in_vm, capfd, output, status, said):
+    """An error of check itself has no verdicts: then nothing was tried."""
+    text = json.dumps(output) if output else ""
+    assert in_vm._told(["sh", "-c", f"echo '{text}'; exit {status}"]) == said
+    assert ("a.b: moved" in capfd.readouterr().out) == (said == 1)
+
+
+@pytest.mark.parametrize(("of_check", "tests", "said"), [(1, ["tests/x.py"], 1), (0, [], 0)])
+def test_check_comes_before_the_tests_of_a_step(in_vm, monkeypatch, of_check, tests, said):
+    tried = []
+    monkeypatch.setattr(in_vm, "check", lambda rules: tried.append(rules) or of_check)
+    assert in_vm.attempt({"name": "one", "tests": tests, "check": ["maps.*"]}) == said
+    assert tried == [["maps.*"]]
