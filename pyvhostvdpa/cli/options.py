@@ -32,9 +32,9 @@ def add_shadow(parser: argparse.ArgumentParser, names: tuple[str, ...]) -> None:
         "--shadow",
         choices=names,
         default=None,
-        help="how queues are shadowed: every descriptor copied (full), receive queues relayed by their used ring and "
-        "transmit queues left to the device (used), or both relayed (used-all, for a device that sends out of order); "
-        "default: what suits the procedure (vhost-vdpa help shadow)",
+        help="how queues are shadowed: every descriptor copied (full), the rings of all queues relayed (used-all), or "
+        "those of receive queues only, for a device that is known to send in order (used); default: what suits the "
+        "procedure, used-all in general (vhost-vdpa help shadow)",
     )
 
 

@@ -157,8 +157,8 @@ def procedures_line(chosen: Mapping[str, Mapping[str, Any]]) -> str:
     """Return by which procedure each device was driven, and why not by a better one, as a line."""
     each = [
         f"{device} {choice['name']}"
-        + (f", shadow {choice['shadow']}" if choice.get("shadow") == shadowing.USED else "")
         + (f" ({choice['why_not_better']})" if choice["why_not_better"] else "")
+        + (f", shadow {choice['shadow']}" if device != "destination" and choice.get("shadow") else "")
         for device, choice in chosen.items()
     ]
     return "procedure: " + ", ".join(each)

@@ -81,7 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--user", metavar="NAME", help="a user that may connect too, and will own the socket")
     parser.add_argument("--max-memory", metavar="SIZE", type=size, help="guest memory at most (default: no limit)")
     parser.add_argument(
-        "--without", metavar="FEATURE", action="append", default=[], help="a virtio feature not to offer: CSUM, MQ"
+        "--without",
+        metavar="FEATURE",
+        action="append",
+        default=[],
+        help="a virtio feature not to offer: CSUM, say",
     )
     parser.add_argument(
         "--indirect", action="store_true", help="offer indirect descriptors even if switches take longer"
