@@ -12,7 +12,7 @@ from pyvhostvdpa import State
 from pyvhostvdpa.base.uapi import BackendFeature
 from pyvhostvdpa.bench import shadow as bench
 from pyvhostvdpa.bench.stats import percentile
-from pyvhostvdpa.device.shadowing import USED
+from pyvhostvdpa.device.shadowing import USED, USED_ALL
 from pyvhostvdpa.net.features import CONTROL, SUPPORTED
 
 FRAME = 1500
@@ -21,6 +21,7 @@ WINDOW = 64
 ROUNDS, SECONDS = 3, 1.0
 AT_LEAST = 0.8
 MOST_LATENCY = 1.3
+IDLE = 0.001
 
 
 def frames_per_second(guest: HwGuest) -> float:
@@ -70,3 +71,21 @@ def test_relaying_rings_alone_is_nearly_as_fast_as_passthrough(pairs: int, frame
     print(f"{pairs} pairs, {frame} bytes: {report.ratio:.3f} of the frames, latency {shadow / passthrough:.2f} times")
     assert report.ratio >= at_least
     assert shadow <= MOST_LATENCY * passthrough
+
+
+@pytest.mark.parametrize("shadow", [USED, USED_ALL])
+def test_an_idle_relay_uses_no_cpu(shadow: str) -> None:
+    """It looks each second for what nobody tells of; in virtual time the load of this machine is not counted."""
+    sim = hwsim.add("hw0", 4)
+    guest = HwGuest(sim, 4, SUPPORTED | CONTROL, BackendFeature(0), shadow=shadow)
+    try:
+        guest.start(State.SHADOW)
+        time.sleep(0.5)
+        begin, cpu = time.monotonic(), time.process_time()
+        time.sleep(10)
+        used, passed = time.process_time() - cpu, time.monotonic() - begin
+        print(f"{shadow}: {100 * used / passed:.4f} % of a CPU, idle")
+        assert used < IDLE * passed
+    finally:
+        guest.close()
+        hwsim.remove(sim.name)
