@@ -6,13 +6,12 @@ import ctypes
 import mmap
 import os
 import subprocess
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
 import hwsim
 import pytest
-from tracing import TRACING, made, mounted
+from tracing import made, mounted
 
 from pyvhostvdpa import GuestOptions, MigrationOptions, Trace, VhostVdpa, migrate
 from pyvhostvdpa.base.uapi import IotlbType, MessageFormat
@@ -69,27 +68,6 @@ def test_small_program_is_recorded_call_for_call(devices: tuple[str, str]) -> No
         assert ours.t_begin <= theirs.t_begin <= theirs.t_end <= ours.t_end
     opened = [event for event in watch.trace.events if event.event == "open"]
     assert {event.fields["pid"] for event in opened} == {os.getpid()}
-
-
-def test_kernel_changes_its_own_code_while_other_cpus_run_it() -> None:
-    """As every probe does. An emulator may not translate code while it is written: such a kernel died in seconds."""
-    ended = threading.Event()
-
-    def sleep_often() -> None:
-        while not ended.wait(0.0002):
-            pass
-
-    others = [threading.Thread(target=sleep_often) for _ in range(2)]
-    for thread in others:
-        thread.start()
-    try:
-        for value in ["1", "0"] * 30:
-            for group in ("timer", "sched"):
-                (TRACING / "events" / group / "enable").write_text(value)
-    finally:
-        ended.set()
-        for thread in others:
-            thread.join()
 
 
 @pytest.fixture(params=["vdpa_sim_net", "vdpa_hwsim"])
