@@ -8,6 +8,7 @@ which would end with their machine.
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from pathlib import Path
 
@@ -15,6 +16,8 @@ TRACING = Path("/sys/kernel/tracing")
 
 
 def test_kernel_changes_its_own_code_while_other_cpus_run_it() -> None:
+    if not (TRACING / "events").exists():
+        subprocess.run(["mount", "-t", "tracefs", "tracefs", str(TRACING)], check=True)
     ended = threading.Event()
 
     def sleep_often() -> None:
